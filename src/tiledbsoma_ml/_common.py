@@ -1,0 +1,75 @@
+"""Words shared by every module: type aliases, checks of plain values, and the one seed rule.
+
+Shapes are written with these letters: `n_obs` rows (cells) and `n_vars` columns (genes) of the query,
+`batch_size` rows of a mini-batch, `nnz` stored values.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+NDArrayNumber: TypeAlias = NDArray[np.number[Any]]
+"""An array of numbers of any type."""
+
+NDArrayJoinId: TypeAlias = NDArray[np.int64]
+"""An array of SOMA joinids."""
+
+MiniBatch: TypeAlias = tuple[NDArrayNumber | sparse.csr_matrix | torch.Tensor, pd.DataFrame]
+"""What a dataset yields: `X` of shape (batch_size, n_vars) and the `obs` of the same rows.
+
+`X` is an `ndarray` (of shape (n_vars,) if `batch_size` is 1), a `csr_matrix` with `return_sparse_X=True`,
+or a `torch.Tensor` (dense, or `torch.sparse_csr`) where a `device` is given.
+"""
+
+
+def seeded_rng(seed: int | None, epoch: int = 0) -> np.random.Generator:
+    """Return the generator of an epoch: the one place where a seed becomes random numbers.
+
+    `default_rng([seed, 0])` is the same stream as `default_rng(seed)`, so epoch 0 repeats runs made
+    with tiledbsoma-ml 0.1.0. Without a seed the generator is drawn from the operating system.
+    """
+    return np.random.default_rng(None if seed is None else [seed, epoch])
+
+
+def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) -> int:
+    """Return `value` as an `int` if it is a whole number of at least `minimum`.
+
+    Raises:
+        TypeError: If it is not an integer (a bool or a float is not).
+        ValueError: If it is smaller than `minimum`.
+    """
+    rule = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} must be {rule}, not a {type(value).__name__}; try {suggestion}.")
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be {rule}; try {suggestion}.")
+    return int(value)
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is among the `known` ones; `kind` says what it names.
+
+    Raises:
+        ValueError: If it is not; the message lists the nearest names.
+    """
+    known = list(known)
+    if name in known:
+        return name
+    raise ValueError(f"{kind} {name!r} does not exist; {nearest_names(name, known)}.")
+
+
+def nearest_names(name: str, known: Sequence[str], limit: int = 10) -> str:
+    """Return the way out of a misspelt name: the nearest known names, or all of them if none is near."""
+    if near := difflib.get_close_matches(str(name), known, n=3, cutoff=0.6):
+        return "did you mean " + " or ".join(map(repr, near))
+    listed = ", ".join(map(repr, known[:limit])) or "none"
+    return f"there are {listed}" + (f" and {len(known) - limit} more" if len(known) > limit else "")

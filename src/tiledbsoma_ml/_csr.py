@@ -1,0 +1,158 @@
+"""A small CSR matrix: built from coordinates as they arrive, cut into mini-batches without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from tiledbsoma_ml._common import NDArrayNumber
+
+
+class CSR_IO_Buffer:
+    """Rows in compressed sparse form, with the smallest index type that holds the number of columns.
+
+    Attributes:
+        indptr: Where each row starts, int64, of shape (n_rows + 1,).
+        indices: Columns, unsigned, of shape (nnz,); in any order within a row.
+        data: Values, of shape (nnz,).
+        shape: (n_rows, n_cols).
+    """
+
+    __slots__ = ("data", "indices", "indptr", "shape")
+
+    def __init__(
+        self, indptr: NDArray[Any], indices: NDArray[Any], data: NDArrayNumber, shape: tuple[int, int]
+    ) -> None:
+        assert len(indptr) == shape[0] + 1
+        assert len(indices) == len(data)
+        self.indptr = indptr
+        self.indices = indices
+        self.data = data
+        self.shape = shape
+
+    @staticmethod
+    def from_ijd(i: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
+        """Return the matrix with value `d[k]` in row `i[k]` and column `j[k]`; coordinates must be unique."""
+        return CSR_IO_Buffer.from_ijd_parts([(i, j, d)], shape, np.asarray(d).dtype)
+
+    @staticmethod
+    def from_ijd_parts(
+        parts: Sequence[tuple[NDArray[Any], NDArray[Any], NDArrayNumber]],
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
+    ) -> CSR_IO_Buffer:
+        """Return `from_ijd` of the parts put end to end, without putting them end to end."""
+        from tiledbsoma_ml import _kernels
+
+        counts = np.zeros(shape[0], dtype=np.int64)
+        for i, _, _ in parts:
+            _kernels.count_rows(i, counts)
+        indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+        indices = np.empty(indptr[-1], dtype=smallest_uint(shape[1]))
+        data = np.empty(indptr[-1], dtype=dtype)
+        free = indptr[:-1].copy()
+        for i, j, d in parts:
+            _kernels.place_rows(i, j, _kernels.as_bits(d), free, indices, _kernels.as_bits(data))
+        return CSR_IO_Buffer(indptr, indices, data, shape)
+
+    @staticmethod
+    def from_pjd(p: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
+        """Return the matrix with row starts `p`, columns `j` and values `d`: scipy's three arrays."""
+        return CSR_IO_Buffer(p.astype(np.int64), j.astype(smallest_uint(shape[1])), d, shape)
+
+    @staticmethod
+    def merge(mtxs: Sequence[CSR_IO_Buffer]) -> CSR_IO_Buffer:
+        """Return the sum of matrices of one shape and type that have no coordinate in common."""
+        first = mtxs[0]
+        if any(m.shape != first.shape or m.dtype != first.dtype for m in mtxs):
+            raise ValueError(
+                "mtxs must have one shape and dtype, but have "
+                + ", ".join(f"{m.shape} {m.dtype}" for m in mtxs)
+                + "; convert them first."
+            )
+        row_numbers = np.arange(first.shape[0], dtype=np.uint32)
+        parts = [(np.repeat(row_numbers, np.diff(m.indptr)), m.indices, m.data) for m in mtxs]
+        return CSR_IO_Buffer.from_ijd_parts(parts, first.shape, first.dtype)
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values."""
+        return len(self.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three arrays."""
+        return self.indptr.nbytes + self.indices.nbytes + self.data.nbytes
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
+        return self.data.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def slice_tonumpy(self, row_index: slice) -> NDArrayNumber:
+        """Return the rows of a slice (of step 1) as a new dense array of shape (n_rows, n_cols)."""
+        start, stop = self._bounds(row_index)
+        out = np.zeros((stop - start, self.shape[1]), dtype=self.dtype)
+        self.fill_dense(start, stop, out)
+        return out
+
+    def fill_dense(self, start: int, stop: int, out: NDArrayNumber) -> None:
+        """Write the rows from `start` to `stop` into the zeroed array `out`."""
+        from tiledbsoma_ml import _kernels
+
+        _kernels.fill_dense(
+            self.indptr[start : stop + 1], self.indices, _kernels.as_bits(self.data), _kernels.as_bits(out)
+        )
+
+    def slice_toscipy(self, row_index: slice) -> sparse.csr_matrix:
+        """Return the rows of a slice (of step 1) as a canonical `csr_matrix`; its values may be a view."""
+        start, stop = self._bounds(row_index)
+        return concat_toscipy([(self, start, stop)])
+
+    def take_rows(self, rows: NDArray[np.integer[Any]]) -> CSR_IO_Buffer:
+        """Return the rows with these numbers, in this order; a number may repeat."""
+        lengths = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        return CSR_IO_Buffer(indptr, self.indices[entries], self.data[entries], (len(rows), self.shape[1]))
+
+    def sort_indices(self) -> None:
+        """Sort the entries of every row by column, in place."""
+        from tiledbsoma_ml import _kernels
+
+        _kernels.sort_rows(self.indptr, self.indices, _kernels.as_bits(self.data))
+
+    def _bounds(self, row_index: slice) -> tuple[int, int]:
+        start, stop, step = row_index.indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"row_index={row_index} must have a step of 1; slice without a step.")
+        return start, max(start, stop)
+
+
+def concat_toscipy(pieces: Sequence[tuple[CSR_IO_Buffer, int, int]]) -> sparse.csr_matrix:
+    """Return rows (matrix, start, stop) put below each other as one canonical `csr_matrix`."""
+    lengths = np.concatenate([np.diff(m.indptr[start : stop + 1]) for m, start, stop in pieces])
+    entries = [(m, slice(m.indptr[start], m.indptr[stop])) for m, start, stop in pieces]
+    n_cols = pieces[0][0].shape[1]
+    indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    index_type = np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64
+    indices = np.concatenate([m.indices[entry] for m, entry in entries], dtype=index_type, casting="unsafe")
+    data = [m.data[entry] for m, entry in entries]
+    matrix = sparse.csr_matrix(
+        (data[0] if len(data) == 1 else np.concatenate(data), indices, indptr.astype(index_type)),
+        shape=(len(lengths), n_cols),
+    )
+    matrix.sort_indices()
+    return matrix
+
+
+def smallest_uint(n: int) -> np.dtype[Any]:
+    """Return the smallest of uint16, uint32 and uint64 that holds the indices 0 … n - 1."""
+    return next(np.dtype(t) for t in (np.uint16, np.uint32, np.uint64) if n - 1 <= np.iinfo(t).max)

@@ -1,0 +1,81 @@
+"""The address of one X layer: small, picklable, and all that a worker needs to open it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import tiledbsoma as soma
+
+from tiledbsoma_ml._common import check_name
+
+
+@attrs.frozen(kw_only=True)
+class XLocator:
+    """Where an `X` layer (and the `obs` beside it) is, at which timestamp, and with which configuration.
+
+    The configuration is the whole TileDB configuration of the experiment's context, storage credentials
+    included, so that a worker process or another machine opens what the user opened.
+    """
+
+    uri: str
+    measurement_name: str
+    layer_name: str
+    tiledb_timestamp_ms: int
+    tiledb_config: dict[str, str | float] = attrs.field(repr=False)
+
+    @classmethod
+    def create(
+        cls, experiment: soma.Experiment, measurement_name: str, layer_name: str | None = None
+    ) -> XLocator:
+        """Return the address of a layer of an open `experiment`.
+
+        Args:
+            experiment: Must be open.
+            measurement_name: For instance "RNA".
+            layer_name: If left out, "raw" if there is one, else the only layer.
+
+        Raises:
+            ValueError: If the experiment is closed, a name does not exist, or the layer is left out where
+                there are several and none is "raw".
+        """
+        if experiment.closed:
+            raise ValueError(
+                f"the experiment {experiment.uri!r} must be open; build the dataset inside "
+                "`with tiledbsoma.Experiment.open(uri) as experiment:`."
+            )
+        check_name("measurement_name", measurement_name, experiment.ms.keys())
+        measurement = experiment.ms[measurement_name]
+        layers = list(measurement.X.keys()) if "X" in measurement else []
+        return cls(
+            uri=experiment.uri,
+            measurement_name=measurement_name,
+            layer_name=_choose_layer(layer_name, layers, measurement_name),
+            tiledb_timestamp_ms=experiment.tiledb_timestamp_ms,
+            tiledb_config=experiment.context.tiledb_config,
+        )
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[soma.SparseNDArray | soma.DenseNDArray, soma.DataFrame]]:
+        """Open the layer's array and the experiment's `obs`; both close with the context."""
+        context = soma.SOMATileDBContext(tiledb_config=dict(self.tiledb_config))
+        with soma.Experiment.open(
+            self.uri, tiledb_timestamp=self.tiledb_timestamp_ms, context=context
+        ) as experiment:
+            yield experiment.ms[self.measurement_name].X[self.layer_name], experiment.obs
+
+
+def _choose_layer(name: Any, layers: list[str], measurement_name: str) -> str:
+    where = f"in measurement {measurement_name!r}"
+    if not layers:
+        raise ValueError(f"there is no X layer {where}; choose another measurement in `axis_query`.")
+    if name is not None:
+        return check_name(f"layer_name {where}:", name, layers)
+    if "raw" in layers:
+        return "raw"
+    if len(layers) == 1:
+        return layers[0]
+    listed = ", ".join(map(repr, layers))
+    raise ValueError(f"layer_name must be given where no layer is called 'raw'; {where} there are {listed}.")
