@@ -55,21 +55,21 @@ def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) 
     return int(value)
 
 
-def check_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return `name` if it is among the `known` ones; `kind` says what it names.
+def check_name(parameter: str, name: str, known: Iterable[str], *, of: str) -> str:
+    """Return `name` if it is among the `known` ones.
 
     Raises:
-        ValueError: If it is not; the message lists the nearest names.
+        ValueError: If it is not: `parameter=name` is no `of`; the message lists the nearest names.
     """
     known = list(known)
     if name in known:
         return name
-    raise ValueError(f"{kind} {name!r} does not exist; {nearest_names(name, known)}.")
+    raise ValueError(f"{parameter}={name!r} must be {of}; {nearest_names(name, known)}")
 
 
 def nearest_names(name: str, known: Sequence[str], limit: int = 10) -> str:
     """Return the way out of a misspelt name: the nearest known names, or all of them if none is near."""
     if near := difflib.get_close_matches(str(name), known, n=3, cutoff=0.6):
-        return "did you mean " + " or ".join(map(repr, near))
+        return f"did you mean {' or '.join(map(repr, near))}?"
     listed = ", ".join(map(repr, known[:limit])) or "none"
-    return f"there are {listed}" + (f" and {len(known) - limit} more" if len(known) > limit else "")
+    return f"there are {listed}{f' and {len(known) - limit} more' if len(known) > limit else ''}."

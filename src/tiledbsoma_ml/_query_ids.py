@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
+from tiledbsoma_ml.x_locator import check_open
 
 Chunks: TypeAlias = list[NDArrayJoinId]
 """Runs of `obs_joinids`, in the order in which they are to be read."""
@@ -82,11 +83,7 @@ class QueryIDs:
         Raises:
             ValueError: If the query's experiment is closed.
         """
-        if query.experiment.closed:
-            raise ValueError(
-                f"the query's experiment {query.experiment.uri!r} must be open; build the dataset inside "
-                "`with tiledbsoma.Experiment.open(uri) as experiment:`."
-            )
+        check_open(query.experiment)
         return cls(
             obs_joinids=query.obs_joinids().to_numpy(),
             var_joinids=query.var_joinids().to_numpy(),

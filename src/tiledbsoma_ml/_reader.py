@@ -81,7 +81,7 @@ def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
             f"obs_column_names={list(names)} must differ from each other; name each column once."
         )
     for name in names:
-        check_name("obs column", name, obs.keys())
+        check_name("obs_column_names", name, obs.keys(), of="a column of obs")
 
 
 # X --------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ _NULLABLE_DTYPES = {
 
 
 class ObsTable:
-    """Columns of `obs` for a set of rows, kept as Arrow has them (categories stay codes), decoded on demand."""
+    """Columns of `obs` for a set of rows: kept as Arrow has them (categories stay codes), decoded on use."""
 
     def __init__(self, joinids: NDArrayJoinId, columns: dict[str, pa.Array]) -> None:
         self._joinids = joinids
@@ -222,9 +222,8 @@ class ObsTable:
             ValueError: If `obs` lacks one of the rows.
         """
         wanted = np.unique(joinids)
-        indexed = obs.index_column_names == ("soma_joinid",) and len(wanted)
         table = obs.read(
-            coords=(_as_coords(wanted),) if indexed else (),
+            coords=_obs_coords(obs, wanted),
             column_names=list(dict.fromkeys(["soma_joinid", *column_names])),
         ).concat()
         found = _to_numpy(table["soma_joinid"])
@@ -251,6 +250,15 @@ class ObsTable:
             for name, column in self._columns.items()
         }
         return pd.DataFrame(decoded, index=pd.RangeIndex(len(joinids)))
+
+
+def _obs_coords(obs: soma.DataFrame, sorted_ids: NDArrayJoinId) -> tuple[slice | NDArrayJoinId, ...]:
+    """Return coordinates of those rows that can exist; none (all rows) where another column is the index."""
+    if obs.index_column_names != ("soma_joinid",):
+        return ()
+    first, last = obs.domain[0]
+    inside = sorted_ids[(first <= sorted_ids) & (sorted_ids <= last)]
+    return (_as_coords(inside) if len(inside) else inside,)
 
 
 def _combined(column: pa.ChunkedArray) -> pa.Array:

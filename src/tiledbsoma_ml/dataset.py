@@ -56,9 +56,10 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     """The cells of a SOMA query as mini-batches `(X, obs)`, in a new random order every epoch.
 
     ```python
+    lung = tiledbsoma.AxisQuery(value_filter="tissue == 'lung'")
     with tiledbsoma.Experiment.open(uri) as experiment:
-        with experiment.axis_query("RNA", obs_query=AxisQuery(value_filter="tissue == 'lung'")) as query:
-            dataset = ExperimentDataset(query, layer_name="raw", obs_column_names=["cell_type"], batch_size=128)
+        with experiment.axis_query("RNA", obs_query=lung) as query:
+            dataset = ExperimentDataset(query, obs_column_names=["cell_type"], batch_size=1024)
     for X, obs in experiment_dataloader(dataset):
         ...
     ```
@@ -131,13 +132,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 f"io_batch_size={io_batch_size} must be a multiple of "
                 f"shuffle_chunk_size={shuffle_chunk_size}; try {multiple}."
             )
-        self.x_locator, self.query_ids = _locate(query, layer_name, x_locator, query_ids)
+        self.x_locator, self.query_ids = _locate(query, layer_name, x_locator, query_ids, obs_column_names)
         self.obs_column_names = obs_column_names
-        if query is not None:
-            check_obs_column_names(obs_column_names, query.experiment.obs)
-        else:
-            with self.x_locator.open() as (_, obs):
-                check_obs_column_names(obs_column_names, obs)
         self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epoch = EpochCounter()
         self._rank_and_world_size: tuple[int, int] | None = None
@@ -251,7 +247,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if self._rank_and_world_size is None:
             raise RuntimeError(
                 f"device={str(self.device)!r} with workers must be loaded by `experiment_dataloader`, which "
-                "does the device work in the training process; use it in place of `DataLoader`, or num_workers=0."
+                "does the device work in the training process; use it in place of `DataLoader`."
             )
         return True
 
@@ -277,11 +273,15 @@ def _locate(
     layer_name: str | None,
     x_locator: XLocator | None,
     query_ids: QueryIDs | None,
+    obs_column_names: Sequence[str],
 ) -> tuple[XLocator, QueryIDs]:
     if query is not None and x_locator is None and query_ids is None:
-        ids = QueryIDs.create(query)
-        return XLocator.create(query.experiment, query.measurement_name, layer_name), ids
+        locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
+        check_obs_column_names(obs_column_names, query.experiment.obs)
+        return locator, QueryIDs.create(query)
     if query is None and layer_name is None and x_locator is not None and query_ids is not None:
+        with x_locator.open() as (_, obs):
+            check_obs_column_names(obs_column_names, obs)
         return x_locator, query_ids
     given = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "query_ids": query_ids}
     listed = ", ".join(name for name, value in given.items() if value is not None) or "none of them"

@@ -41,12 +41,10 @@ class XLocator:
             ValueError: If the experiment is closed, a name does not exist, or the layer is left out where
                 there are several and none is "raw".
         """
-        if experiment.closed:
-            raise ValueError(
-                f"the experiment {experiment.uri!r} must be open; build the dataset inside "
-                "`with tiledbsoma.Experiment.open(uri) as experiment:`."
-            )
-        check_name("measurement_name", measurement_name, experiment.ms.keys())
+        check_open(experiment)
+        check_name(
+            "measurement_name", measurement_name, experiment.ms.keys(), of="a measurement of the experiment"
+        )
         measurement = experiment.ms[measurement_name]
         layers = list(measurement.X.keys()) if "X" in measurement else []
         return cls(
@@ -67,15 +65,29 @@ class XLocator:
             yield experiment.ms[self.measurement_name].X[self.layer_name], experiment.obs
 
 
+def check_open(experiment: soma.Experiment) -> None:
+    """Raise a ValueError if the experiment is closed."""
+    if experiment.closed:
+        raise ValueError(
+            f"the experiment {experiment.uri!r} must be open; build the dataset inside "
+            "`with tiledbsoma.Experiment.open(uri) as experiment:`."
+        )
+
+
 def _choose_layer(name: Any, layers: list[str], measurement_name: str) -> str:
-    where = f"in measurement {measurement_name!r}"
     if not layers:
-        raise ValueError(f"there is no X layer {where}; choose another measurement in `axis_query`.")
+        raise ValueError(
+            f"measurement_name={measurement_name!r} must have an X layer; "
+            "choose another measurement in `axis_query`."
+        )
     if name is not None:
-        return check_name(f"layer_name {where}:", name, layers)
+        return check_name("layer_name", name, layers, of=f"an X layer of measurement {measurement_name!r}")
     if "raw" in layers:
         return "raw"
     if len(layers) == 1:
         return layers[0]
     listed = ", ".join(map(repr, layers))
-    raise ValueError(f"layer_name must be given where no layer is called 'raw'; {where} there are {listed}.")
+    raise ValueError(
+        "layer_name must be given where no layer is called 'raw'; "
+        f"measurement {measurement_name!r} has {listed}."
+    )

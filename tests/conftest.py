@@ -1,0 +1,34 @@
+"""Fixtures: real SOMA experiments, written once for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiledbsoma as soma
+from hypothesis import settings
+
+from stores import MEASUREMENT, Store, make_experiment
+from tiledbsoma_ml import XLocator
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]:
+    """Write an experiment, with the options of `make_experiment`."""
+
+    def make(layer_name: str | None = None, **options: Any) -> Store:
+        uri = make_experiment(tmp_path_factory.mktemp("store") / "experiment", **options)
+        with soma.Experiment.open(uri) as experiment:
+            return Store(uri, XLocator.create(experiment, MEASUREMENT, layer_name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(make_store: Callable[..., Store]) -> Store:
+    """The experiment that most tests read; never written to."""
+    return make_store()

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
+from tiledbsoma_ml import experiment_dataloader
+
+# 311 rows over 2 workers are 156 and 155: with 31 rows a mini-batch, 6 and 5 mini-batches.
+UNEVEN = {"batch_size": 31, "io_batch_size": 64, "seed": 4}
+
+
+def without_workers_in_turn(store: Store, epoch: int, **options: Any) -> np.ndarray:
+    """Return the joinids that two workers yield in turn, computed without workers."""
+    halves = np.array_split(np.arange(N_OBS), 2)
+    datasets = [store.dataset(half, **options) for half in halves]
+    for dataset in datasets:
+        dataset.set_epoch(epoch)
+    one, other = (list(dataset) for dataset in datasets)
+    in_turn = [mini_batch for pair in zip(one, other, strict=False) for mini_batch in pair]
+    return joinids_of(in_turn + one[len(other) :])
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_yield_every_row_once_in_a_new_order_every_epoch(store: Store, persistent: bool) -> None:
+    dataset = store.dataset(**UNEVEN)
+    loader = experiment_dataloader(dataset, num_workers=2, persistent_workers=persistent)
+    for epoch in range(3):
+        mini_batches = list(loader)
+        assert dataset.epoch == epoch
+        assert len(loader) == len(mini_batches) == 11
+        np.testing.assert_array_equal(
+            joinids_of(mini_batches), without_workers_in_turn(store, epoch, **UNEVEN)
+        )
+    loader.dataset.set_epoch(1)
+    np.testing.assert_array_equal(joinids_of(loader), without_workers_in_turn(store, 1, **UNEVEN))
+    np.testing.assert_array_equal(joinids_of(loader), without_workers_in_turn(store, 2, **UNEVEN))
+
+
+def test_an_epoch_that_was_left_early_does_not_confuse_persistent_workers(store: Store) -> None:
+    loader = experiment_dataloader(store.dataset(**UNEVEN), num_workers=2)
+    next(iter(loader))
+    np.testing.assert_array_equal(joinids_of(loader), without_workers_in_turn(store, 1, **UNEVEN))
+
+
+def test_without_workers_the_loader_yields_what_the_dataset_does(store: Store) -> None:
+    dataset, same = store.dataset(**UNEVEN), store.dataset(**UNEVEN)
+    loader = experiment_dataloader(dataset)
+    for _ in range(2):
+        assert len(loader) == 11
+        for (X, obs), (same_X, same_obs) in zip(loader, same, strict=True):
+            assert isinstance(X, np.ndarray)
+            np.testing.assert_array_equal(X, same_X)
+            pd.testing.assert_frame_equal(obs, same_obs)
+    assert dataset.epoch == 1
+
+
+def test_sparse_x_and_obs_of_every_type_come_through_workers(store: Store) -> None:
+    columns = ["soma_joinid", "cell_type", "maybe_int", "maybe_bool", "taken_at", "barcode"]
+    dataset = store.dataset(
+        range(60), obs_column_names=columns, return_sparse_X=True, batch_size=16, shuffle=False
+    )
+    rows = []
+    for X, obs in experiment_dataloader(dataset, num_workers=2):
+        assert isinstance(X, sparse.csr_matrix)
+        np.testing.assert_array_equal(X.toarray(), expected_X(obs["soma_joinid"], range(N_VARS)))
+        rows.append(obs)
+    expected = [
+        obs for _, obs in store.dataset(range(60), obs_column_names=columns, shuffle=False, batch_size=60)
+    ]
+    found = pd.concat(rows).sort_values("soma_joinid", ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected[0])
+
+
+def test_more_workers_than_rows_yield_every_row_once(store: Store) -> None:
+    loader = experiment_dataloader(store.dataset([7], batch_size=10), num_workers=2)
+    assert (joinids_of(loader).tolist(), len(loader)) == ([7], 1)
+
+
+def test_the_rank_of_the_training_process_reaches_its_workers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    loader = experiment_dataloader(store.dataset(range(100), batch_size=10), num_workers=2)
+    assert sorted(joinids_of(loader)) == list(range(50, 100))
+    assert len(loader) == 6
+
+
+def test_set_epoch_reaches_the_persistent_workers_of_a_plain_dataloader(store: Store) -> None:
+    dataset = store.dataset(**UNEVEN)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=2,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    iterations = []
+    for epoch in (0, 5, 2):
+        dataset.set_epoch(epoch)
+        iterations.append(joinids_of(loader))
+    for found, epoch in zip(iterations, (0, 5, 2), strict=True):
+        np.testing.assert_array_equal(found, without_workers_in_turn(store, epoch, **UNEVEN))
+
+
+def test_workers_are_spawned_unless_told_otherwise_and_the_process_is_left_alone(store: Store) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    environment = dict(os.environ)
+    loader = experiment_dataloader(store.dataset(), num_workers=1)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    other = experiment_dataloader(store.dataset(), num_workers=1, multiprocessing_context="forkserver")
+    assert other.multiprocessing_context.get_start_method() == "forkserver"
+    assert (multiprocessing.get_start_method(allow_none=True), dict(os.environ)) == (before, environment)
+
+
+def test_a_collate_function_of_the_user_is_applied(store: Store) -> None:
+    loader = experiment_dataloader(
+        store.dataset(range(20), batch_size=10), collate_fn=lambda item: len(item[1])
+    )
+    assert list(loader) == [10, 10]
+
+
+def test_an_error_in_a_worker_reaches_the_training_process_with_its_cause(store: Store) -> None:
+    dataset = store.dataset([1, N_OBS + 5])
+    with pytest.raises(ValueError, match=r"obs_joinids must exist in obs, but 1 do not, 316 for instance"):
+        list(experiment_dataloader(dataset, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("argument", "place"),
+    [
+        ({"shuffle": True}, r"shuffle=True does not apply .* set it in ExperimentDataset\(shuffle=…\)"),
+        ({"batch_size": 4}, r"batch_size=4 does not apply .* set it in ExperimentDataset\(batch_size=…\)"),
+        (
+            {"sampler": None},
+            r"sampler=None does not apply .* set it in ExperimentDataset\(shuffle=…, seed=…\)",
+        ),
+        (
+            {"batch_sampler": []},
+            r"batch_sampler=\[\] does not apply .* ExperimentDataset\(batch_size=…, shuffle=…\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_apply_are_refused_and_say_where_to_set_them(
+    store: Store, argument: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(ValueError, match=place):
+        experiment_dataloader(store.dataset(), **argument)
+
+
+def test_anything_but_an_experiment_dataset_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"ds must be an ExperimentDataset, not a list"):
+        experiment_dataloader([1, 2])  # type: ignore[arg-type]
+
+
+def as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import tiledbsoma as soma
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stores import N_OBS, N_VARS, Store, expected_X, make_obs
+from tiledbsoma_ml import _reader
+from tiledbsoma_ml._reader import SOMAReader
+
+DTYPES = [
+    np.int8,
+    np.uint8,
+    np.int16,
+    np.uint16,
+    np.int32,
+    np.uint32,
+    np.int64,
+    np.uint64,
+    np.float32,
+    np.float64,
+]
+
+
+def read(
+    store: Store,
+    obs_joinids: Sequence[int],
+    var_joinids: Sequence[int] = range(N_VARS),
+    columns: Sequence[str] = ("soma_joinid",),
+    among: Sequence[int] | None = None,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return dense X and obs as a reader gives them that was told of the rows `among`."""
+    rows = np.asarray(obs_joinids, dtype=np.int64)
+    with store.locator.open() as (X, obs):
+        reader = SOMAReader(
+            X,
+            obs,
+            np.asarray(var_joinids, dtype=np.int64),
+            obs_column_names=columns,
+            obs_joinids=rows if among is None else np.asarray(among, dtype=np.int64),
+        )
+        csr, frame = reader.read(rows)
+    return csr.slice_tonumpy(slice(None)), frame
+
+
+def column_coords(store: Store, var_joinids: Sequence[int]) -> Any:
+    with store.locator.open() as (X, _):
+        return _reader._columns_to_read(X, np.asarray(var_joinids, dtype=np.int64))
+
+
+@pytest.fixture(scope="session")
+def dense_store(make_store: Any) -> Store:
+    return make_store(dense=True, dtype=np.int32)
+
+
+@given(
+    obs_joinids=st.lists(st.integers(0, N_OBS - 1), max_size=60),
+    var_joinids=st.lists(st.integers(0, N_VARS - 1), unique=True, max_size=N_VARS),
+    dense=st.booleans(),
+)
+def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
+    store: Store, dense_store: Store, obs_joinids: list[int], var_joinids: list[int], dense: bool
+) -> None:
+    X, obs = read(dense_store if dense else store, obs_joinids, var_joinids)
+    np.testing.assert_array_equal(X, expected_X(obs_joinids, var_joinids))
+    assert obs["soma_joinid"].tolist() == obs_joinids
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_layer_keeps_its_dtype_and_every_value(make_store: Any, dtype: Any, dense: bool) -> None:
+    n_obs = 12 if np.dtype(dtype).itemsize == 1 else 30
+    typed = make_store(dtype=dtype, dense=dense, obs_joinids=range(n_obs), n_vars=9)
+    X, _ = read(typed, range(n_obs), range(9))
+    assert X.dtype == dtype
+    np.testing.assert_array_equal(X, expected_X(range(n_obs), range(9), dtype))
+
+
+def test_infinite_and_missing_values_are_kept(tmp_path: Any) -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 1e-45], dtype=np.float32)
+    with soma.SparseNDArray.create(str(tmp_path / "X"), type=pa.float32(), shape=(4, 1)) as array:
+        array.write(
+            pa.table({"soma_dim_0": np.arange(4), "soma_dim_1": np.zeros(4, int), "soma_data": values})
+        )
+    with soma.SparseNDArray.open(str(tmp_path / "X")) as array:
+        X = _reader.read_sparse_rows(array, np.array([3, 2, 1, 0]), np.array([0]))
+    np.testing.assert_array_equal(X.slice_tonumpy(slice(None))[:, 0], values[::-1])
+
+
+def test_rows_that_are_far_apart_in_a_dense_layer_are_read_in_bounded_requests(
+    dense_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_reader, "DENSE_READ_BYTES", 10 * N_VARS * 4)
+    monkeypatch.setattr(_reader, "DENSE_GAP_ROWS", 3)
+    rows = [0, 1, 2, 50, 53, 54, 57, *range(100, 140), 310]
+    runs = list(_reader._near_runs(np.array(rows), 3, 10))
+    assert [rows[start:stop] for start, stop in runs][:3] == [
+        [0, 1, 2],
+        [50, 53, 54, 57],
+        list(range(100, 110)),
+    ]
+    X, _ = read(dense_store, rows[::-1])
+    np.testing.assert_array_equal(X, expected_X(rows[::-1], range(N_VARS)))
+
+
+# The store's X has column tiles of 8: 0–7, 8–15, 16–22.
+
+
+def test_all_columns_are_asked_for_as_one_range(store: Store) -> None:
+    assert column_coords(store, range(N_VARS)) == slice(0, N_VARS - 1)
+
+
+def test_columns_that_touch_neighbouring_tiles_are_asked_for_as_one_range(store: Store) -> None:
+    assert column_coords(store, [12, 3, 5]) == slice(3, 12)
+
+
+def test_column_tiles_without_a_wanted_column_are_not_asked_for(store: Store) -> None:
+    assert column_coords(store, [17, 6, 4]).tolist() == [4, 5, 6, 17]
+
+
+def test_columns_beside_the_wanted_ones_are_not_returned(store: Store) -> None:
+    X, _ = read(store, range(20), [17, 6, 4])
+    np.testing.assert_array_equal(X, expected_X(range(20), [17, 6, 4]))
+
+
+# obs ------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_obs_column_comes_back_as_it_was_written(store: Store) -> None:
+    joinids = np.array([8, 3, 12, 250, 3])
+    columns = [name for name in make_obs(joinids) if name != "soma_joinid"]
+    _, obs = read(store, joinids, columns=columns, among=range(N_OBS))
+    pd.testing.assert_frame_equal(obs, make_obs(joinids)[columns])
+
+
+def test_a_column_with_missing_values_has_one_dtype_for_all_batches_of_a_reader(store: Store) -> None:
+    without_missing = [1, 7, 11]
+    _, obs = read(store, without_missing, columns=["maybe_int", "maybe_bool"], among=range(N_OBS))
+    assert obs.dtypes.astype(str).tolist() == ["Int64", "boolean"]
+    _, obs = read(store, without_missing, columns=["maybe_int", "maybe_bool"])
+    assert obs.dtypes.astype(str).tolist() == ["int64", "bool"]
+
+
+def test_obs_indexed_by_another_column_than_the_joinid_is_read_right(tmp_path: Any) -> None:
+    uri = str(tmp_path / "obs")
+    table = pa.table({"soma_joinid": range(6), "barcode": list("fedcba")})
+    with soma.DataFrame.create(
+        uri, schema=table.schema, index_column_names=["barcode"], domain=[None]
+    ) as frame:
+        frame.write(table)
+    with soma.DataFrame.open(uri) as frame:
+        obs = _reader.ObsTable.read(frame, ["barcode", "soma_joinid"], np.array([4, 0, 2]))
+    assert obs.take(np.array([2, 4, 0])).to_dict("list") == {
+        "barcode": ["d", "b", "f"],
+        "soma_joinid": [2, 4, 0],
+    }
+
+
+def test_rows_that_obs_lacks_are_named(store: Store) -> None:
+    with pytest.raises(ValueError, match=r"obs_joinids must exist in obs, but 2 do not, 400 for instance"):
+        read(store, [3, 400, 401])

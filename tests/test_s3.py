@@ -1,0 +1,55 @@
+"""An experiment on S3: real requests over loopback, to moto's server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import tiledbsoma as soma
+from moto.server import ThreadedMotoServer
+
+from stores import MEASUREMENT, N_OBS, joinids_of, make_experiment
+from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
+
+BUCKET = "census"
+
+
+@pytest.fixture(scope="module")
+def s3_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Serve a test experiment as s3://census/experiment; yield the configuration that opens it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"aws_access_key_id": "an-id", "aws_secret_access_key": "a-secret"}
+    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys)
+    client.create_bucket(Bucket=BUCKET)
+    uri = Path(make_experiment(tmp_path_factory.mktemp("s3") / "experiment"))
+    for file in uri.rglob("*"):
+        if file.is_file():
+            client.upload_file(str(file), BUCKET, f"experiment/{file.relative_to(uri).as_posix()}")
+    yield {
+        "vfs.s3.endpoint_override": f"{host}:{port}",
+        "vfs.s3.scheme": "http",
+        "vfs.s3.use_virtual_addressing": "false",
+        "vfs.s3.region": "us-east-1",
+        **{f"vfs.s3.{name}": value for name, value in keys.items()},
+    }
+    server.stop()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_experiment_on_s3_is_read_with_the_credentials_of_the_users_context(
+    s3_config: dict[str, str], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    context = soma.SOMATileDBContext(tiledb_config=s3_config)
+    with (
+        soma.Experiment.open(f"s3://{BUCKET}/experiment", context=context) as experiment,
+        experiment.axis_query(MEASUREMENT) as query,
+    ):
+        dataset = ExperimentDataset(query, batch_size=50, io_batch_size=128)
+    loader = experiment_dataloader(dataset, num_workers=num_workers)
+    assert sorted(joinids_of(loader)) == list(range(N_OBS))
