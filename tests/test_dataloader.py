@@ -163,5 +163,18 @@ def test_anything_but_an_experiment_dataset_is_refused() -> None:
         experiment_dataloader([1, 2])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("rank", "epochs"), [(0, [[1, 3, 0, 2], [0, 2, 1, 3]]), (1, [[5, 7, 4, 6], [4, 6, 5, 7]])]
+)
+def test_the_worked_example_of_the_documentation_holds(
+    store: Store, rank: int, epochs: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dataset = store.dataset(range(8), shuffle_chunk_size=2, io_batch_size=2, batch_size=1, seed=5)
+    loader = experiment_dataloader(dataset, num_workers=2)
+    assert [joinids_of(loader).tolist() for _ in epochs] == epochs
+
+
 def as_it_is(item: Any) -> Any:
     return item
