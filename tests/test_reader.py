@@ -156,7 +156,7 @@ def test_obs_indexed_by_another_column_than_the_joinid_is_read_right(tmp_path: A
     ) as frame:
         frame.write(table)
     with soma.DataFrame.open(uri) as frame:
-        obs = _reader.ObsTable.read(frame, ["barcode", "soma_joinid"], np.array([4, 0, 2]))
+        obs = _reader.ObsColumns.read(frame, ["barcode", "soma_joinid"], np.array([4, 0, 2]))
     assert obs.take(np.array([2, 4, 0])).to_dict("list") == {
         "barcode": ["d", "b", "f"],
         "soma_joinid": [2, 4, 0],

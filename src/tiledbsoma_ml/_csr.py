@@ -1,4 +1,4 @@
-"""A small CSR matrix: built from coordinates as they arrive, cut into mini-batches without copies."""
+"""A small CSR matrix: built from coordinates as they arrive, cut into mini-batches."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class CSR_IO_Buffer:
         )
 
     def slice_toscipy(self, row_index: slice) -> sparse.csr_matrix:
-        """Return the rows of a slice (of step 1) as a canonical `csr_matrix`; its values may be a view."""
+        """Return the rows of a slice (of step 1) as a canonical `csr_matrix`."""
         start, stop = self._bounds(row_index)
         return concat_toscipy([(self, start, stop)])
 
@@ -144,11 +144,8 @@ def concat_toscipy(pieces: Sequence[tuple[CSR_IO_Buffer, int, int]]) -> sparse.c
     indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     index_type = np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64
     indices = np.concatenate([m.indices[entry] for m, entry in entries], dtype=index_type, casting="unsafe")
-    data = [m.data[entry] for m, entry in entries]
-    matrix = sparse.csr_matrix(
-        (data[0] if len(data) == 1 else np.concatenate(data), indices, indptr.astype(index_type)),
-        shape=(len(lengths), n_cols),
-    )
+    data = np.concatenate([m.data[entry] for m, entry in entries])
+    matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(lengths), n_cols))
     matrix.sort_indices()
     return matrix
 

@@ -59,13 +59,13 @@ class SOMAReader:
         self._obs = obs
         self._obs_column_names = list(obs_column_names)
         self._obs_joinids = obs_joinids
-        self._obs_table: ObsTable | None = None
+        self._obs_table: ObsColumns | None = None
         self._var_joinids = var_joinids
 
     def read(self, obs_joinids: NDArrayJoinId) -> IOBatch:
         """Return the rows of `obs_joinids`, which may repeat, as one IO batch in exactly that order."""
         if self._obs_table is None:
-            self._obs_table = ObsTable.read(self._obs, self._obs_column_names, self._obs_joinids)
+            self._obs_table = ObsColumns.read(self._obs, self._obs_column_names, self._obs_joinids)
         read_X = read_dense_rows if isinstance(self._X, soma.DenseNDArray) else read_sparse_rows
         return read_X(self._X, obs_joinids, self._var_joinids), self._obs_table.take(obs_joinids)
 
@@ -206,7 +206,7 @@ _NULLABLE_DTYPES = {
 }
 
 
-class ObsTable:
+class ObsColumns:
     """Columns of `obs` for a set of rows: kept as Arrow has them (categories stay codes), decoded on use."""
 
     def __init__(self, joinids: NDArrayJoinId, columns: dict[str, pa.Array]) -> None:
@@ -215,7 +215,7 @@ class ObsTable:
         self._dtypes = {name: _nullable_dtype(column) for name, column in columns.items()}
 
     @classmethod
-    def read(cls, obs: soma.DataFrame, column_names: Sequence[str], joinids: NDArrayJoinId) -> ObsTable:
+    def read(cls, obs: soma.DataFrame, column_names: Sequence[str], joinids: NDArrayJoinId) -> ObsColumns:
         """Read the columns for the rows of `joinids`, in one scan.
 
         Raises:

@@ -90,7 +90,7 @@ class History:
 
 def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, say: Say) -> str:
     """Return the URI of an experiment in `output_dir` with the cells of `simulate_cells`."""
-    folder = output_dir / f"simulated-{_fingerprint(n_cells, n_genes, seed)}.soma"
+    folder = output_dir.absolute() / f"simulated-{_fingerprint(n_cells, n_genes, seed)}.soma"
     _build_once(folder, lambda uri: simulate_experiment(uri, n_cells, n_genes, seed), say)
     return str(folder)
 
@@ -109,7 +109,7 @@ def ingest_h5ad(path: Path, label: str | None, output_dir: Path, say: Say) -> tu
         check_name("label", label, adata.obs.columns, of="a column of obs")
         stat = path.stat()
         made_of = _fingerprint(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        folder = output_dir / f"{path.stem}-{made_of}.soma"
+        folder = output_dir.absolute() / f"{path.stem}-{made_of}.soma"
         _build_once(folder, lambda uri: _write_experiment(uri, adata.to_memory(), say), say)
     finally:
         adata.file.close()

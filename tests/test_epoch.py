@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch.multiprocessing
+
+from tiledbsoma_ml._epoch import EpochCounter
+
+
+def take(counter: EpochCounter, n: int) -> list[int]:
+    return [counter.take() for _ in range(n)]
+
+
+def test_epochs_count_from_0() -> None:
+    assert take(EpochCounter(), 4) == [0, 1, 2, 3]
+
+
+def test_the_current_epoch_is_the_one_taken_last() -> None:
+    counter = EpochCounter()
+    assert counter.current == 0
+    for epoch in range(3):
+        assert counter.take() == epoch
+        assert counter.current == epoch
+
+
+def test_set_chooses_the_epoch_that_is_taken_next_and_counting_goes_on_from_there() -> None:
+    counter = EpochCounter()
+    counter.take()
+    counter.set(7)
+    assert counter.current == 7
+    assert take(counter, 3) == [7, 8, 9]
+
+
+def test_an_epoch_may_be_set_again_or_back() -> None:
+    counter = EpochCounter()
+    for epoch in (5, 5, 2, 0):
+        counter.set(epoch)
+        assert counter.take() == epoch
+    assert counter.take() == 1
+
+
+def test_of_several_settings_the_last_one_counts() -> None:
+    counter = EpochCounter()
+    counter.set(7)
+    counter.set(4)
+    assert take(counter, 2) == [4, 5]
+
+
+def test_a_pickled_copy_starts_from_the_current_epoch() -> None:
+    counter = EpochCounter()
+    counter.set(3)
+    copy = pickle.loads(pickle.dumps(counter))
+    assert copy.current == 3
+    assert take(copy, 2) == [3, 4]
+    assert take(counter, 2) == [3, 4]
+
+
+def test_a_pickled_copy_of_a_counter_in_use_goes_on_as_the_counter_does() -> None:
+    counter = EpochCounter()
+    take(counter, 3)
+    copy = pickle.loads(pickle.dumps(counter))
+    assert copy.current == counter.current
+    assert take(copy, 2) == take(counter, 2)
+
+
+# Copies in other processes --------------------------------------------------------------------------------
+
+
+def answer_with_epochs(counter: EpochCounter, pipe: Connection) -> None:
+    while pipe.recv() == "take":
+        pipe.send(counter.take())
+
+
+@contextmanager
+def copy_in_a_spawned_process(counter: EpochCounter) -> Iterator[Callable[[], int]]:
+    """Start a process that holds a copy of `counter`; yield the `take` of that copy."""
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=answer_with_epochs, args=(counter, there), daemon=True)
+    process.start()
+
+    def take_there() -> int:
+        here.send("take")
+        assert here.poll(120)
+        return here.recv()
+
+    try:
+        yield take_there
+    finally:
+        here.send("end")
+        process.join()
+    assert process.exitcode == 0
+
+
+def test_a_copy_in_another_process_counts_by_itself_and_sees_what_is_set_here() -> None:
+    counter = EpochCounter()
+    counter.set(3)
+    with copy_in_a_spawned_process(counter) as take_there:
+        assert [take_there(), take_there()] == [3, 4]
+        counter.set(9)
+        assert [take_there(), take_there()] == [9, 10]
+        counter.set(9)
+        assert take_there() == 9
+        counter.set(1)
+        counter.set(0)
+        assert [take_there(), take_there()] == [0, 1]
+        assert counter.take() == 0
+
+
+def test_a_fresh_copy_gives_the_epoch_that_it_was_copied_with_before_any_that_is_set_later() -> None:
+    counter = EpochCounter()
+    counter.set(3)
+    with copy_in_a_spawned_process(counter) as take_there:
+        counter.set(8)
+        assert [take_there(), take_there(), take_there()] == [3, 8, 9]

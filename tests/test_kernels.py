@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+from numba.core.dispatcher import Dispatcher
+from numpy.typing import NDArray
+
+from tiledbsoma_ml import _kernels
+
+Arrays: TypeAlias = tuple[NDArray[np.generic], ...]
+
+N_ROWS, N_COLS = 400, 900
+
+# Entries of a matrix with unique coordinates, in random order, and the same with rows in order.
+_rng = np.random.default_rng(0)
+ROWS, COLS = np.divmod(_rng.permutation(N_ROWS * N_COLS)[: N_ROWS * N_COLS // 3], N_COLS)
+DATA = _rng.random(len(ROWS), dtype=np.float32)
+INDPTR = np.concatenate([[0], np.cumsum(np.bincount(ROWS, minlength=N_ROWS))])
+BY_ROW = np.argsort(ROWS, kind="stable")
+BY_ROW_AND_COL = np.lexsort((COLS, ROWS))
+INDICES = COLS[BY_ROW].astype(np.uint16)
+
+# Joinids of those rows, and the places that rows and columns get; every third column is not wanted.
+SORTED_IDS = np.arange(N_ROWS) * 5 + 2
+ROW_OF = _rng.permutation(N_ROWS)
+COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1])
+
+
+def count_rows() -> Arrays:
+    counts = np.ones(N_ROWS, dtype=np.int64)
+    _kernels.count_rows(ROWS, counts)
+    return (counts,)
+
+
+def place_rows() -> Arrays:
+    free, indices, data = INDPTR[:-1].copy(), np.empty_like(INDICES), np.empty_like(DATA)
+    _kernels.place_rows(ROWS, COLS, _kernels.as_bits(DATA), free, indices, _kernels.as_bits(data))
+    return free, indices, data
+
+
+def locate() -> Arrays:
+    rows, cols = np.empty(len(DATA), dtype=np.uint32), np.empty(len(DATA), dtype=np.uint16)
+    data = np.empty_like(DATA)
+    dim_0, dim_1, bits = SORTED_IDS[ROWS], COLS, _kernels.as_bits(DATA)
+    n_kept = _kernels.locate(
+        dim_0, dim_1, bits, SORTED_IDS, ROW_OF, COL_OF, rows, cols, _kernels.as_bits(data)
+    )
+    return rows[:n_kept], cols[:n_kept], data[:n_kept]
+
+
+def fill_dense() -> Arrays:
+    out = np.zeros((N_ROWS, N_COLS), dtype=np.float32)
+    _kernels.fill_dense(INDPTR, INDICES, _kernels.as_bits(DATA[BY_ROW]), _kernels.as_bits(out))
+    return (out,)
+
+
+def sort_rows() -> Arrays:
+    indices, data = INDICES.copy(), DATA[BY_ROW]
+    _kernels.sort_rows(INDPTR, indices, _kernels.as_bits(data))
+    return indices, data
+
+
+def dense() -> NDArray[np.float32]:
+    out = np.zeros((N_ROWS, N_COLS), dtype=np.float32)
+    out[ROWS, COLS] = DATA
+    return out
+
+
+KEPT = COL_OF[COLS] >= 0
+DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
+    (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
+    (place_rows, (INDPTR[1:], INDICES, DATA[BY_ROW])),
+    (locate, (ROW_OF[ROWS][KEPT], COL_OF[COLS][KEPT], DATA[KEPT])),
+    (fill_dense, (dense(),)),
+    (sort_rows, (COLS[BY_ROW_AND_COL], DATA[BY_ROW_AND_COL])),
+]
+
+
+def kernels() -> dict[str, Dispatcher]:
+    return {name: value for name, value in vars(_kernels).items() if isinstance(value, Dispatcher)}
+
+
+def test_every_kernel_is_defined_here() -> None:
+    assert sorted(kernels()) == sorted(kernel.__name__ for kernel, _ in DEFINITIONS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"), DEFINITIONS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_kernel_gives_what_defines_it_in_several_threads_at_once(
+    kernel: Callable[[], Arrays], expected: Arrays
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = [future.result() for future in [pool.submit(kernel) for _ in range(8)]]
+    for found in results:
+        for array, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(array, wanted)
+
+
+def test_threads_may_fill_the_halves_of_one_matrix_at_once() -> None:
+    out, bits = np.zeros((N_ROWS, N_COLS), dtype=np.float32), _kernels.as_bits(DATA[BY_ROW])
+    half = N_ROWS // 2
+
+    def fill(start: int, stop: int) -> None:
+        _kernels.fill_dense(INDPTR[start : stop + 1], INDICES, bits, _kernels.as_bits(out[start:stop]))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fill, [0, half], [half, N_ROWS]))
+    np.testing.assert_array_equal(out, dense())
+
+
+def test_values_are_viewed_as_bits_of_their_width_without_a_copy() -> None:
+    for dtype in (np.bool_, np.int8, np.uint16, np.float32, np.int64, np.float64):
+        values = np.ones(3, dtype=dtype)
+        bits = _kernels.as_bits(values)
+        assert (bits.dtype.kind, bits.dtype.itemsize) == ("u", values.dtype.itemsize)
+        assert np.shares_memory(bits, values)
+
+
+def test_other_threads_run_while_a_kernel_does() -> None:
+    rows = np.broadcast_to(np.int64(0), 100_000_000)  # a tenth of a second of counting, in eight bytes
+
+    def sees_a_count_in_progress() -> bool:
+        counts = np.zeros(1, dtype=np.int64)
+        counting = pool.submit(_kernels.count_rows, rows, counts)
+        seen = False
+        while not (seen or counting.done()):
+            seen = 0 < counts[0] < len(rows)
+        counting.result()
+        return seen
+
+    # One look may come too late on a busy machine; with the GIL held none of many could succeed.
+    with ThreadPoolExecutor(1) as pool:
+        assert any(sees_a_count_in_progress() for _ in range(20))
+
+
+def test_every_kernel_releases_the_gil_and_leaves_threads_to_the_caller() -> None:
+    for kernel in kernels().values():
+        assert kernel.targetoptions["nogil"] is True
+        assert not kernel.targetoptions.get("parallel", False)
+
+
+COUNT_ONE_ROW = """
+import json, sys, numpy as np
+sys.path.append(sys.argv[1])
+import _kernels
+
+_kernels.count_rows(np.zeros(1, dtype=np.uint32), np.zeros(1, dtype=np.int64))
+stats = _kernels.count_rows.stats
+print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values())]))
+"""
+
+
+def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    package = Path(_kernels.__file__).parent  # the module alone: the rest of the package takes seconds
+
+    def hits_and_misses() -> list[int]:
+        command = [sys.executable, "-c", COUNT_ONE_ROW, str(package)]
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+    assert hits_and_misses() == [0, 1]
+    assert hits_and_misses() == [1, 0]
+
+
+def test_every_kernel_is_kept_on_disk() -> None:
+    for name, kernel in kernels().items():
+        assert kernel.stats.cache_path, name

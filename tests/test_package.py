@@ -1,0 +1,252 @@
+"""What holds for the package as a whole: layers, what an import does, and the published interface."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import tiledbsoma_ml
+from stores import Store
+from tiledbsoma_ml import (
+    ExperimentDataset,
+    QueryIDs,
+    ShuffleMode,
+    XLocator,
+    _distributed,
+    _query_ids,
+    dataset,
+)
+from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._io_batch_iterable import IOBatchIterable
+from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
+
+PACKAGE = Path(tiledbsoma_ml.__file__).parent
+
+# Layers ---------------------------------------------------------------------------------------------------
+
+# A module imports only from modules above it.
+LAYOUT = [
+    "_common",
+    "_distributed",
+    "_epoch",
+    "x_locator",
+    "_query_ids",
+    "_kernels",
+    "_csr",
+    "_eager_iter",
+    "_reader",
+    "_io_batch_iterable",
+    "_device",
+    "_mini_batch_iterable",
+    "dataset",
+    "dataloader",
+    "simulate",
+    "demo",
+    "cli",
+]
+
+
+def imported_by(module: str) -> Iterator[str]:
+    """Yield what a module imports from this package, anywhere in its text; "" is the package itself."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == PACKAGE.name:
+                imported = rest.partition(".")[0]
+                yield imported if imported in LAYOUT else ""
+
+
+def test_the_layout_has_every_module_once() -> None:
+    modules = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+    assert sorted(LAYOUT) == sorted(modules)
+    assert not list(PACKAGE.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("module", LAYOUT)
+def test_a_module_imports_only_from_modules_above_it(module: str) -> None:
+    above = LAYOUT[: LAYOUT.index(module)]
+    assert set(imported_by(module)) <= set(above)
+
+
+def test_imports_are_found() -> None:
+    assert set(imported_by("_csr")) == {"_common", "_kernels"}
+    assert {"dataset", "_query_ids"} <= set(imported_by("dataloader"))
+
+
+# Importing ------------------------------------------------------------------------------------------------
+
+WHAT_AN_IMPORT_DOES = """
+import json, multiprocessing, os, sys, warnings
+import numpy as np, tiledbsoma, torch
+
+def state():
+    return {
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "environment": dict(os.environ),
+        "warnings": [repr(item) for item in warnings.filters],
+        "numpy": repr([np.random.get_state()[1].tolist(), np.random.get_state()[2:]]),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "default dtype": str(torch.get_default_dtype()),
+        "sharing": torch.multiprocessing.get_sharing_strategy(),
+    }
+
+before, modules = state(), set(sys.modules)
+import tiledbsoma_ml
+after = state()
+print(json.dumps({
+    "changed": [key for key in before if before[key] != after[key]],
+    "start method": after["start method"],
+    "modules": sorted(set(sys.modules) - modules),
+    "all": sorted(sys.modules),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def of_import() -> dict[str, Any]:
+    """What `import tiledbsoma_ml` does to a process that has imported torch and tiledbsoma."""
+    command = [sys.executable, "-c", WHAT_AN_IMPORT_DOES]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def test_importing_the_package_loads_no_extra_no_compiler_and_no_command_line(of_import: Any) -> None:
+    extras = {"lightning", "scvi", "ray", "typer", "rich", "numba", "matplotlib", "anndata"}
+    assert not extras & set(of_import["modules"])
+    assert not {"lightning", "ray", "rich", "numba", "matplotlib.pyplot"} & set(of_import["all"])
+    own = {name.removeprefix("tiledbsoma_ml.") for name in of_import["modules"] if "tiledbsoma_ml." in name}
+    assert {"dataset", "dataloader"} <= own
+    assert not {"cli", "demo", "simulate", "_kernels"} & own
+
+
+def test_importing_the_package_changes_no_global_state(of_import: Any) -> None:
+    assert of_import["changed"] == []
+    assert of_import["start method"] is None
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# The published interface ----------------------------------------------------------------------------------
+
+# Every signature of the public interface of tiledbsoma-ml 0.1.0.
+PUBLISHED: dict[Callable[..., Any], str] = {
+    ExperimentDataset: """
+        query=None, layer_name=None, x_locator=None, query_ids=None, obs_column_names=("soma_joinid",),
+        batch_size=1, io_batch_size=65536, shuffle=True, shuffle_chunk_size=64, seed=None,
+        return_sparse_X=False, use_eager_fetch=True, shuffle_mode=ShuffleMode.CPU, device=None
+    """,
+    ExperimentDataset.set_epoch: "self, epoch",
+    ExperimentDataset.random_split: "self, *fracs, seed=None, method='stochastic_rounding'",
+    tiledbsoma_ml.experiment_dataloader: "ds, **dataloader_kwargs",
+    QueryIDs: "*, obs_joinids, var_joinids, partition=None",
+    QueryIDs.create: "query",
+    QueryIDs.random_split: "self, *fracs, seed=None, method='stochastic_rounding'",
+    QueryIDs.partitioned: "self, partition",
+    QueryIDs.shuffle_chunks: "self, shuffle_chunk_size, seed=None",
+    IOBatchIterable: """
+        chunks, io_batch_size, obs, var_joinids, X, obs_column_names=("soma_joinid",), seed=None,
+        shuffle=True, use_eager_fetch=True
+    """,
+    MiniBatchIterable: """
+        io_batch_iter, batch_size, use_eager_fetch=True, return_sparse_X=False, gpu_shuffle=False,
+        gpu_shuffle_mode="iobatch", device=None, seed=None, epoch=0
+    """,
+    XLocator: "*, uri, measurement_name, layer_name, tiledb_timestamp_ms, tiledb_config",
+    XLocator.create: "experiment, measurement_name, layer_name",
+    CSR_IO_Buffer: "indptr, indices, data, shape",
+    CSR_IO_Buffer.from_ijd: "i, j, d, shape",
+    CSR_IO_Buffer.from_pjd: "p, j, d, shape",
+    CSR_IO_Buffer.merge: "mtxs",
+    CSR_IO_Buffer.slice_tonumpy: "self, row_index",
+    CSR_IO_Buffer.slice_toscipy: "self, row_index",
+    _distributed.get_distributed_rank_and_world_size: "",
+    _distributed.get_worker_id_and_num: "",
+}
+
+
+def parameters(signature: str) -> list[Parameter]:
+    """Return the parameters of a function that has this signature."""
+    return list(inspect.signature(eval(f"lambda {' '.join(signature.split())}: None")).parameters.values())
+
+
+@pytest.mark.parametrize("item", PUBLISHED, ids=lambda item: item.__qualname__)
+def test_a_call_written_for_0_1_0_is_still_valid(item: Callable[..., Any]) -> None:
+    published = parameters(PUBLISHED[item])
+    found = list(inspect.signature(item).parameters.values())
+    assert len(found) >= len(published)
+    for ours, theirs in zip(found, published, strict=False):
+        assert (ours.name, ours.kind) == (theirs.name, theirs.kind)
+        if theirs.default is not Parameter.empty:
+            assert ours.default == theirs.default
+    for added in found[len(published) :]:
+        assert added.default is not Parameter.empty
+
+
+def test_the_defaults_have_their_published_names_and_values() -> None:
+    assert dataset.DEFAULT_OBS_COLUMN_NAMES == ("soma_joinid",)
+    assert dataset.DEFAULT_IO_BATCH_SIZE == 65536
+    assert dataset.DEFAULT_SHUFFLE_CHUNK_SIZE == 64
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("tiledbsoma_ml", "ExperimentDataset"),
+        ("tiledbsoma_ml", "experiment_dataloader"),
+        ("tiledbsoma_ml.dataset", "ExperimentDataset"),
+        ("tiledbsoma_ml.dataloader", "experiment_dataloader"),
+        ("tiledbsoma_ml._common", "MiniBatch"),
+        ("tiledbsoma_ml._common", "NDArrayJoinId"),
+        ("tiledbsoma_ml._query_ids", "Chunks"),
+        ("tiledbsoma_ml._query_ids", "Partition"),
+        ("tiledbsoma_ml._query_ids", "QueryIDs"),
+        ("tiledbsoma_ml._io_batch_iterable", "IOBatch"),
+        ("tiledbsoma_ml._io_batch_iterable", "IOBatchIterable"),
+        ("tiledbsoma_ml._mini_batch_iterable", "MiniBatchIterable"),
+        ("tiledbsoma_ml.x_locator", "XLocator"),
+    ],
+)
+def test_a_published_name_is_where_it_was(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_the_sampling_methods_are_the_published_ones() -> None:
+    published = {"deterministic", "multinomial", "stochastic_rounding"}
+    assert set(get_args(_query_ids.SamplingMethod)) == published
+
+
+def test_a_dataset_has_the_published_attributes(store: Store) -> None:
+    ids = QueryIDs(obs_joinids=range(10), var_joinids=range(4))
+    made = ExperimentDataset(x_locator=store.locator, query_ids=ids, batch_size=3, return_sparse_X=True)
+    assert (made.x_locator, made.query_ids) == (store.locator, ids)
+    assert (made.batch_size, made.io_batch_size, made.shuffle_chunk_size) == (3, 65536, 64)
+    assert (made.shuffle, made.seed, made.use_eager_fetch, made.epoch) == (True, None, True, 0)
+    assert (made.return_sparse_X, made.shuffle_mode, made.device) == (True, ShuffleMode.CPU, None)
+    assert made.obs_column_names == ("soma_joinid",)
+    assert (len(made), made.shape) == (4, (4, 4))
+
+
+def test_everything_public_is_exported() -> None:
+    for name in tiledbsoma_ml.__all__:
+        assert hasattr(tiledbsoma_ml, name)
+    assert tiledbsoma_ml.__all__ == sorted(tiledbsoma_ml.__all__)

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiledbsoma as soma
+
+from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
+from tiledbsoma_ml import XLocator
+
+CONFIG = {
+    "vfs.s3.region": "eu-north-1",
+    "vfs.s3.endpoint_override": "storage.example:9000",
+    "vfs.s3.aws_secret_access_key": "hush-hush",
+    "soma.init_buffer_bytes": "1048576",
+}
+
+
+def create(uri: str, *names: str | None, config: dict[str, Any] | None = None) -> XLocator:
+    context = soma.SOMATileDBContext(tiledb_config=config)
+    with soma.Experiment.open(uri, context=context) as experiment:
+        return XLocator.create(experiment, *names)  # type: ignore[arg-type]
+
+
+def dense_of(X: soma.SparseNDArray | soma.DenseNDArray, n_rows: int, n_vars: int) -> np.ndarray:
+    if isinstance(X, soma.DenseNDArray):
+        return X.read().to_numpy()
+    table = X.read().tables().concat()
+    dense = np.zeros((n_rows, n_vars), dtype=np.float32)
+    dense[table["soma_dim_0"], table["soma_dim_1"]] = table["soma_data"]
+    return dense
+
+
+@pytest.fixture(scope="session")
+def make_uri(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    def make(**options: Any) -> str:
+        small = {"obs_joinids": range(12), "n_vars": 3}
+        return make_experiment(tmp_path_factory.mktemp("locate") / "experiment", **(small | options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def with_raw(make_uri: Callable[..., str]) -> str:
+    return make_uri(layers=("counts", "normalized", "raw"))
+
+
+@pytest.fixture(scope="session")
+def without_raw(make_uri: Callable[..., str]) -> str:
+    return make_uri(layers=("counts", "normalized"))
+
+
+# Which layer ----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_named_is_the_one(with_raw: str) -> None:
+    locator = create(with_raw, "RNA", "normalized")
+    assert (locator.uri, locator.measurement_name, locator.layer_name) == (with_raw, "RNA", "normalized")
+
+
+@pytest.mark.parametrize("names", [("RNA",), ("RNA", None)])
+def test_without_a_name_the_layer_raw_is_chosen(with_raw: str, names: tuple[str | None, ...]) -> None:
+    assert create(with_raw, *names).layer_name == "raw"
+
+
+def test_without_a_name_the_only_layer_is_chosen(make_uri: Callable[..., str]) -> None:
+    assert create(make_uri(layers=("counts",)), "RNA").layer_name == "counts"
+
+
+def test_without_a_name_several_layers_of_which_none_is_raw_are_an_error_that_lists_them(
+    without_raw: str,
+) -> None:
+    with pytest.raises(ValueError, match="layer_name must be given where no layer is called 'raw'") as caught:
+        create(without_raw, "RNA")
+    assert str(caught.value).endswith("measurement 'RNA' has 'counts', 'normalized'.")
+
+
+@pytest.mark.parametrize(
+    ("layer", "way_out"), [("normalised", "did you mean 'normalized'?"), ("zz", "there are 'counts', 'norma")]
+)
+def test_an_unknown_layer_is_an_error_that_names_the_nearest(
+    without_raw: str, layer: str, way_out: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"layer_name='{layer}' must be an X layer of measurement 'RNA'; "
+    ) as caught:
+        create(without_raw, "RNA", layer)
+    assert way_out in str(caught.value)
+
+
+def test_an_unknown_measurement_is_an_error_that_names_the_nearest(with_raw: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"measurement_name='RNAs' must be a measurement of the experiment; did you mean 'RNA'\?",
+    ):
+        create(with_raw, "RNAs", "raw")
+
+
+@pytest.mark.parametrize("has_collection", [False, True])
+@pytest.mark.parametrize("layer", [None, "raw"])
+def test_a_measurement_without_x_is_refused(
+    make_uri: Callable[..., str], has_collection: bool, layer: str | None
+) -> None:
+    uri = make_uri()
+    with soma.Experiment.open(uri, "w") as experiment:
+        measurement = experiment.ms.add_new_collection("protein", soma.Measurement)
+        if has_collection:
+            measurement.add_new_collection("X")
+    with pytest.raises(ValueError, match=r"measurement_name='protein' must have an X layer; choose another"):
+        create(uri, "protein", layer)
+
+
+def test_a_closed_experiment_is_refused(store: Store) -> None:
+    with soma.Experiment.open(store.uri) as experiment:
+        pass
+    with pytest.raises(ValueError, match="must be open; build the dataset inside") as caught:
+        XLocator.create(experiment, MEASUREMENT)
+    assert repr(store.uri) in str(caught.value)
+
+
+# Opening --------------------------------------------------------------------------------------------------
+
+
+def test_open_gives_the_layer_and_obs_and_closes_both(store: Store) -> None:
+    with store.locator.open() as (X, obs):
+        assert isinstance(X, soma.SparseNDArray)
+        assert X.uri.endswith("/ms/RNA/X/raw")
+        np.testing.assert_array_equal(dense_of(X, N_OBS, N_VARS), expected_X(range(N_OBS), range(N_VARS)))
+        joinids = obs.read(column_names=["soma_joinid"]).concat()["soma_joinid"]
+        assert joinids.to_pylist() == list(range(N_OBS))
+    assert X.closed
+    assert obs.closed
+
+
+def test_open_gives_the_layer_that_was_named(without_raw: str) -> None:
+    with create(without_raw, "RNA", "normalized").open() as (X, _):
+        assert X.uri.endswith("/X/normalized")
+
+
+def test_a_dense_layer_is_opened_as_it_is(make_uri: Callable[..., str]) -> None:
+    with create(make_uri(dense=True), "RNA").open() as (X, _):
+        assert isinstance(X, soma.DenseNDArray)
+        np.testing.assert_array_equal(dense_of(X, 12, 3), expected_X(range(12), range(3)))
+
+
+def test_what_is_written_after_the_locator_was_created_is_not_seen(make_uri: Callable[..., str]) -> None:
+    written, added = [0, 1, 2, 5], 4
+    uri = make_uri(obs_joinids=written)
+    locator = create(uri, "RNA")
+    later = locator.tiledb_timestamp_ms + 1000
+    with soma.Experiment.open(uri, "w", tiledb_timestamp=later) as experiment:
+        experiment.obs.write(pa.Table.from_pandas(make_obs(np.array([added])), preserve_index=False))
+        entry = {"soma_dim_0": [added], "soma_dim_1": [0], "soma_data": pa.array([7.0], pa.float32())}
+        experiment.ms["RNA"].X["raw"].write(pa.table(entry))
+
+    def joinids_and_value(locator: XLocator) -> tuple[list[int], float]:
+        with locator.open() as (X, obs):
+            joinids = obs.read(column_names=["soma_joinid"]).concat()["soma_joinid"]
+            return sorted(joinids.to_pylist()), dense_of(X, 6, 3)[added, 0].item()
+
+    assert joinids_and_value(locator) == (written, 0.0)
+    assert joinids_and_value(pickle.loads(pickle.dumps(locator))) == (written, 0.0)
+    assert joinids_and_value(attrs.evolve(locator, tiledb_timestamp_ms=later)) == ([0, 1, 2, 4, 5], 7.0)
+
+
+def test_a_locator_has_the_timestamp_at_which_its_experiment_was_opened(store: Store) -> None:
+    timestamp = store.locator.tiledb_timestamp_ms + 5
+    with soma.Experiment.open(store.uri, tiledb_timestamp=timestamp) as experiment:
+        locator = XLocator.create(experiment, MEASUREMENT)
+    assert locator.tiledb_timestamp_ms == timestamp
+    with locator.open() as (X, obs):
+        assert X.tiledb_timestamp_ms == obs.tiledb_timestamp_ms == timestamp
+
+
+# The configuration ----------------------------------------------------------------------------------------
+
+
+def of_config(config: Any) -> dict[str, str]:
+    return {key: str(config[key]) for key in CONFIG}
+
+
+def test_the_whole_configuration_travels_credentials_included(with_raw: str) -> None:
+    locator = create(with_raw, "RNA", config=CONFIG)
+    copy = pickle.loads(pickle.dumps(locator))
+    assert of_config(locator.tiledb_config) == CONFIG
+    with copy.open() as (X, obs):
+        assert of_config(X.context.tiledb_config) == CONFIG
+        assert of_config(obs.context.tiledb_config) == CONFIG
+
+
+def test_the_configuration_of_an_experiment_that_was_read_from_travels_too(with_raw: str) -> None:
+    context = soma.SOMATileDBContext(tiledb_config=CONFIG)
+    assert context.native_context is not None
+    with soma.Experiment.open(with_raw, context=context) as experiment:
+        experiment.obs.read().concat()
+        locator = XLocator.create(experiment, "RNA")
+    assert of_config(locator.tiledb_config) == CONFIG
+    with locator.open() as (X, _):
+        assert of_config(X.context.tiledb_config) == CONFIG
+
+
+def test_the_configuration_is_not_shown(with_raw: str) -> None:
+    locator = create(with_raw, "RNA", config=CONFIG)
+    for text in (repr(locator), str(locator)):
+        assert "hush-hush" not in text
+        assert "config" not in text
+        assert repr(with_raw) in text
+
+
+def test_a_locator_survives_pickling(store: Store) -> None:
+    assert pickle.loads(pickle.dumps(store.locator)) == store.locator
+
+
+def test_a_locator_cannot_be_assigned_to(store: Store) -> None:
+    with pytest.raises(AttributeError):
+        store.locator.layer_name = "counts"  # type: ignore[misc]
