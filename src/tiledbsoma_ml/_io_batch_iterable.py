@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import attrs
@@ -11,10 +11,12 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
 from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._plan import id_batches
 from tiledbsoma_ml._query_ids import Chunks
 from tiledbsoma_ml._reader import IOBatch, Reader, SOMAReader
+from tiledbsoma_ml._window import Room
 
-__all__ = ["IOBatch", "IOBatchIterable", "id_batches", "io_batches"]
+__all__ = ["IOBatch", "IOBatchIterable", "io_batches"]
 
 
 @attrs.frozen
@@ -58,35 +60,22 @@ class IOBatchIterable(Iterable[IOBatch]):
         return io_batches(batches, reader, use_eager_fetch=self.use_eager_fetch)
 
 
-def id_batches(
-    chunks: Iterable[NDArrayJoinId], io_batch_size: int, rng: np.random.Generator | None
-) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
-
-    With `rng`, each batch is permuted by the generator's next draw.
-    """
-    for batch in _rebatched(chunks, io_batch_size):
-        yield batch if rng is None else batch[rng.permutation(len(batch))]
-
-
 def io_batches(
-    batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool
-) -> Iterator[IOBatch]:
-    """Yield the rows of each batch of joinids; with `use_eager_fetch` the next is read ahead, on a thread."""
+    batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool, room: Room | None = None
+) -> Generator[IOBatch, None, None]:
+    """Yield the rows of each batch of joinids, in one IO batch or more.
+
+    Args:
+        batches: The joinids; each batch is read at once.
+        reader: Where to read them.
+        use_eager_fetch: Whether to read the next batch on a thread, while this one is used.
+        room: What the reader may wait for; closed at the end.
+    """
     read = (reader.read(batch) for batch in batches)
     with closing(EagerIterator(read) if use_eager_fetch else read) as ahead:
-        yield from ahead
-
-
-def _rebatched(chunks: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
-    pending: list[NDArrayJoinId] = []
-    room = size
-    for chunk in chunks:
-        while len(chunk) >= room:
-            yield np.concatenate([*pending, chunk[:room]])
-            chunk, pending, room = chunk[room:], [], size
-        if len(chunk):
-            pending.append(chunk)
-            room -= len(chunk)
-    if pending:
-        yield np.concatenate(pending)
+        try:
+            for parts in ahead:
+                yield from parts
+        finally:
+            if room is not None:
+                room.close()

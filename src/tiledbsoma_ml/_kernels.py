@@ -1,7 +1,7 @@
 """The compiled loops: they release the GIL, are cached on disk, and may run in several threads at once.
 
-Values are moved as unsigned integers of their own width (`as_bits`), so that one compiled loop serves every
-type of that width. Imported on first use, because importing numba takes time.
+Values that are only moved are moved as unsigned integers of their own width (`as_bits`), so that one compiled
+loop serves every type of that width. Imported on first use, because importing numba takes time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,111 @@ _jit = numba.njit(nogil=True, cache=True, boundscheck=False)
 def as_bits(values: NDArray[Any]) -> NDArray[Any]:
     """Return a view of `values` as unsigned integers of the same width."""
     return values.view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+@_jit
+def find_runs(
+    dim_0: NDArray[np.int64],
+    sorted_ids: NDArray[np.int64],
+    rows: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    stops: NDArray[np.int32],
+) -> int:
+    """Find where entries of one row follow each other; return the number of runs found.
+
+    For each run of a joinid that is in `sorted_ids`, its place there and the run's first and last entry (plus
+    one) are written to the last three arguments, which must be as long as `dim_0`.
+    """
+    n_runs, k, row = 0, 0, 0
+    while k < len(dim_0):
+        joinid, start = dim_0[k], k
+        while k < len(dim_0) and dim_0[k] == joinid:
+            k += 1
+        if row + 1 < len(sorted_ids) and sorted_ids[row + 1] == joinid:
+            row += 1
+        elif sorted_ids[row] != joinid:
+            row = min(np.searchsorted(sorted_ids, joinid), len(sorted_ids) - 1)
+        if sorted_ids[row] == joinid:
+            rows[n_runs], starts[n_runs], stops[n_runs] = row, start, k
+            n_runs += 1
+    return n_runs
+
+
+@_jit
+def count_kept(
+    dim_1: NDArray[np.int64],
+    col_of: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    stops: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+) -> None:
+    """Count the entries of each run whose column is wanted: whose `col_of` is not negative."""
+    for r in range(len(starts)):
+        n_kept = 0
+        for k in range(starts[r], stops[r]):
+            n_kept += col_of[dim_1[k]] >= 0
+        lengths[r] = n_kept
+
+
+@_jit
+def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
+    """Whether all of some floating-point numbers are whole, and none is negative, a negative zero or NaN."""
+    all_bits = bits[0]
+    n_fractions = 0
+    for k in range(len(values)):
+        all_bits |= bits[k]
+        n_fractions += values[k] != np.floor(values[k])
+    sign = all_bits >> np.uint64(bits.itemsize * 8 - 1)
+    return n_fractions == 0 and sign == 0
+
+
+@_jit
+def copy_runs(
+    dim_1: NDArray[np.int64],
+    values: NDArray[Any],
+    col_of: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    stops: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    cols: NDArray[Any],
+    kept: NDArray[Any],
+) -> None:
+    """Copy the wanted entries of each run to `cols` and `kept`, from `begins` of the run on."""
+    for r in range(len(starts)):
+        place = begins[r]
+        for k in range(starts[r], stops[r]):
+            col = col_of[dim_1[k]]
+            if col >= 0:
+                cols[place] = col
+                kept[place] = values[k]
+                place += 1
+
+
+@_jit
+def add_lengths(rows: NDArray[np.int32], lengths: NDArray[np.int32], counts: NDArray[np.int32]) -> None:
+    """Add the length of each run to the count of its row."""
+    for r in range(len(rows)):
+        counts[rows[r]] += lengths[r]
+
+
+@_jit
+def place_runs(
+    rows: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    cols: NDArray[Any],
+    values: NDArray[Any],
+    free: NDArray[np.int64],
+    indices: NDArray[Any],
+    data: NDArray[Any],
+) -> None:
+    """Put each run at `free[row]`, the next free place of its row, and move that place on."""
+    start = 0
+    for r in range(len(rows)):
+        place, n = free[rows[r]], lengths[r]
+        free[rows[r]] = place + n
+        indices[place : place + n] = cols[start : start + n]
+        data[place : place + n] = values[start : start + n]
+        start += n
 
 
 @_jit
@@ -42,38 +147,6 @@ def place_rows(
         free[rows[k]] = place + 1
         indices[place] = cols[k]
         out_bits[place] = bits[k]
-
-
-@_jit
-def locate(
-    dim_0: NDArray[np.int64],
-    dim_1: NDArray[np.int64],
-    bits: NDArray[Any],
-    sorted_ids: NDArray[np.int64],
-    row_of: NDArray[np.int64],
-    col_of: NDArray[np.int64],
-    rows: NDArray[Any],
-    cols: NDArray[Any],
-    out_bits: NDArray[Any],
-) -> int:
-    """Translate joinids into places, dropping columns that are not wanted; return how many entries stay.
-
-    Equals, for every entry: `row_of[searchsorted(sorted_ids, dim_0)]` and `col_of[dim_1]`, kept if the
-    latter is not negative. Entries of a row come in runs, so a row is looked up once per run.
-    """
-    n_kept = 0
-    joinid, row = np.int64(-1), np.int64(-1)
-    for k in range(len(dim_0)):
-        if dim_0[k] != joinid:
-            joinid = dim_0[k]
-            row = row_of[np.searchsorted(sorted_ids, joinid)]
-        col = col_of[dim_1[k]]
-        if col >= 0:
-            rows[n_kept] = row
-            cols[n_kept] = col
-            out_bits[n_kept] = bits[k]
-            n_kept += 1
-    return n_kept
 
 
 @_jit

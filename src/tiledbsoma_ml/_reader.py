@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,8 +15,11 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import NDArrayJoinId, check_name
-from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._plan import Layout
+from tiledbsoma_ml._window import Columns, Pages, Room, Window
 
 IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
 """Rows of `X` and the same rows of `obs`, read together."""
@@ -25,12 +30,28 @@ DENSE_READ_BYTES = 64 * 2**20
 DENSE_GAP_ROWS = 64
 """Rows of a dense layer that are this near are read in one request, with those between them."""
 
+GAP_ROWS = 16
+"""Rows of a sparse layer that are this near, in one tile, are asked for in one range, with those between.
+
+TileDB decodes whole tiles in any case and pays for every range: dropping ten rows afterwards is cheaper.
+"""
+
+BYTES_PER_JOINID = 48
+"""What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
+
+OBS_GAP_ROWS = 1024
+"""Rows of `obs` that are this near are asked for in one range, with those between them."""
+
 
 class Reader(Protocol):
     """Something that holds rows and gives them back by joinid."""
 
-    def read(self, obs_joinids: NDArrayJoinId) -> IOBatch:
-        """Return the rows of `obs_joinids`, which may repeat, as one IO batch in exactly that order."""
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+        """Read the rows of `obs_joinids`, which may repeat.
+
+        Returns:
+            IO batches that together are these rows in exactly this order. What was taken is not held.
+        """
         ...
 
 
@@ -43,6 +64,10 @@ class SOMAReader:
         var_joinids: Columns of `X`, in the order in which they are wanted; unique.
         obs_column_names: Columns of `obs`, in the order in which they are wanted.
         obs_joinids: Every row that will be asked for: their `obs` is read once, at the first `read`.
+        n_parts: In how many IO batches to give out what is read at once.
+        use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
+        room: What limits the bytes held.
+        folder: Where to keep rows, in files, until they are wanted; in memory if None.
     """
 
     def __init__(
@@ -53,21 +78,55 @@ class SOMAReader:
         *,
         obs_column_names: Sequence[str],
         obs_joinids: NDArrayJoinId,
+        n_parts: int = 1,
+        use_eager_fetch: bool = False,
+        room: Room | None = None,
+        folder: Path | None = None,
     ) -> None:
         check_obs_column_names(obs_column_names, obs)
         self._X = X
         self._obs = obs
         self._obs_column_names = list(obs_column_names)
         self._obs_joinids = obs_joinids
-        self._obs_table: ObsColumns | None = None
+        self._obs_columns: ObsColumns | None = None
         self._var_joinids = var_joinids
+        self._columns = Columns(var_joinids, max(X.shape[1], int(var_joinids.max(initial=-1)) + 1))
+        self._use_eager_fetch = use_eager_fetch
+        self._window_options: dict[str, Any] = {
+            "n_parts": n_parts,
+            "room": room,
+            "folder": folder,
+            "pages": Pages(),
+        }
 
-    def read(self, obs_joinids: NDArrayJoinId) -> IOBatch:
-        """Return the rows of `obs_joinids`, which may repeat, as one IO batch in exactly that order."""
-        if self._obs_table is None:
-            self._obs_table = ObsColumns.read(self._obs, self._obs_column_names, self._obs_joinids)
-        read_X = read_dense_rows if isinstance(self._X, soma.DenseNDArray) else read_sparse_rows
-        return read_X(self._X, obs_joinids, self._var_joinids), self._obs_table.take(obs_joinids)
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+        """Read the rows of `obs_joinids`, which may repeat.
+
+        Returns:
+            IO batches that together are these rows in exactly this order. What was taken is not held.
+        """
+        if self._obs_columns is None:
+            self._obs_columns = ObsColumns.read(self._obs, self._obs_column_names, self._obs_joinids)
+        return self._with_obs(obs_joinids, self.read_window(obs_joinids))
+
+    def read_window(self, obs_joinids: NDArrayJoinId) -> Window:
+        """Read the rows of `obs_joinids`, without their `obs`."""
+        dtype = np.dtype(self._X.schema.field("soma_data").type.to_pandas_dtype())
+        window = Window(obs_joinids, self._columns, dtype, **self._window_options)
+        if len(obs_joinids) and len(self._var_joinids):
+            entries = _dense_entries if isinstance(self._X, soma.DenseNDArray) else _sparse_entries
+            found = entries(self._X, window.sorted_ids, self._var_joinids)
+            with closing(EagerIterator(found) if self._use_eager_fetch else found) as ahead:
+                for dim_0, dim_1, values in ahead:
+                    window.add(dim_0, dim_1, values)
+        return window
+
+    def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[IOBatch]:
+        assert self._obs_columns is not None
+        start = 0
+        for rows in window:
+            yield rows, self._obs_columns.take(obs_joinids[start : start + len(rows)])
+            start += len(rows)
 
 
 def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
@@ -84,68 +143,52 @@ def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
         check_name("obs_column_names", name, obs.keys(), of="a column of obs")
 
 
+def measure_layout(reader: SOMAReader, row_tile: int, obs_joinids: NDArrayJoinId) -> Layout:
+    """Return how a layer is stored, and what its rows take up, from a sample of the rows of `obs_joinids`."""
+    n_runs = max(1, min(16, len(obs_joinids) // 128))
+    starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
+    sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
+    n_bytes = reader.read_window(sample).nbytes / max(1, len(sample))
+    return Layout(row_tile, n_bytes + BYTES_PER_JOINID)
+
+
 # X --------------------------------------------------------------------------------------------------------
 
-
-def read_sparse_rows(
-    X: soma.SparseNDArray, obs_joinids: NDArrayJoinId, var_joinids: NDArrayJoinId
-) -> CSR_IO_Buffer:
-    """Return rows and columns of a sparse layer, in the order asked for.
-
-    The layer is read unordered, as it is stored, and sorted into rows as it arrives.
-    """
-    from tiledbsoma_ml import _kernels
-
-    shape = (len(obs_joinids), len(var_joinids))
-    dtype = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype())
-    if 0 in shape:
-        return CSR_IO_Buffer.from_ijd_parts([], shape, dtype)
-    sorted_ids, first, back = np.unique(obs_joinids, return_index=True, return_inverse=True)
-    repeats = len(sorted_ids) < len(obs_joinids)
-    row_of = np.arange(len(sorted_ids)) if repeats else first
-    col_of = np.full(max(X.shape[1], int(var_joinids.max()) + 1), -1, dtype=np.int64)
-    col_of[var_joinids] = np.arange(len(var_joinids))
-    col_type = smallest_uint(len(var_joinids))
-    parts = []
-    for table in X.read(coords=(_as_coords(sorted_ids), _columns_to_read(X, var_joinids))).tables():
-        dim_0, dim_1, data = (_to_numpy(table[name]) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
-        rows, cols = np.empty(len(data), dtype=np.uint32), np.empty(len(data), dtype=col_type)
-        kept = np.empty(len(data), dtype=dtype)
-        n_kept = _kernels.locate(
-            dim_0,
-            dim_1,
-            _kernels.as_bits(data),
-            sorted_ids,
-            row_of,
-            col_of,
-            rows,
-            cols,
-            _kernels.as_bits(kept),
-        )
-        parts.append((rows[:n_kept], cols[:n_kept], kept[:n_kept]))
-    matrix = CSR_IO_Buffer.from_ijd_parts(parts, (len(sorted_ids), shape[1]), dtype)
-    return matrix.take_rows(back) if repeats else matrix
+Entries: TypeAlias = tuple[NDArrayJoinId, NDArrayJoinId, NDArrayNumber]
+"""Row and column, as joinids, and value of each of some entries of a layer."""
 
 
-def read_dense_rows(
-    X: soma.DenseNDArray, obs_joinids: NDArrayJoinId, var_joinids: NDArrayJoinId
-) -> CSR_IO_Buffer:
-    """Return rows and columns of a dense layer, in the order asked for; zeros are not stored."""
-    shape = (len(obs_joinids), len(var_joinids))
-    dtype = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype())
-    if 0 in shape:
-        return CSR_IO_Buffer.from_ijd_parts([], shape, dtype)
-    sorted_ids, back = np.unique(obs_joinids, return_inverse=True)
+def row_tile(X: soma.SparseNDArray | soma.DenseNDArray) -> int:
+    """Return how many neighbouring rows of a layer are stored, and so decoded, together."""
+    return _tile(X, "soma_dim_0")
+
+
+def _tile(X: soma.SparseNDArray | soma.DenseNDArray, dim: str) -> int:
+    return int(json.loads(X.schema_config_options().dims)[dim]["tile"])
+
+
+def _sparse_entries(
+    X: soma.SparseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
+) -> Generator[Entries, None, None]:
+    """Yield the entries of rows and columns of a sparse layer, and some beside them, as they are stored."""
+    coords = (_rows_to_read(X, sorted_ids), _columns_to_read(X, var_joinids))
+    for table in X.read(coords=coords).tables():
+        dim_0, dim_1, values = (_to_numpy(table[name]) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+        yield dim_0, dim_1, values
+
+
+def _dense_entries(
+    X: soma.DenseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
+) -> Generator[Entries, None, None]:
+    """Yield the entries of rows of a dense layer, and some beside them, that are not zero."""
     first_col, last_col = int(var_joinids.min()), int(var_joinids.max())
-    n_rows = max(1, DENSE_READ_BYTES // ((last_col - first_col + 1) * dtype.itemsize))
-    parts = []
+    itemsize = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype()).itemsize
+    n_rows = max(1, DENSE_READ_BYTES // ((last_col - first_col + 1) * itemsize))
     for start, stop in _near_runs(sorted_ids, DENSE_GAP_ROWS, n_rows):
         first_row, last_row = int(sorted_ids[start]), int(sorted_ids[stop - 1])
         block = X.read(coords=(slice(first_row, last_row), slice(first_col, last_col))).to_numpy()
-        wanted = block[np.ix_(sorted_ids[start:stop] - first_row, var_joinids - first_col)]
-        i, j = wanted.nonzero()
-        parts.append(((i + start).astype(np.uint32), j.astype(smallest_uint(shape[1])), wanted[i, j]))
-    return CSR_IO_Buffer.from_ijd_parts(parts, (len(sorted_ids), shape[1]), dtype).take_rows(back)
+        i, j = block.nonzero()
+        yield i + first_row, j + first_col, block[i, j]
 
 
 def _near_runs(sorted_ids: NDArrayJoinId, gap: int, n_rows: int) -> Iterator[tuple[int, int]]:
@@ -158,6 +201,13 @@ def _near_runs(sorted_ids: NDArrayJoinId, gap: int, n_rows: int) -> Iterator[tup
             start = stop
 
 
+def _rows_to_read(X: soma.SparseNDArray, sorted_ids: NDArrayJoinId) -> slice | NDArrayJoinId:
+    """Return the rows to ask the layer for: cheaper to read than `sorted_ids` alone, and covering them."""
+    tile = sorted_ids // row_tile(X)
+    is_start = (np.diff(sorted_ids, prepend=-GAP_ROWS - 1) > GAP_ROWS) | (np.diff(tile, prepend=-1) != 0)
+    return _ranges(sorted_ids, np.flatnonzero(is_start))
+
+
 def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice | NDArrayJoinId:
     """Return the columns to ask the layer for: cheaper to read than `var_joinids` alone, and covering them.
 
@@ -167,22 +217,18 @@ def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice
     times as long as reading all columns; 2,000 neighbours take a fifth of it.
     """
     wanted = np.sort(var_joinids)
-    tile = _column_tile(X)
-    starts = np.flatnonzero(np.diff(wanted // tile, prepend=-1))
-    firsts, lasts = wanted[starts], wanted[np.append(starts[1:], len(wanted)) - 1]
-    if (np.diff(firsts // tile) == 1).all():
+    return _ranges(wanted, np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1)))
+
+
+def _ranges(sorted_ids: NDArrayJoinId, starts: NDArray[np.int64]) -> slice | NDArrayJoinId:
+    """Return the ids from the first to the last of each run, as a slice if these touch; `starts` of runs."""
+    firsts, lasts = sorted_ids[starts], sorted_ids[np.append(starts[1:], len(sorted_ids)) - 1]
+    lengths = lasts - firsts + 1
+    total = int(lengths.sum())
+    if total == lasts[-1] - firsts[0] + 1:
         return slice(int(firsts[0]), int(lasts[-1]))
-    return np.concatenate([np.arange(a, b + 1) for a, b in zip(firsts, lasts, strict=True)])
-
-
-def _column_tile(X: soma.SparseNDArray) -> int:
-    return int(json.loads(X.schema_config_options().dims)["soma_dim_1"]["tile"])
-
-
-def _as_coords(sorted_ids: NDArrayJoinId) -> slice | NDArrayJoinId:
-    """Return the same coordinates, as a slice if they have no gap."""
-    first, last = int(sorted_ids[0]), int(sorted_ids[-1])
-    return slice(first, last) if last - first == len(sorted_ids) - 1 else sorted_ids
+    offset: NDArrayJoinId = np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
+    return np.arange(total) + offset
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
@@ -221,21 +267,15 @@ class ObsColumns:
         Raises:
             ValueError: If `obs` lacks one of the rows.
         """
-        wanted = np.unique(joinids)
+        is_sorted = bool((np.diff(joinids) > 0).all())
+        wanted = joinids if is_sorted else np.unique(joinids)
         table = obs.read(
             coords=_obs_coords(obs, wanted),
             column_names=list(dict.fromkeys(["soma_joinid", *column_names])),
         ).concat()
         found = _to_numpy(table["soma_joinid"])
-        rows = np.argsort(found)
-        rows = rows[np.isin(found[rows], wanted)]
-        if len(rows) < len(wanted):
-            missing = np.setdiff1d(wanted, found)
-            raise ValueError(
-                f"obs_joinids must exist in obs, but {len(missing)} do not, {missing[0]} for instance; "
-                "make query_ids from a query on the same experiment."
-            )
-        table = table.take(pa.array(rows))
+        if not np.array_equal(found, wanted):
+            table = table.take(pa.array(_places(wanted, found)))
         return cls(wanted, {name: _combined(table[name]) for name in column_names})
 
     def take(self, joinids: NDArrayJoinId) -> pd.DataFrame:
@@ -252,13 +292,29 @@ class ObsColumns:
         return pd.DataFrame(decoded, index=pd.RangeIndex(len(joinids)))
 
 
+def _places(wanted: NDArrayJoinId, found: NDArrayJoinId) -> NDArray[np.int64]:
+    """Return where each joinid of `wanted`, which is sorted, is in `found`."""
+    order = np.argsort(found, kind="stable")
+    order = order[np.isin(found[order], wanted)]
+    if len(order) < len(wanted):
+        missing = np.setdiff1d(wanted, found)
+        raise ValueError(
+            f"obs_joinids must exist in obs, but {len(missing)} do not, {missing[0]} for instance; "
+            "make query_ids from a query on the same experiment."
+        )
+    return order
+
+
 def _obs_coords(obs: soma.DataFrame, sorted_ids: NDArrayJoinId) -> tuple[slice | NDArrayJoinId, ...]:
-    """Return coordinates of those rows that can exist; none (all rows) where another column is the index."""
+    """Return coordinates that cover the rows that can exist; all rows where another column is the index."""
     if obs.index_column_names != ("soma_joinid",):
         return ()
     first, last = obs.domain[0]
     inside = sorted_ids[(first <= sorted_ids) & (sorted_ids <= last)]
-    return (_as_coords(inside) if len(inside) else inside,)
+    if not len(inside):
+        return (inside,)
+    gaps = np.diff(inside, prepend=inside[0] - OBS_GAP_ROWS - 1)
+    return (_ranges(inside, np.flatnonzero(gaps > OBS_GAP_ROWS)),)
 
 
 def _combined(column: pa.ChunkedArray) -> pa.Array:

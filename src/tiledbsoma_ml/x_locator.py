@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import tiledbsoma as soma
 
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import check_name
 
 
@@ -56,13 +57,36 @@ class XLocator:
         )
 
     @contextmanager
-    def open(self) -> Iterator[tuple[soma.SparseNDArray | soma.DenseNDArray, soma.DataFrame]]:
-        """Open the layer's array and the experiment's `obs`; both close with the context."""
-        context = soma.SOMATileDBContext(tiledb_config=dict(self.tiledb_config))
+    def open(
+        self, budget: Budget | None = None
+    ) -> Iterator[tuple[soma.SparseNDArray | soma.DenseNDArray, soma.DataFrame]]:
+        """Open the layer's array and the experiment's `obs`; both close with the context.
+
+        Args:
+            budget: Of memory. Buffers are sized by it, but for those that the configuration sizes.
+        """
+        config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget or Budget(2**31))}
+        context = soma.SOMATileDBContext(tiledb_config=config)
         with soma.Experiment.open(
             self.uri, tiledb_timestamp=self.tiledb_timestamp_ms, context=context
         ) as experiment:
             yield experiment.ms[self.measurement_name].X[self.layer_name], experiment.obs
+
+
+_TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
+
+
+def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, str | float]:
+    """Return sizes for the buffers that a configuration does not size.
+
+    A context that was used has a value for everything, so TileDB's own default counts as not set.
+    """
+    ours = {"soma.init_buffer_bytes": budget.buffer, "sm.mem.total_budget": budget.tiledb}
+    return {
+        name: size
+        for name, size in ours.items()
+        if str(config.get(name, _TILEDB_DEFAULTS[name])) == str(_TILEDB_DEFAULTS[name])
+    }
 
 
 def check_open(experiment: soma.Experiment) -> None:

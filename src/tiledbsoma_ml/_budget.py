@@ -1,0 +1,56 @@
+"""Budgets of memory and of disk space: how they are written, and where their bytes go."""
+
+from __future__ import annotations
+
+import re
+
+import attrs
+
+MIN_BUDGET = 64 * 2**20
+"""The smallest budget that is accepted."""
+
+FIXED_BYTES = 80 * 2**20
+"""What compiled loops, an open experiment and columns of `obs` take, about."""
+
+
+def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
+    """Return a number of bytes, given as one or as a string like "2GiB".
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it cannot be read, or is below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f"{name}={value!r} must be a number of bytes or a string; try {name}='2GiB'.")
+    if isinstance(value, int):
+        n_bytes = value
+    elif match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()):
+        number, prefix, binary = match.groups()
+        n_bytes = round(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    else:
+        raise ValueError(f"{name}={value!r} must be a number of bytes, with a unit or without; try '2GiB'.")
+    if n_bytes < minimum:
+        raise ValueError(f"{name}={value!r} must be at least {minimum // 2**20} MiB; try '2GiB'.")
+    return n_bytes
+
+
+@attrs.frozen
+class Budget:
+    """Where the bytes of a memory budget go: what TileDB gets, and what is left for rows that wait."""
+
+    total: int
+
+    @property
+    def tiledb(self) -> int:
+        """What TileDB may use to decode tiles."""
+        return min(max(self.total // 16, 16 * 2**20), 64 * 2**20)
+
+    @property
+    def buffer(self) -> int:
+        """Size of one of TileDB's result buffers; there are three, of which three sets can be alive."""
+        return min(max(self.total // 128, 2**20), 4 * 2**20)
+
+    @property
+    def windows(self) -> int:
+        """What is left for rows that wait, all windows together."""
+        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - FIXED_BYTES

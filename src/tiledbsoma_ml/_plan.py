@@ -1,0 +1,276 @@
+"""What is read together, and in which order: the batches of joinids of an epoch.
+
+Pure NumPy on joinids, like `_query_ids`: no input or output, no torch. What "auto" stands for is chosen from
+the joinids, from how a layer is stored (`Layout`) and from a budget of memory, so that whoever has these
+chooses the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Literal, TypeAlias
+
+import attrs
+import numpy as np
+
+from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+from tiledbsoma_ml._query_ids import Chunks, QueryIDs
+
+Size: TypeAlias = int | Literal["auto"]
+"""A number of rows, or "auto"."""
+
+REFERENCE_CHUNKS = 1024
+"""Chunks in a window of the documented defaults, 65,536 rows in chunks of 64: "auto" mixes no worse."""
+
+TOLERANCE = 0.005
+"""A smaller difference in predicted mixing says nothing: the prediction is right to about one hundredth."""
+
+UNSHUFFLED_ROWS = 65_536
+"""Rows read together at most where nothing is shuffled, and more would only keep the first ones waiting."""
+
+
+@attrs.frozen
+class Layout:
+    """How a layer is stored, as far as planning needs to know."""
+
+    row_tile: int
+    """Neighbouring rows that are decoded together."""
+    bytes_per_row: float
+    """What a row of the query takes up while it waits in a window."""
+
+
+@attrs.frozen
+class Sizes:
+    """What to read together."""
+
+    run_length: int
+    """Rows of the layer, wanted or not, from which a chunk is taken; chunks follow each other in tiles."""
+    window_rows: int
+    """Rows read together and shuffled among each other, but for the last chunk."""
+    first_window_rows: int
+    """The same for the first window, which is waited for; each one after it is twice as large, up to that."""
+    mixing: float
+    """Predicted mixing; see `predicted_mixing`."""
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """How the rows of a query are put into batches that are read together.
+
+    Args:
+        shuffle_chunk_size: Neighbouring rows that stay together until they are read; None: all, in the order
+            of the query.
+        io_batch_size: Rows read together.
+        batch_size: Rows per mini-batch.
+        permutes: Whether the rows of each batch are permuted.
+        mixing: What "auto" should reach, see `choose_sizes`.
+        layout: How the layer is stored; needed where a size is "auto".
+        window_bytes: What a window may hold, where `io_batch_size` is "auto".
+    """
+
+    shuffle_chunk_size: Size | None
+    io_batch_size: Size
+    batch_size: int
+    permutes: bool
+    mixing: float | None = None
+    layout: Layout | None = None
+    window_bytes: int = 0
+
+    def id_batches(self, ids: QueryIDs, *, seed: int, epoch: int) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids of an epoch, as many at a time as are read together."""
+        rng = seeded_rng(seed, epoch) if self.permutes else None
+        if isinstance(self.io_batch_size, int) and self.shuffle_chunk_size != "auto":
+            return id_batches(self._chunks(ids, seed, epoch), self.io_batch_size, rng)
+        if not len(ids.obs_joinids):
+            return iter(())
+        sizes = self.sizes(ids)
+        chunks = self._chunks(ids, seed, epoch, sizes.run_length)
+        return whole_chunk_batches(chunks, window_borders(len(ids.obs_joinids), sizes), rng)
+
+    def sizes(self, ids: QueryIDs) -> Sizes:
+        """Return what "auto" stands for."""
+        assert self.layout is not None
+        window_rows = self.io_batch_size
+        if window_rows == "auto":
+            window_rows = int(self.window_bytes / self.layout.bytes_per_row)
+        if self.shuffle_chunk_size is None:
+            rows = min(window_rows, UNSHUFFLED_ROWS)
+            return Sizes(self.layout.row_tile, rows, rows, 0.0)
+        sizes = choose_sizes(_sorted(ids.obs_joinids), self.layout, window_rows, self.batch_size, self.mixing)
+        if self.shuffle_chunk_size == "auto":
+            return sizes
+        return attrs.evolve(sizes, first_window_rows=sizes.window_rows)
+
+    def _chunks(self, ids: QueryIDs, seed: int, epoch: int, run_length: int = 0) -> Chunks:
+        if self.shuffle_chunk_size is None:
+            is_cut = run_length > 0 and _is_sorted(ids.obs_joinids)
+            return tile_chunks(ids.obs_joinids, run_length) if is_cut else [ids.obs_joinids]
+        if self.shuffle_chunk_size != "auto":
+            return ids.shuffle_chunks(self.shuffle_chunk_size, seed=seed, epoch=epoch)
+        chunks = tile_chunks(_sorted(ids.obs_joinids), run_length)
+        return [chunks[k] for k in seeded_rng(seed, epoch).permutation(len(chunks)).tolist()]
+
+
+def id_batches(
+    chunks: Iterable[NDArrayJoinId], io_batch_size: int, rng: np.random.Generator | None
+) -> Iterator[NDArrayJoinId]:
+    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
+
+    With `rng`, each batch is permuted by the generator's next draw.
+    """
+    for batch in _rebatched(chunks, io_batch_size):
+        yield batch if rng is None else batch[rng.permutation(len(batch))]
+
+
+def predicted_mixing(n_chunks: float, batch_size: int) -> float:
+    """Return the mean entropy of labels in a mini-batch as a share of that in a truly random one.
+
+    The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
+    the other, so that a chunk has one label. A mini-batch of `batch_size` rows drawn from a window of
+    `n_chunks` chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from everywhere.
+    """
+    size = min(batch_size, 4096)
+    if size == 1:
+        return 1.0
+    return _entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)
+
+
+@lru_cache(maxsize=1024)
+def _entropy(n_draws: float) -> float:
+    """Return the expected entropy, in nats, of the labels of rows drawn at random from the model."""
+    quantiles = (np.arange(900) + 0.5) / 900
+    share = np.exp(1.5 * np.array([NormalDist().inv_cdf(q) for q in quantiles]))
+    expected = n_draws * (share / share.sum())[:, np.newaxis]
+    k = np.arange(1, 600)
+    log_factorial = np.cumsum(np.log(k))
+    poisson = np.exp(k * np.log(expected) - expected - log_factorial)
+    return math.log(n_draws) - float((poisson * (k * np.log(k))).sum()) / n_draws
+
+
+def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_rows: int) -> float:
+    """Return how many times a tile is decoded in an epoch of shuffled chunks of neighbouring rows.
+
+    Chunks of one IO batch that lie in one tile share its decoding.
+    """
+    n_tiles = max(1.0, n_rows / row_tile)
+    n_io_batches = max(1.0, n_rows / io_batch_rows)
+    chunks_per_io_batch = min(n_rows, io_batch_rows) / chunk_rows
+    tiles_per_chunk = max(1.0, chunk_rows / row_tile)
+    touched = n_tiles * -math.expm1(-chunks_per_io_batch * tiles_per_chunk / n_tiles)
+    return max(1.0, n_io_batches * touched / n_tiles)
+
+
+def choose_sizes(
+    joinids: NDArrayJoinId, layout: Layout, window_rows: int, batch_size: int, mixing: float | None
+) -> Sizes:
+    """Return the longest runs, of whole tiles at most, that mix well enough, and windows for them.
+
+    Args:
+        joinids: The rows, sorted.
+        layout: How they are stored.
+        window_rows: As many rows fit into a window.
+        batch_size: Rows per mini-batch.
+        mixing: What is well enough; the mixing of the documented defaults if None.
+    """
+    window_rows = max(1, window_rows)
+    n_windows = max(1, math.ceil(len(joinids) / window_rows))
+    rows = math.ceil(len(joinids) / n_windows)
+    if n_windows == 1:
+        return Sizes(layout.row_tile, rows, rows, 1.0)
+    target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
+    for run_length in _run_lengths(layout.row_tile):
+        per_chunk = _rows_per_chunk(joinids, run_length)
+        reached = predicted_mixing(rows / per_chunk, batch_size)
+        if reached >= target:
+            break
+    first = rows
+    while first > 4 * batch_size and predicted_mixing(first / 2 / per_chunk, batch_size) >= target:
+        first //= 2
+    return Sizes(run_length, rows, first, reached)
+
+
+def tile_chunks(joinids: NDArrayJoinId, run_length: int) -> Chunks:
+    """Return sorted joinids as chunks: one for each run of `run_length` rows of the layer that has any."""
+    return np.split(joinids, _chunk_starts(joinids, run_length)[1:])
+
+
+def _chunk_starts(joinids: NDArrayJoinId, run_length: int) -> NDArrayJoinId:
+    """Return where chunks start; a block of joinids at a time, because there may be 100 million."""
+    starts, block = [], 2**20
+    for begin in range(0, len(joinids), block):
+        run = joinids[max(0, begin - 1) : begin + block] // run_length
+        found = np.flatnonzero(run[1:] != run[:-1]) + max(0, begin - 1) + 1
+        starts.append(found if begin else np.append(0, found))
+    return np.concatenate(starts) if starts else np.empty(0, dtype=np.int64)
+
+
+def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
+    """Return after how many rows each window should end: growing ones first, then equal ones."""
+    borders, size = [0], sizes.first_window_rows
+    while size < sizes.window_rows and borders[-1] + size < n_rows:
+        borders.append(borders[-1] + size)
+        size *= 2
+    n_left = math.ceil((n_rows - borders[-1]) / sizes.window_rows)
+    even = np.linspace(borders[-1], n_rows, n_left + 1).round().astype(int).tolist()
+    return [*borders[1:], *even[1:]]
+
+
+def whole_chunk_batches(
+    chunks: Chunks, borders: list[int], rng: np.random.Generator | None
+) -> Iterator[NDArrayJoinId]:
+    """Yield the joinids of whole chunks, put end to end: as many as come nearest to each of `borders`.
+
+    With `rng`, each batch is permuted by the generator's next draw.
+    """
+    ends = np.cumsum([len(chunk) for chunk in chunks])
+    start = 0
+    for border in borders:
+        stop = int(np.searchsorted(ends, border)) + 1 if border < ends[-1] else len(chunks)
+        if start < stop:
+            batch = np.concatenate(chunks[start:stop])
+            yield batch if rng is None else batch[rng.permutation(len(batch))]
+        start = stop
+
+
+def _run_lengths(row_tile: int) -> Iterator[int]:
+    """Yield what divides tiles evenly, longest first."""
+    length = row_tile
+    yield length
+    while length % 2 == 0:
+        length //= 2
+        yield length
+
+
+def _rows_per_chunk(joinids: NDArrayJoinId, run_length: int) -> float:
+    """Return how many of the joinids there are in a chunk, on average, from samples where there are many."""
+    size, n_samples = 2**14, 64
+    if len(joinids) <= size * n_samples:
+        return len(joinids) / len(_chunk_starts(joinids, run_length))
+    begins = np.linspace(0, len(joinids) - size, n_samples).astype(int)
+    n_chunks = sum(np.count_nonzero(np.diff(joinids[b : b + size] // run_length)) for b in begins.tolist())
+    return size * n_samples / max(1, n_chunks)
+
+
+def _sorted(joinids: NDArrayJoinId) -> NDArrayJoinId:
+    return joinids if _is_sorted(joinids) else np.sort(joinids)
+
+
+def _is_sorted(joinids: NDArrayJoinId) -> bool:
+    return bool((joinids[1:] >= joinids[:-1]).all())
+
+
+def _rebatched(chunks: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
+    pending: list[NDArrayJoinId] = []
+    room = size
+    for chunk in chunks:
+        while len(chunk) >= room:
+            yield np.concatenate([*pending, chunk[:room]])
+            chunk, pending, room = chunk[room:], [], size
+        if len(chunk):
+            pending.append(chunk)
+            room -= len(chunk)
+    if pending:
+        yield np.concatenate(pending)

@@ -1,0 +1,209 @@
+"""How an epoch is read: what "auto" stands for, where rows wait, and how much memory that takes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import attrs
+import tiledbsoma as soma
+
+from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
+from tiledbsoma_ml._plan import Layout, Plan, read_amplification
+from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._reader import SOMAReader, measure_layout, row_tile
+from tiledbsoma_ml._window import Room
+from tiledbsoma_ml.x_locator import XLocator
+
+logger = logging.getLogger("tiledbsoma_ml")
+
+N_PARTS = 32
+"""In how many parts the rows of a window are given out, and what they held is freed."""
+
+MAX_PARTS = 200
+"""The same for windows in files, of which each part is one."""
+
+COSTLY = 3.0
+"""Times that tiles are decoded in an epoch, from which on a line of the log says so."""
+
+
+@attrs.frozen(kw_only=True)
+class Reading:
+    """How the rows of a query are read.
+
+    Attributes:
+        plan: What is read together.
+        budget: Of memory.
+        window_bytes: What windows may hold together.
+        window_dir: Where windows are kept in files; in memory if None.
+        n_parts: In how many parts a window is given out.
+    """
+
+    plan: Plan
+    budget: Budget
+    window_bytes: int
+    window_dir: Path | None
+    n_parts: int
+
+    @classmethod
+    def choose(
+        cls,
+        locator: XLocator,
+        ids: QueryIDs,
+        plan: Plan,
+        *,
+        budget: Budget,
+        window_dir: Path | None,
+        window_budget: int | None,
+        in_parts: bool,
+        is_dense: bool,
+    ) -> Reading:
+        """Return how to read the rows of a query within a budget.
+
+        Args:
+            locator: Address of the layer.
+            ids: The query.
+            plan: What is asked for; its `layout` is measured where a size is "auto".
+            budget: Of memory.
+            window_dir: Where to keep windows in files.
+            window_budget: How many bytes these may take.
+            in_parts: Whether windows may be given out in parts.
+            is_dense: Whether mini-batches are.
+
+        Raises:
+            ValueError: If the budget does not hold mini-batches and one tile.
+        """
+        memory = budget.windows - (3 * plan.batch_size * len(ids.var_joinids) * 4 if is_dense else 0)
+        is_auto = "auto" in (plan.io_batch_size, plan.shuffle_chunk_size)
+        if is_auto:
+            plan = attrs.evolve(plan, layout=_measured(locator, ids, budget))
+        if window_dir is None or window_budget is None:
+            n_parts, window_bytes = N_PARTS if in_parts else 1, memory
+        else:
+            part_bytes = max(1, memory // 5)
+            n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(window_budget / part_bytes)))
+            window_bytes = min(window_budget, n_parts * part_bytes)
+        # A part that is given out is there twice: compactly, and as the arrays that are given out.
+        usable = window_bytes / (1 + 2.5 / n_parts) if window_dir is None else window_bytes
+        plan = attrs.evolve(plan, window_bytes=int(usable))
+        if plan.io_batch_size == "auto":
+            _check_budget(plan, budget, memory)
+        return cls(
+            plan=plan,
+            budget=budget,
+            window_bytes=window_bytes,
+            window_dir=window_dir,
+            n_parts=n_parts,
+        )
+
+    def io_batches(
+        self,
+        locator: XLocator,
+        ids: QueryIDs,
+        obs_column_names: Sequence[str],
+        *,
+        seed: int,
+        epoch: int,
+        use_eager_fetch: bool,
+    ) -> Generator[IOBatch, None, None]:
+        """Yield the rows of an epoch in its order."""
+        room = Room(self.window_bytes) if use_eager_fetch else None
+        with locator.open(self.budget) as (X, obs):
+            reader = SOMAReader(
+                X,
+                obs,
+                ids.var_joinids,
+                obs_column_names=obs_column_names,
+                obs_joinids=ids.obs_joinids,
+                n_parts=self.n_parts,
+                use_eager_fetch=use_eager_fetch,
+                room=room,
+                folder=self.window_dir,
+            )
+            batches = self.plan.id_batches(ids, seed=seed, epoch=epoch)
+            yield from io_batches(batches, reader, use_eager_fetch=use_eager_fetch, room=room)
+
+    def log(self, locator: XLocator, ids: QueryIDs) -> None:
+        """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""
+        n_rows = len(ids.obs_joinids)
+        if not n_rows or self.plan.shuffle_chunk_size is None or not logger.isEnabledFor(logging.INFO):
+            return
+        if self.plan.layout is not None:
+            sizes = self.plan.sizes(ids)
+            logger.info(
+                "runs of %s rows in windows of %s rows (%.0f MiB): mixing %.2f of random is predicted",
+                f"{sizes.run_length:,}",
+                f"{sizes.window_rows:,}",
+                sizes.window_rows * self.plan.layout.bytes_per_row / 2**20,
+                sizes.mixing,
+            )
+        elif isinstance(self.plan.shuffle_chunk_size, int) and isinstance(self.plan.io_batch_size, int):
+            with locator.open(self.budget) as (X, _):
+                tile = row_tile(X)
+            chunk, io_batch = self.plan.shuffle_chunk_size, self.plan.io_batch_size
+            times = read_amplification(chunk, io_batch, tile, n_rows)
+            if times >= COSTLY:
+                logger.info(
+                    "shuffle_chunk_size=%d and io_batch_size=%d read every row about %.0f times in an epoch, "
+                    "because it is stored in tiles of %d rows; shuffle_chunk_size='auto' and "
+                    "io_batch_size='auto' read less and mix as well",
+                    chunk,
+                    io_batch,
+                    times,
+                    tile,
+                )
+
+
+def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
+    with locator.open(budget) as (X, obs):
+        if isinstance(X, soma.DenseNDArray):
+            raise ValueError(
+                f"shuffle_chunk_size and io_batch_size must be numbers where X is dense, as layer "
+                f"{locator.layer_name!r} is; leave them out."
+            )
+        reader = SOMAReader(
+            X, obs, ids.var_joinids, obs_column_names=["soma_joinid"], obs_joinids=ids.obs_joinids
+        )
+        return measure_layout(reader, row_tile(X), ids.obs_joinids)
+
+
+def _check_budget(plan: Plan, budget: Budget, memory: int) -> None:
+    assert plan.layout is not None
+    tile_bytes = plan.layout.row_tile * plan.layout.bytes_per_row
+    if min(plan.window_bytes, memory) < tile_bytes:
+        needed = budget.total + math.ceil(1.2 * (tile_bytes - min(plan.window_bytes, memory)))
+        raise ValueError(
+            f"memory_budget={budget.total / 2**20:.0f} MiB must hold three mini-batches and one tile of "
+            f"{plan.layout.row_tile:,} rows beside buffers, {needed / 2**20:.0f} MiB; raise it, or take a "
+            "smaller batch_size or return_sparse_X=True."
+        )
+
+
+def check_window_dir(window_dir: object, window_budget: int | None) -> Path | None:
+    """Return the folder for windows, if one is asked for.
+
+    Raises:
+        ValueError: If it is no folder, has less space than the budget, or one comes without the other.
+    """
+    if window_dir is None:
+        if window_budget is not None:
+            raise ValueError("window_budget needs a folder on a local disk; add window_dir='/path'.")
+        return None
+    folder = Path(str(window_dir))
+    if not folder.is_dir():
+        raise ValueError(
+            f"window_dir={str(folder)!r} must be an existing folder; make it, or choose another."
+        )
+    if window_budget is None:
+        raise ValueError(f"window_dir={str(folder)!r} needs a limit; add window_budget='64GiB'.")
+    free = shutil.disk_usage(folder).free
+    if free < window_budget:
+        raise ValueError(
+            f"window_budget={window_budget / 2**30:.1f} GiB must fit into window_dir={str(folder)!r}, where "
+            f"{free / 2**30:.1f} GiB are free; lower it, or choose another folder."
+        )
+    return folder

@@ -1,0 +1,359 @@
+"""The rows of one read, kept compactly in memory or in files, given out part by part in the order asked for.
+
+A layer is fastest to read in the order in which it is stored, and unlike that in which rows are wanted. So
+entries are sorted as they arrive, into parts of neighbouring places; when a part is wanted its rows are put
+together, and what it held is free for the window that is filled meanwhile.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
+from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+
+_Ints: TypeAlias = NDArray[np.int32]
+
+
+class Columns:
+    """The columns that are wanted, and where each goes.
+
+    Args:
+        var_joinids: Columns in the order in which they are wanted; unique.
+        n_stored: Columns of the layer as it is stored.
+    """
+
+    def __init__(self, var_joinids: NDArrayJoinId, n_stored: int) -> None:
+        self.n = len(var_joinids)
+        self.dtype = smallest_uint(self.n)
+        self.place_of = np.full(n_stored, -1, dtype=np.int32)
+        self.place_of[var_joinids] = np.arange(self.n, dtype=np.int32)
+        self.are_all = self.n == n_stored
+
+
+class Room:
+    """Bytes that the windows of one iterator may hold together: the next one fills as this one is used up.
+
+    A window that holds all there is waits for nothing, so that one which is larger than foreseen can end.
+    """
+
+    def __init__(self, n_bytes: float) -> None:
+        self._n_bytes = n_bytes
+        self._held: dict[Window, int] = {}
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def take(self, window: Window, n_bytes: int) -> None:
+        """Wait until there is room for more; raise a RuntimeError if the room is closed meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._has_room(window, n_bytes))
+            if self._is_closed:
+                raise RuntimeError("the iterator was closed while rows were read ahead")
+            self._held[window] = self._held.get(window, 0) + n_bytes
+
+    def give_back(self, window: Window, n_bytes: int) -> None:
+        """Make room for others."""
+        with self._changed:
+            self._held[window] -= n_bytes
+            if not self._held[window]:
+                del self._held[window]
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _has_room(self, window: Window, n_bytes: int) -> bool:
+        total = sum(self._held.values())
+        return total + n_bytes <= self._n_bytes or total == self._held.get(window, 0)
+
+
+class Window:
+    """Rows of a layer, filled in any order, and given out once in the order asked for.
+
+    Args:
+        obs_joinids: The rows asked for; they may repeat.
+        columns: The columns asked for.
+        dtype: Of the values, which are kept in the smallest type that holds them exactly.
+        n_parts: In how many parts to give them out.
+        room: What limits the bytes held.
+        folder: Where to keep them in files; in memory if None.
+        pages: Memory to use; new memory if None.
+    """
+
+    def __init__(
+        self,
+        obs_joinids: NDArrayJoinId,
+        columns: Columns,
+        dtype: np.dtype[Any],
+        *,
+        n_parts: int = 1,
+        room: Room | None = None,
+        folder: Path | None = None,
+        pages: Pages | None = None,
+    ) -> None:
+        n_rows = len(obs_joinids)
+        self._order = np.argsort(obs_joinids, kind="stable").astype(np.int32)
+        ordered = obs_joinids[self._order]
+        is_first = np.diff(ordered, prepend=ordered[0] - 1 if n_rows else 0) != 0
+        self.sorted_ids = ordered[is_first]
+        self._first = np.append(np.flatnonzero(is_first), n_rows) if len(self.sorted_ids) < n_rows else None
+        self._columns = columns
+        self._dtype = dtype
+        self._room = room
+        self._borders = np.linspace(0, n_rows, min(n_parts, max(n_rows, 1)) + 1).astype(np.int32)
+        n_parts = len(self._borders) - 1
+        self._counts = np.zeros(n_rows, dtype=np.int32)
+        pages = pages or Pages()
+        self._parts: list[_Part] = [
+            _Memory(pages) if folder is None else _File(folder) for _ in range(n_parts)
+        ]
+        self._scratch = np.empty(0, columns.dtype), np.empty(0, dtype)
+        self.nbytes = 0
+
+    def add(self, dim_0: NDArrayJoinId, dim_1: NDArrayJoinId, values: NDArrayNumber) -> None:
+        """Take the wanted ones among entries of the layer, given by their coordinates."""
+        from tiledbsoma_ml import _kernels
+
+        places, starts, stops = self._find_runs(dim_0)
+        lengths = stops - starts
+        if not self._columns.are_all:
+            _kernels.count_kept(dim_1, self._columns.place_of, starts, stops, lengths)
+        _kernels.add_lengths(places, lengths, self._counts)
+        part_of = (np.searchsorted(self._borders, places, side="right") - 1).astype(np.uint16)
+        by_part = np.argsort(part_of, kind="stable")
+        ends = np.cumsum(np.append(0, lengths[by_part]), dtype=np.int64)
+        begins = np.empty(len(lengths), dtype=np.int64)
+        begins[by_part] = ends[:-1]
+        cols, kept = self._copy(dim_1, values, starts, stops, begins, int(ends[-1]))
+        runs = np.searchsorted(part_of[by_part], np.arange(len(self._parts) + 1))
+        entries = ends[runs]
+        places, lengths = places[by_part], lengths[by_part]
+        for part in np.flatnonzero(np.diff(runs)).tolist():
+            mine, its = slice(*runs[part : part + 2]), slice(*entries[part : part + 2])
+            rows = places[mine] - self._borders[part]
+            self._put(part, _Block(rows, lengths[mine], cols[its], kept[its]))
+
+    def __iter__(self) -> Iterator[CSR_IO_Buffer]:
+        """Yield the parts in order; what a part held is free once it is made."""
+        for number, part in enumerate(self._parts):
+            rows = self._finish(part, self._counts[slice(*self._borders[number : number + 2])])
+            n_bytes, part.nbytes = part.nbytes, 0
+            if self._room is not None and n_bytes:
+                self._room.give_back(self, n_bytes)
+            yield rows
+
+    def _find_runs(self, dim_0: NDArrayJoinId) -> tuple[_Ints, _Ints, _Ints]:
+        """Return where runs of entries of one row belong, and their borders."""
+        from tiledbsoma_ml import _kernels
+
+        rows, starts, stops = (np.empty(len(dim_0), dtype=np.int32) for _ in range(3))
+        n_runs = _kernels.find_runs(dim_0, self.sorted_ids, rows, starts, stops)
+        rows, starts, stops = rows[:n_runs], starts[:n_runs], stops[:n_runs]
+        if self._first is None:
+            return self._order[rows], starts, stops
+        first = self._first[rows]
+        repeats = self._first[rows + 1] - first
+        nth = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        places = self._order[np.repeat(first, repeats) + nth]
+        return places, np.repeat(starts, repeats), np.repeat(stops, repeats)
+
+    def _copy(
+        self,
+        dim_1: NDArrayJoinId,
+        values: NDArrayNumber,
+        starts: _Ints,
+        stops: _Ints,
+        begins: NDArray[np.int64],
+        n_kept: int,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return columns and values of the wanted entries of runs, as compactly as they can be.
+
+        They are good until the next call.
+        """
+        from tiledbsoma_ml import _kernels
+
+        if len(self._scratch[0]) < n_kept:
+            self._scratch = np.empty(n_kept, self._columns.dtype), np.empty(n_kept, self._dtype)
+        cols, kept = self._scratch[0], self._scratch[1].view(_narrowed(values))
+        into: NDArray[Any] = kept
+        if kept.dtype == values.dtype:
+            values, into = _kernels.as_bits(values), _kernels.as_bits(kept)
+        _kernels.copy_runs(dim_1, values, self._columns.place_of, starts, stops, begins, cols, into)
+        return cols, kept
+
+    def _put(self, part: int, block: _Block) -> None:
+        if self._room is not None:
+            self._room.take(self, block.nbytes)
+        self._parts[part].put(block)
+        self.nbytes += block.nbytes
+
+    def _finish(self, part: _Part, counts: _Ints) -> CSR_IO_Buffer:
+        """Return the rows of a part, which has so many entries in each, and empty it."""
+        from tiledbsoma_ml import _kernels
+
+        indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+        indices = np.empty(indptr[-1], dtype=self._columns.dtype)
+        data = np.empty(indptr[-1], dtype=self._dtype)
+        free = indptr[:-1].copy()
+        for rows, lengths, cols, values in part.take():
+            as_they_are = values.dtype == data.dtype
+            _kernels.place_runs(
+                rows,
+                lengths,
+                cols,
+                _kernels.as_bits(values) if as_they_are else values,
+                free,
+                indices,
+                _kernels.as_bits(data) if as_they_are else data,
+            )
+        return CSR_IO_Buffer(indptr, indices, data, (len(counts), self._columns.n))
+
+
+def _narrowed(values: NDArrayNumber) -> np.dtype[Any]:
+    """Return the smallest type that holds the values exactly: for counts an unsigned integer."""
+    from tiledbsoma_ml import _kernels
+
+    if not len(values) or values.dtype.itemsize == 1:
+        return values.dtype
+    if values.dtype.type in (np.float32, np.float64):
+        holds_counts = _kernels.are_counts(values, _kernels.as_bits(values))
+    else:
+        holds_counts = values.dtype.kind in "iu" and values.min() >= 0
+    for narrow in (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32)):
+        if holds_counts and values.max() <= np.iinfo(narrow).max and narrow.itemsize < values.dtype.itemsize:
+            return narrow
+    return values.dtype
+
+
+# Where parts are kept -------------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """Runs of entries: the row and length of each run, then the entries of all, one run after the other."""
+
+    rows: _Ints
+    lengths: _Ints
+    cols: NDArray[Any]
+    values: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self)
+
+    def cut(self, n_entries: int) -> tuple[_Block, _Block]:
+        """Return the first entries and the others; a run that is cut through becomes two."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        run = int(np.searchsorted(ends, n_entries))
+        n_before = n_entries - (int(ends[run]) - int(self.lengths[run]))
+        first, rest = self.lengths[: run + 1].copy(), self.lengths[run:].copy()
+        first[-1], rest[0] = n_before, rest[0] - n_before
+        return (
+            _Block(self.rows[: run + 1], first, self.cols[:n_entries], self.values[:n_entries]),
+            _Block(self.rows[run:], rest, self.cols[n_entries:], self.values[n_entries:]),
+        )
+
+
+class _Part(Protocol):
+    nbytes: int
+
+    def put(self, block: _Block) -> None: ...
+
+    def take(self) -> Iterator[_Block]: ...
+
+
+class Pages:
+    """Memory in pieces of one size, used again and again.
+
+    Memory that is new to a process is slow to write to at first, and memory that is freed in pieces of many
+    sizes is not all of use again. New pages are cut from slabs so large that NumPy asks for huge pages of the
+    operating system.
+    """
+
+    SIZE = 2**18
+    SLAB = 2**22
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> NDArray[np.uint8]:
+        with self._lock:
+            if not self._free:
+                slab = np.empty(self.SLAB, dtype=np.uint8)
+                self._free = [slab[start : start + self.SIZE] for start in range(0, self.SLAB, self.SIZE)]
+            return self._free.pop()
+
+    def give_back(self, page: NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._free.append(page)
+
+
+class _Memory:
+    """Blocks in pages, cut where a page is full."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.nbytes = 0
+        self._pages = pages
+        self._filled: list[tuple[NDArray[np.uint8], list[_Block]]] = []
+        self._n_free = 0
+
+    def put(self, block: _Block) -> None:
+        self.nbytes += block.nbytes
+        while len(block.cols):
+            n_entries = (self._n_free - 16) // (block.cols.itemsize + block.values.itemsize)
+            if n_entries < min(len(block.cols), 256):
+                self._filled.append((self._pages.take(), []))
+                self._n_free = Pages.SIZE
+            elif n_entries < len(block.cols):
+                piece, block = block.cut(n_entries)
+                self._put_whole(piece)
+            else:
+                self._put_whole(block)
+                break
+
+    def take(self) -> Iterator[_Block]:
+        for page, blocks in self._filled:
+            yield from blocks
+            self._pages.give_back(page)
+        self._filled = []
+
+    def _put_whole(self, block: _Block) -> None:
+        page, blocks = self._filled[-1]
+        kept = []
+        for array in (block.cols, block.values):
+            start = Pages.SIZE - self._n_free
+            kept.append(page[start : start + array.nbytes].view(array.dtype))
+            kept[-1][:] = array
+            self._n_free -= -(-array.nbytes // 8) * 8
+        blocks.append(_Block(block.rows.copy(), block.lengths.copy(), *kept))
+
+
+class _File:
+    """Blocks in a file that is unlinked from the start: nothing is left behind, whatever happens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.nbytes = 0
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when it is taken
+        self._layout: list[list[tuple[np.dtype[Any], int]]] = []
+
+    def put(self, block: _Block) -> None:
+        for array in block:
+            self._file.write(array.data)
+        self._layout.append([(array.dtype, len(array)) for array in block])
+        self.nbytes += block.nbytes
+
+    def take(self) -> Iterator[_Block]:
+        with self._file:
+            self._file.seek(0)
+            for layout in self._layout:
+                yield _Block(*(np.fromfile(self._file, dtype, n) for dtype, n in layout))
