@@ -5,8 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -16,6 +17,9 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 
 test: $(VENV)/test.installed  ## Run the whole test suite
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 lint: $(VENV)/test.installed  ## Run every linter
 	$(BIN)/ruff check .

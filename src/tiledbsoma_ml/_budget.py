@@ -9,8 +9,8 @@ import attrs
 MIN_BUDGET = 64 * 2**20
 """The smallest budget that is accepted."""
 
-FIXED_BYTES = 80 * 2**20
-"""What compiled loops, an open experiment and columns of `obs` take, about."""
+FIXED_BYTES = 56 * 2**20
+"""What an open experiment, columns of `obs` and mini-batches that are read ahead take, about."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:

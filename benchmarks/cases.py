@@ -1,0 +1,122 @@
+"""What is measured: a row of the table each. A new option or system is a new entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+WINDOW_DIR = "{window_dir}"  # stands for an empty folder beside the data, removed afterwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        name: Row of the table; `--only` matches it.
+        kind: A function of `child.py` or `raw.py`, or "peer".
+        peer: Folder under `peers/`.
+        layout: Of the data it reads.
+        query: See `raw.axis_queries`.
+        options: Of `ExperimentDataset`, or of the peer.
+        loader: Of `experiment_dataloader`.
+        task: Further arguments of the function.
+        against: Case whose seconds are divided by this one's: the column "of raw". It reads the same rows.
+        quick: Whether it is part of `--quick`.
+    """
+
+    name: str
+    kind: str = "epoch"
+    peer: str | None = None
+    layout: str = "census"
+    query: str = "all"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loader: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    against: str | None = None
+    quick: bool = True
+
+
+def _scan(name: str, **changes: Any) -> Case:
+    task = {"tiles": False, **changes.pop("task", {})}
+    return Case(name=name, kind="scan", task=task, **changes)
+
+
+def _epoch(name: str, *, dense: bool = False, against: str = "raw scan", **changes: Any) -> Case:
+    options = {"return_sparse_X": not dense, **changes.pop("options", {})}
+    return Case(name=name, options=options, against=against, **changes)
+
+
+def _old(name: str, **changes: Any) -> Case:
+    return replace(_epoch(name, **changes), kind="peer", peer="tiledbsoma_ml_010")
+
+
+def _peer(peer: str, name: str, **changes: Any) -> Case:
+    return Case(name=name, kind="peer", peer=peer, layout="h5ad", against="raw scan", **changes)
+
+
+SCATTERED = "raw scan, tiles of 10 % scattered"
+CONTIGUOUS = "raw scan, 10 % contiguous"
+N_IDS = 100_000_000
+AUTO = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
+CHUNK_2048 = {"shuffle_chunk_size": 2048}
+
+
+def _auto(budget: str, **options: Any) -> dict[str, Any]:
+    return {**AUTO, "memory_budget": budget, **options}
+
+
+WINDOW = _auto("256MiB", window_dir=WINDOW_DIR, window_budget="4GiB")
+
+CASES = (
+    # TileDB itself
+    _scan("raw scan"),
+    _scan("raw scan, 16 MiB buffers", task={"config": {"soma.init_buffer_bytes": 2**24}}, quick=False),
+    _scan("raw scan, default config", task={"config": {}}, quick=False),
+    _scan("raw scan, training layout", layout="training"),
+    _scan(SCATTERED, query="scattered", task={"tiles": True}),
+    _scan(CONTIGUOUS, query="contiguous", quick=False),
+    # tiledbsoma_ml
+    _epoch("default, sparse"),
+    _epoch("default, dense", dense=True),
+    _epoch("default, sparse, 2 workers", loader={"num_workers": 2}, quick=False),
+    _epoch("chunk 2048, sparse", options=CHUNK_2048),
+    _epoch("chunk 2048, dense", dense=True, options=CHUNK_2048, quick=False),
+    _epoch("auto, sparse", options=AUTO),
+    _epoch("auto, dense", dense=True, options=AUTO),
+    _epoch("auto, sparse, 2 workers", options=AUTO, loader={"num_workers": 2}),
+    _epoch("auto 256MiB", options=_auto("256MiB"), task={"reread": True}),
+    _epoch("auto 512MiB", options=_auto("512MiB"), quick=False),
+    _epoch("auto 1GiB", options=_auto("1GiB"), quick=False),
+    _epoch("auto 2GiB", options=_auto("2GiB"), quick=False),
+    _epoch("auto 256MiB, window on disk", options=WINDOW),
+    _epoch("auto, 10 % scattered", query="scattered", options=AUTO, against=SCATTERED),
+    _epoch(
+        "auto, 10 % contiguous",
+        query="contiguous",
+        options=AUTO,
+        against=CONTIGUOUS,
+        quick=False,
+    ),
+    _epoch("auto, 2000 genes", query="genes", options=AUTO, quick=False),
+    _epoch("chunk 64, training layout", layout="training", against="raw scan, training layout"),
+    _epoch("default, 10 % scattered", query="scattered", against=SCATTERED, quick=False),
+    _epoch("default, 10 % contiguous", query="contiguous", against=CONTIGUOUS, quick=False),
+    _epoch("default, 2000 genes", query="genes", quick=False),
+    # Planning and starting
+    Case(name="plan 100M ids, chunk 64", kind="plan", task={"n_ids": N_IDS, "chunk": 64}),
+    Case(name="plan 100M ids, chunk 2048", kind="plan", task={"n_ids": N_IDS, "chunk": 2048}, quick=False),
+    Case(name="start 2 workers, 100M ids", kind="start_workers", task={"n_ids": N_IDS}, quick=False),
+    # Peers
+    _old("0.1.0 default, sparse"),
+    _old("0.1.0 default, dense", dense=True),
+    _old("0.1.0 chunk 2048, sparse", options=CHUNK_2048),
+    _old("0.1.0 chunk 2048, dense", dense=True, options=CHUNK_2048),
+    _peer("bionemo_scdl", "BioNeMo-SCDL, random rows"),
+    _peer("protoplast", "protoplast, sequential"),
+    _peer("protoplast", "protoplast, sequential, 2 workers", options={"num_workers": 2}),
+    _peer("scdataset", "scDataset, backed h5ad, blocks of 64"),
+    _peer("scvi_tools", "scvi-tools AnnDataLoader, sparse", options={"sparse": True}),
+    _peer("scvi_tools", "scvi-tools AnnDataLoader, dense", options={"sparse": False}),
+)

@@ -1,0 +1,129 @@
+"""What is aimed at: figures that follow from the table, all of them ratios or differences within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Results = Mapping[str, Mapping[str, Any]]
+"""Records of the cases that were measured, by name: medians over the repetitions."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure, and the least or most that it should be."""
+
+    what: str
+    figure: Callable[[Results], float]
+    at_least: float | None = None
+    at_most: float | None = None
+    unit: str = "x"
+
+    def assess(self, results: Results) -> dict[str, Any]:
+        """Return the goal as a row: its figure, and whether it is "met" or "missed"; or "not measured"."""
+        bound = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        row = {"what": self.what, "goal": f"{bound} {self.unit}".strip()}
+        try:
+            figure = self.figure(results)
+        except (KeyError, TypeError, ValueError):
+            return {**row, "figure": None, "verdict": "not measured"}
+        met = figure >= self.at_least if self.at_least is not None else figure <= self.at_most
+        return {**row, "figure": figure, "verdict": "met" if met else "missed"}
+
+
+def assess_goals(results: Results) -> list[dict[str, Any]]:
+    """Return all goals as rows."""
+    return [goal.assess(results) for goal in GOALS]
+
+
+def _faster(case: str, than: str) -> Callable[[Results], float]:
+    return lambda results: results[case]["rows_per_s"] / results[than]["rows_per_s"]
+
+
+def _of_raw(case: str) -> Callable[[Results], float]:
+    return lambda results: results[case]["of_raw"]
+
+
+def _field(case: str, name: str) -> Callable[[Results], float]:
+    return lambda results: float(results[case][name])
+
+
+def _latest_first_batch(results: Results) -> float:
+    """Return the longest wait for a first mini-batch beyond the raw read of its shuffle window."""
+    return max(
+        record["first_s"] - record["first_raw_s"]
+        for record in results.values()
+        if "first_raw_s" in record and not record["peer"]
+    )
+
+
+def _within_budget(case: str, budget_mib: int) -> Goal:
+    what = f"peak memory above the imports, {case}"
+    return Goal(what, _field(case, "peak_mib"), at_most=budget_mib, unit="MiB")
+
+
+_OLD = "0.1.0 default, sparse"
+
+GOALS = (
+    Goal("auto, sparse, against 0.1.0 with its defaults", _faster("auto, sparse", _OLD), at_least=8),
+    Goal("auto, sparse, against a raw scan", _of_raw("auto, sparse"), at_least=0.7),
+    Goal(
+        "chunk 2048, sparse, against 0.1.0 with the same",
+        _faster("chunk 2048, sparse", "0.1.0 chunk 2048, sparse"),
+        at_least=2,
+    ),
+    Goal(
+        "chunk 2048, dense, against 0.1.0 with the same",
+        _faster("chunk 2048, dense", "0.1.0 chunk 2048, dense"),
+        at_least=3,
+    ),
+    Goal(
+        "auto, 10 % scattered, against a raw read of their tiles",
+        _of_raw("auto, 10 % scattered"),
+        at_least=0.6,
+    ),
+    Goal("chunk 64, training layout, against a raw scan", _of_raw("chunk 64, training layout"), at_least=0.7),
+    Goal(
+        "peak memory above the imports, defaults, against 0.1.0",
+        lambda results: results["default, sparse"]["peak_mib"] / results[_OLD]["peak_mib"],
+        at_most=0.35,
+    ),
+    Goal(
+        "auto 256MiB, against a raw read of the same runs",
+        lambda results: results["auto 256MiB"]["reread_s"] / results["auto 256MiB"]["seconds"],
+        at_least=0.7,
+    ),
+    Goal(
+        "auto 256MiB with a window on disk, against a raw scan",
+        _of_raw("auto 256MiB, window on disk"),
+        at_least=0.6,
+    ),
+    _within_budget("auto 256MiB", 256),
+    _within_budget("auto 512MiB", 512),
+    _within_budget("auto 1GiB", 1024),
+    _within_budget("auto 2GiB", 2048),
+    Goal(
+        "anonymous memory above the imports, auto 256MiB, window on disk",
+        _field("auto 256MiB, window on disk", "peak_anon_mib"),
+        at_most=256,
+        unit="MiB",
+    ),
+    Goal(
+        "first mini-batch beyond a raw read of its window, worst", _latest_first_batch, at_most=0.5, unit="s"
+    ),
+    Goal("plan 100M ids", _field("plan 100M ids, chunk 64", "seconds"), at_most=1.5, unit="s"),
+    Goal(
+        "plan 100M ids, memory beside them",
+        _field("plan 100M ids, chunk 64", "peak_mib"),
+        at_most=1000,
+        unit="MB",
+    ),
+    Goal(
+        "memory of a worker for 100M ids (800 MB)",
+        _field("start 2 workers, 100M ids", "worker_mib"),
+        at_most=80,
+        unit="MiB",
+    ),
+    Goal("mixing of datasets, auto 2GiB", _field("auto 2GiB", "mixing"), at_least=0.95, unit="of random"),
+)

@@ -1,0 +1,120 @@
+"""One epoch of `tiledbsoma_ml.ExperimentDataset`, measured. This package and its 0.1.0 run the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import tiledbsoma as soma
+from measure import measure_epoch
+from numpy.typing import NDArray
+from raw import axis_queries
+
+from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
+
+OBS_COLUMN_NAMES = ("soma_joinid", "cell_type")
+LABEL = "dataset_id"
+
+_RUN_ROWS = 64  # of a shuffle window, runs of this many neighbouring rows are read whole
+
+
+def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure the epoch of a dataset with `options`, loaded with `loader`, over the rows of `query`.
+
+    How well the rows are mixed follows from those that came. Which of them were shuffled together is left in
+    `windows_file`.
+    """
+    if missing := missing_options(task["options"]):
+        return {"status": "not available", "why": f"ExperimentDataset has no {', '.join(missing)} yet"}
+    batches: list[NDArray[np.int64]] = []
+    with ExitStack() as stack:
+        datasets: list[ExperimentDataset] = []
+        record: dict[str, Any] = measure_epoch(
+            lambda: _open_batches(task, stack, datasets),
+            n_rows=lambda batch: len(batch[1]),
+            limit_s=task["limit_s"],
+            on_batch=lambda batch: batches.append(batch[1]["soma_joinid"].to_numpy()),
+        )
+        record["shuffle_quality"] = _own_quality(datasets[0])
+    obs_joinids = datasets[0].query_ids.obs_joinids
+    record["mixing"] = mixing(_labels(task["uri"]), batches, obs_joinids)
+    if not task["loader"].get("num_workers"):
+        order = np.concatenate(batches)
+        np.savez(task["windows_file"], order=order, ends=window_ends(order, obs_joinids))
+    return record
+
+
+def missing_options(options: dict[str, Any]) -> list[str]:
+    """Return the options that the installed `ExperimentDataset` does not know. "auto" came with a budget."""
+    wanted = {*options, "memory_budget"} if "auto" in options.values() else set(options)
+    return sorted(wanted - set(inspect.signature(ExperimentDataset).parameters))
+
+
+def _open_batches(task: dict[str, Any], stack: ExitStack, datasets: list[ExperimentDataset]) -> Iterator[Any]:
+    experiment = stack.enter_context(soma.Experiment.open(task["uri"]))
+    axes = axis_queries(task["query"], experiment)
+    with experiment.axis_query("RNA", **axes) as query:
+        dataset = ExperimentDataset(
+            query,
+            layer_name="raw",
+            obs_column_names=list(OBS_COLUMN_NAMES),
+            batch_size=task["batch_size"],
+            seed=0,
+            **task["options"],
+        )
+    datasets.append(dataset)
+    yield from experiment_dataloader(dataset, **task["loader"])
+
+
+# What is looked at afterwards ------------------------------------------------------------------------------
+
+
+def window_ends(order: NDArray[np.int64], obs_joinids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where shuffle windows end: rows of an epoch, in their order, that were shuffled together.
+
+    A run of neighbouring rows lies in one window. So a window ends where all runs that began have ended.
+    """
+    runs = np.searchsorted(obs_joinids, order) // _RUN_ROWS
+    places = np.arange(len(order))
+    last = np.zeros(runs.max() + 1, dtype=np.int64)
+    np.maximum.at(last, runs, places)
+    return np.flatnonzero(np.maximum.accumulate(last[runs]) == places) + 1
+
+
+def mixing(
+    labels: NDArray[np.int64], batches: list[NDArray[np.int64]], obs_joinids: NDArray[np.int64]
+) -> float | None:
+    """Return the mean entropy of the labels within a mini-batch, as a share of that of a random one."""
+    size = len(batches[0])
+    rng = np.random.default_rng(0)
+    random = np.mean([_entropy(labels[rng.choice(obs_joinids, size, replace=False)]) for _ in range(100)])
+    full = [batch for batch in batches if len(batch) == size]
+    return float(np.mean([_entropy(labels[batch]) for batch in full]) / random) if random else None
+
+
+def _entropy(labels: NDArray[np.int64]) -> float:
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log(share)).sum())
+
+
+def _labels(uri: str) -> NDArray[np.int64]:
+    with soma.Experiment.open(uri) as experiment:
+        obs = experiment.obs.read(column_names=["soma_joinid", LABEL]).concat().to_pandas()
+    return obs.sort_values("soma_joinid")[LABEL].cat.codes.to_numpy(np.int64)
+
+
+def _own_quality(dataset: ExperimentDataset) -> dict[str, Any] | None:
+    """Return what the dataset itself says about its mixing, where it can."""
+    if not hasattr(dataset, "shuffle_quality"):
+        return None
+    quality = dataset.shuffle_quality(LABEL, n_batches=100)
+    if hasattr(quality, "_asdict"):
+        return quality._asdict()
+    if dataclasses.is_dataclass(quality):
+        return dataclasses.asdict(quality)
+    slots = getattr(type(quality), "__attrs_attrs__", None)
+    return {a.name: getattr(quality, a.name) for a in slots} if slots else {"value": str(quality)}
