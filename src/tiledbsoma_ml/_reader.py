@@ -267,7 +267,7 @@ class ObsColumns:
         Raises:
             ValueError: If `obs` lacks one of the rows.
         """
-        is_sorted = bool((np.diff(joinids) > 0).all())
+        is_sorted = bool((joinids[1:] > joinids[:-1]).all())
         wanted = joinids if is_sorted else np.unique(joinids)
         table = obs.read(
             coords=_obs_coords(obs, wanted),
@@ -277,6 +277,14 @@ class ObsColumns:
         if not np.array_equal(found, wanted):
             table = table.take(pa.array(_places(wanted, found)))
         return cls(wanted, {name: _combined(table[name]) for name in column_names})
+
+    def codes(self, column_name: str) -> NDArray[np.int64]:
+        """Return a number for each row, in the order of the joinids, that is the same where the value is."""
+        column = self._columns[column_name]
+        if not pa.types.is_dictionary(column.type):
+            column = column.dictionary_encode()
+        codes: NDArray[Any] = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        return codes.astype(np.int64)
 
     def take(self, joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return the rows of `joinids`, in that order, with a fresh index.

@@ -9,14 +9,16 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import attrs
+import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._plan import Layout, Plan, read_amplification
+from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import SOMAReader, measure_layout, row_tile
-from tiledbsoma_ml._window import Room
+from tiledbsoma_ml._reader import ObsColumns, SOMAReader, check_obs_column_names, measure_layout, row_tile
+from tiledbsoma_ml._window import Room, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
 logger = logging.getLogger("tiledbsoma_ml")
@@ -77,6 +79,7 @@ class Reading:
         Raises:
             ValueError: If the budget does not hold mini-batches and one tile.
         """
+        preload_kernels()
         memory = budget.windows - (3 * plan.batch_size * len(ids.var_joinids) * 4 if is_dense else 0)
         is_auto = "auto" in (plan.io_batch_size, plan.shuffle_chunk_size)
         if is_auto:
@@ -111,6 +114,7 @@ class Reading:
         use_eager_fetch: bool,
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of an epoch in its order."""
+        preload_kernels()
         room = Room(self.window_bytes) if use_eager_fetch else None
         with locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
@@ -126,6 +130,20 @@ class Reading:
             )
             batches = self.plan.id_batches(ids, seed=seed, epoch=epoch)
             yield from io_batches(batches, reader, use_eager_fetch=use_eager_fetch, room=room)
+
+    def quality(
+        self, locator: XLocator, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int
+    ) -> ShuffleQuality:
+        """Return how well the rows of an epoch are mixed, from the plan and one column of `obs` alone."""
+        with locator.open(self.budget) as (X, obs):
+            check_obs_column_names([column], obs)
+            labels = ObsColumns.read(obs, [column], ids.obs_joinids).codes(column)
+            tile = row_tile(X)
+        batch_size = self.plan.batch_size
+        plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
+        batches = plan.id_batches(ids, seed=seed, epoch=epoch)
+        chosen = evenly_spaced(batches, batch_size, len(ids.obs_joinids), n_batches)
+        return measure_quality(chosen, np.unique(ids.obs_joinids), labels, tile)
 
     def log(self, locator: XLocator, ids: QueryIDs) -> None:
         """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -217,6 +218,23 @@ class Window:
                 _kernels.as_bits(data) if as_they_are else data,
             )
         return CSR_IO_Buffer(indptr, indices, data, (len(counts), self._columns.n))
+
+
+@cache
+def preload_kernels() -> threading.Thread:
+    """Load the compiled loops on a thread: it takes half a second that nobody has to wait for later."""
+    thread = threading.Thread(target=_use_kernels, name="preload_kernels")
+    thread.start()
+    return thread
+
+
+def _use_kernels() -> None:
+    one = np.arange(1)
+    window = Window(one, Columns(one, 1), np.dtype(np.float32))
+    for value in (1.0, 0.5):
+        window.add(one, one, np.array([value], dtype=np.float32))
+    for _ in window:
+        pass
 
 
 def _narrowed(values: NDArrayNumber) -> np.dtype[Any]:

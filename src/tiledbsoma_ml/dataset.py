@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing.context
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import tiledbsoma as soma
@@ -19,9 +21,11 @@ from tiledbsoma_ml._epoch import EpochCounter
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 from tiledbsoma_ml._plan import Plan, Size
+from tiledbsoma_ml._quality import ShuffleQuality
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._reading import Reading, check_window_dir
+from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml.x_locator import XLocator
 
 DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
@@ -155,6 +159,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epoch = EpochCounter()
         self._rank_and_world_size: tuple[int, int] | None = None
+        self._shared_ids: SharedQueryIDs | None = None
         self._reading = Reading.choose(
             self.x_locator,
             self.query_ids,
@@ -217,11 +222,42 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         parts = self.query_ids.random_split(*fracs, seed=seed, method=method)
         return tuple(self._over(part) for part in parts)
 
+    def shuffle_quality(self, column: str, n_batches: int = 256) -> ShuffleQuality:
+        """Return how well mini-batches mix the labels of a column of `obs`, without reading `X`.
+
+        Args:
+            column: For instance "dataset_id", whose cells are stored one after the other in the Census.
+            n_batches: How many mini-batches to look at, spread evenly over this rank's part of an epoch.
+                Workers mix worse, because each has a part of it only.
+
+        Raises:
+            ValueError: If the column does not exist, or `n_batches` is not positive.
+        """
+        n_batches = check_count("n_batches", n_batches, suggestion=256)
+        ids = self.query_ids.partitioned(self._partition())
+        return self._reading.quality(
+            self.x_locator, ids, column, n_batches, seed=self._drawn_seed, epoch=self._epoch.current
+        )
+
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
         dataset.query_ids = query_ids
         dataset._epoch = EpochCounter()
+        dataset._shared_ids = None
         return dataset
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
+            self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.query_ids)
+            state["query_ids"] = self._shared_ids
+        state["_shared_ids"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if isinstance(ids := state["query_ids"], SharedQueryIDs):
+            self.query_ids = ids.query_ids()
 
     # The flow ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,84 @@
+"""How well the rows of mini-batches are mixed, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+
+
+@attrs.frozen
+class ShuffleQuality:
+    """How well mini-batches mix the labels of a column, and the tiles of a layer.
+
+    Attributes:
+        mixing: `entropy_bits` as a share of `random_entropy_bits`: 1 is a true shuffle of all rows.
+        entropy_bits: Mean entropy of the labels within a mini-batch.
+        random_entropy_bits: The same for mini-batches of that size drawn at random from all rows.
+        tiles_per_batch: Mean number of row tiles of the layer that a mini-batch has rows of.
+        n_batches: How many mini-batches these figures are from.
+    """
+
+    mixing: float
+    entropy_bits: float
+    random_entropy_bits: float
+    tiles_per_batch: float
+    n_batches: int
+
+
+def measure_quality(
+    batches: Iterable[NDArrayJoinId], sorted_ids: NDArrayJoinId, labels: NDArray[np.int64], row_tile: int
+) -> ShuffleQuality:
+    """Return how well mini-batches are mixed.
+
+    Args:
+        batches: The joinids of each mini-batch.
+        sorted_ids: The joinids of all rows.
+        labels: The label of each of them, as a number.
+        row_tile: Rows of a tile.
+    """
+    entropies, random, tiles = [], [], []
+    rng = seeded_rng(0)
+    for batch in batches:
+        entropies.append(_entropy(labels[np.searchsorted(sorted_ids, batch)]))
+        random.append(_entropy(labels[_draw(len(labels), len(batch), rng)]))
+        tiles.append(len(np.unique(batch // row_tile)))
+    if not entropies:
+        return ShuffleQuality(1.0, 0.0, 0.0, 0.0, 0)
+    entropy, of_random = float(np.mean(entropies)), float(np.mean(random))
+    mixing = entropy / of_random if of_random else 1.0
+    return ShuffleQuality(mixing, entropy, of_random, float(np.mean(tiles)), len(entropies))
+
+
+def evenly_spaced(
+    id_batches: Iterable[NDArrayJoinId], batch_size: int, n_rows: int, n_batches: int
+) -> Iterator[NDArrayJoinId]:
+    """Yield `n_batches` of the mini-batches of an epoch, or all if there are fewer, spread over it evenly."""
+    total = -(-n_rows // batch_size)
+    wanted = set(np.linspace(0, total - 1, min(n_batches, total)).round().astype(int).tolist())
+    number, rest = 0, np.empty(0, dtype=np.int64)
+    for ids in id_batches:
+        rows = np.concatenate([rest, ids])
+        n_whole = len(rows) // batch_size
+        for k in range(n_whole):
+            if number + k in wanted:
+                yield rows[k * batch_size : (k + 1) * batch_size]
+        number, rest = number + n_whole, rows[n_whole * batch_size :]
+    if len(rest) and number in wanted:
+        yield rest
+
+
+def _draw(n_rows: int, n_draws: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return different places; of many, which may repeat as rarely as it hardly matters."""
+    if n_rows > 100 * n_draws:
+        return rng.integers(n_rows, size=n_draws)
+    return rng.choice(n_rows, n_draws, replace=False)
+
+
+def _entropy(labels: NDArray[np.int64]) -> float:
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log2(share)).sum())
