@@ -135,7 +135,7 @@ def predicted_mixing(n_chunks: float, batch_size: int) -> float:
     size = min(batch_size, 4096)
     if size == 1:
         return 1.0
-    return _entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)
+    return float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size))
 
 
 @lru_cache(maxsize=1024)
