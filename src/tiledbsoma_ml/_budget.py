@@ -48,7 +48,7 @@ class Budget:
     @property
     def buffer(self) -> int:
         """Size of one of TileDB's result buffers; there are three, of which three sets can be alive."""
-        return min(max(self.total // 128, 2**20), 4 * 2**20)
+        return min(max(self.total // 128, 2**20), 8 * 2**20)
 
     @property
     def windows(self) -> int:

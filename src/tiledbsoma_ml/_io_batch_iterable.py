@@ -75,7 +75,8 @@ def io_batches(
     with closing(EagerIterator(read) if use_eager_fetch else read) as ahead:
         try:
             for parts in ahead:
-                yield from parts
+                with closing(EagerIterator(parts) if use_eager_fetch else parts) as given_out:
+                    yield from given_out
         finally:
             if room is not None:
                 room.close()

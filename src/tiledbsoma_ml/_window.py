@@ -298,7 +298,7 @@ class Pages:
     """
 
     SIZE = 2**18
-    SLAB = 2**22
+    SLAB = 2**25
 
     def __init__(self) -> None:
         self._free: list[NDArray[np.uint8]] = []
