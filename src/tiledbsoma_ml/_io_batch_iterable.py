@@ -75,8 +75,11 @@ def io_batches(
     with closing(EagerIterator(read) if use_eager_fetch else read) as ahead:
         try:
             for parts in ahead:
-                with closing(EagerIterator(parts) if use_eager_fetch else parts) as given_out:
-                    yield from given_out
+                if use_eager_fetch:
+                    with EagerIterator(parts) as given_out:
+                        yield from given_out
+                else:
+                    yield from parts
         finally:
             if room is not None:
                 room.close()
