@@ -11,7 +11,8 @@ import pytest
 import tiledbsoma as soma
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
-from tiledbsoma_ml import XLocator
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator
+from tiledbsoma_ml._budget import Budget
 
 CONFIG = {
     "vfs.s3.region": "eu-north-1",
@@ -219,3 +220,52 @@ def test_a_locator_survives_pickling(store: Store) -> None:
 def test_a_locator_cannot_be_assigned_to(store: Store) -> None:
     with pytest.raises(AttributeError):
         store.locator.layer_name = "counts"  # type: ignore[misc]
+
+
+# What cannot be opened ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"uri": "/nowhere/at/all"}, r"uri='/nowhere/at/all' must be an experiment .*; check the path"),
+        ({"layer_name": "rwa"}, r"layer_name='rwa' must be an X layer .*did you mean 'raw'"),
+        ({"measurement_name": "RMA"}, r"measurement_name='RMA' must be a measurement; did you mean 'RNA'"),
+        (
+            {"tiledb_config": {"sm.mem.total_budget": "plenty"}},
+            r"tiledb_config\['sm.mem.total_budget'\]='plenty' must be a number of bytes; leave it out",
+        ),
+        (
+            {"tiledb_config": {"sm.io_concurrency_level": "-3"}},
+            r"must be an experiment that can be opened with its tiledb_config, but: .*'-3'.*configuration",
+        ),
+    ],
+)
+def test_a_locator_that_leads_nowhere_says_so_before_any_data_is_read(
+    store: Store, changes: dict[str, Any], sentence: str
+) -> None:
+    locator = attrs.evolve(store.locator, **changes)
+    with pytest.raises(ValueError, match=sentence):
+        ExperimentDataset(x_locator=locator, query_ids=QueryIDs(obs_joinids=[1], var_joinids=[0]))
+
+
+def test_buffers_are_small_unless_the_configuration_sizes_them(store: Store) -> None:
+    def sizes(config: dict[str, str | float]) -> tuple[int, int]:
+        with attrs.evolve(store.locator, tiledb_config=config).open(Budget(2**28)) as (X, _):
+            in_use = X.context.tiledb_config
+        return int(in_use["soma.init_buffer_bytes"]), int(in_use["sm.mem.total_budget"])
+
+    ours = (Budget(2**28).buffer, Budget(2**28).tiledb)
+    assert max(ours) <= 2**24
+    assert sizes({}) == ours
+    assert sizes({"sm.mem.total_budget": "10737418240"}) == ours, "TileDB's own default counts as not set"
+    assert sizes({"soma.init_buffer_bytes": 12345, "sm.mem.total_budget": 77_000_000}) == (12345, 77_000_000)
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_remote"),
+    [("/data/x", False), ("file:///data/x", False), ("s3://bucket/x", True), ("tiledb://namespace/x", True)],
+)
+def test_an_experiment_in_an_object_store_is_known_as_remote(store: Store, uri: str, is_remote: bool) -> None:
+    assert attrs.evolve(store.locator, uri=uri).is_remote == is_remote
+    assert Budget(2**31, is_remote=True).tiledb > Budget(2**31).tiledb

@@ -39,11 +39,13 @@ class Budget:
     """Where the bytes of a memory budget go: what TileDB gets, and what is left for rows that wait."""
 
     total: int
+    is_remote: bool = False
 
     @property
     def tiledb(self) -> int:
-        """What TileDB may use to decode tiles."""
-        return min(max(self.total // 16, 16 * 2**20), 64 * 2**20)
+        """What TileDB may use to decode tiles: as many as fit are fetched at once, which hides latency."""
+        share, most = (8, 256) if self.is_remote else (16, 64)
+        return min(max(self.total // share, 16 * 2**20), most * 2**20)
 
     @property
     def buffer(self) -> int:

@@ -150,7 +150,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self.return_sparse_X = return_sparse_X
         self.use_eager_fetch = use_eager_fetch
         self._check_sizes()
-        budget = Budget(parse_bytes("memory_budget", memory_budget))
+        memory_bytes = parse_bytes("memory_budget", memory_budget)
         window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
         folder = check_window_dir(window_dir, window_bytes)
         mixing = _check_mixing(mixing)
@@ -170,7 +170,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
                 mixing=mixing,
             ),
-            budget=budget,
+            budget=Budget(memory_bytes, self.x_locator.is_remote),
             window_dir=folder,
             window_budget=window_bytes,
             in_parts=self.device is None,

@@ -56,6 +56,12 @@ class XLocator:
             tiledb_config=experiment.context.tiledb_config,
         )
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the experiment is in an object store or on a server."""
+        scheme, separator, _ = self.uri.partition("://")
+        return bool(separator) and scheme != "file"
+
     @contextmanager
     def open(
         self, budget: Budget | None = None
@@ -65,12 +71,26 @@ class XLocator:
         Args:
             budget: Of memory. Buffers are sized by it, but for those that the configuration sizes.
         """
-        config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget or Budget(2**31))}
-        context = soma.SOMATileDBContext(tiledb_config=config)
-        with soma.Experiment.open(
-            self.uri, tiledb_timestamp=self.tiledb_timestamp_ms, context=context
-        ) as experiment:
-            yield experiment.ms[self.measurement_name].X[self.layer_name], experiment.obs
+        config = {
+            **self.tiledb_config,
+            **_buffer_sizes(self.tiledb_config, budget or Budget(2**31, self.is_remote)),
+        }
+        with self._open_experiment(config) as experiment:
+            check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
+            layers = experiment.ms[self.measurement_name].X
+            check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
+            yield layers[self.layer_name], experiment.obs
+
+    def _open_experiment(self, config: dict[str, str | float]) -> soma.Experiment:
+        try:
+            context = soma.SOMATileDBContext(tiledb_config=config)
+            return soma.Experiment.open(self.uri, tiledb_timestamp=self.tiledb_timestamp_ms, context=context)
+        except (soma.SOMAError, RuntimeError, TypeError, ValueError) as err:
+            reason = str(err).strip().partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"uri={self.uri!r} must be an experiment that can be opened with its tiledb_config, but: "
+                f"{reason}; check the path, your access to it and the configuration."
+            ) from err
 
 
 _TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
@@ -81,6 +101,11 @@ def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, s
 
     A context that was used has a value for everything, so TileDB's own default counts as not set.
     """
+    for name in _TILEDB_DEFAULTS.keys() & config.keys():
+        if not str(config[name]).isdigit():
+            raise ValueError(
+                f"tiledb_config[{name!r}]={config[name]!r} must be a number of bytes; leave it out."
+            )
     ours = {"soma.init_buffer_bytes": budget.buffer, "sm.mem.total_budget": budget.tiledb}
     return {
         name: size
