@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import attrs
@@ -15,6 +16,7 @@ from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayNumber, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer, concat_toscipy
+from tiledbsoma_ml._dense_pool import DensePool
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatch
@@ -68,7 +70,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
             yield from mini_batches
 
     def _on_cpu(self) -> Generator[MiniBatch, None, None]:
-        to_X = concat_toscipy if self.return_sparse_X else _concat_tonumpy
+        to_X = concat_toscipy if self.return_sparse_X else partial(_concat_tonumpy, pool=DensePool())
         for pieces, obs in cut(self.io_batch_iter, self.batch_size):
             yield self._squeezed(to_X(pieces)), obs
 
@@ -127,10 +129,10 @@ def _put_io_batches(
             yield rows.take(order), _take_obs(obs, order)
 
 
-def _concat_tonumpy(pieces: Pieces[CSR_IO_Buffer]) -> NDArrayNumber:
+def _concat_tonumpy(pieces: Pieces[CSR_IO_Buffer], pool: DensePool) -> NDArrayNumber:
     n_rows = sum(stop - start for _, start, stop in pieces)
     first = pieces[0][0]
-    out = np.zeros((n_rows, first.shape[1]), dtype=first.dtype)
+    out = pool.zeros((n_rows, first.shape[1]), first.dtype)
     filled = 0
     for csr, start, stop in pieces:
         csr.fill_dense(start, stop, out[filled : filled + stop - start])
