@@ -88,6 +88,9 @@ class Plan:
             return iter(())
         sizes = self.sizes(ids)
         chunks = self._chunks(ids, seed, epoch, sizes.run_length)
+        if isinstance(self.shuffle_chunk_size, int):
+            n_chunks = math.ceil(sizes.window_rows / self.shuffle_chunk_size)
+            return id_batches(chunks, n_chunks * self.shuffle_chunk_size, rng)
         return whole_chunk_batches(chunks, window_borders(len(ids.obs_joinids), sizes), rng)
 
     def sizes(self, ids: QueryIDs) -> Sizes:
@@ -99,15 +102,14 @@ class Plan:
         if self.shuffle_chunk_size is None:
             rows = min(window_rows, UNSHUFFLED_ROWS)
             return Sizes(self.layout.row_tile, rows, rows, 0.0)
-        sizes = choose_sizes(_sorted(ids.obs_joinids), self.layout, window_rows, self.batch_size, self.mixing)
-        if self.shuffle_chunk_size == "auto":
-            return sizes
-        return attrs.evolve(sizes, first_window_rows=sizes.window_rows)
+        return choose_sizes(_sorted(ids.obs_joinids), self.layout, window_rows, self.batch_size, self.mixing)
 
     def _chunks(self, ids: QueryIDs, seed: int, epoch: int, run_length: int = 0) -> Chunks:
         if self.shuffle_chunk_size is None:
             is_cut = run_length > 0 and _is_sorted(ids.obs_joinids)
             return tile_chunks(ids.obs_joinids, run_length) if is_cut else [ids.obs_joinids]
+        if self.shuffle_chunk_size == 1:  # the same order, without an array for each row
+            return [ids.obs_joinids[seeded_rng(seed, epoch).permutation(len(ids.obs_joinids))]]
         if self.shuffle_chunk_size != "auto":
             return ids.shuffle_chunks(self.shuffle_chunk_size, seed=seed, epoch=epoch)
         chunks = tile_chunks(_sorted(ids.obs_joinids), run_length)
