@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 import attrs
 
@@ -20,11 +21,11 @@ def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
         TypeError: If it is neither.
         ValueError: If it cannot be read, or is below `minimum`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise TypeError(f"{name}={value!r} must be a number of bytes or a string; try {name}='2GiB'.")
-    if isinstance(value, int):
-        n_bytes = value
-    elif match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower()):
+    if isinstance(value, Integral):
+        n_bytes = int(value)
+    elif match := re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)(i?)b?\s*", value.lower()):
         number, prefix, binary = match.groups()
         n_bytes = round(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
     else:

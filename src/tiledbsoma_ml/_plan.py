@@ -88,6 +88,8 @@ class Plan:
             return iter(())
         sizes = self.sizes(ids)
         chunks = self._chunks(ids, seed, epoch, sizes.run_length)
+        if self.shuffle_chunk_size is None and not _is_sorted(ids.obs_joinids):
+            return id_batches(chunks, sizes.window_rows, rng)
         if isinstance(self.shuffle_chunk_size, int):
             n_chunks = math.ceil(sizes.window_rows / self.shuffle_chunk_size)
             return id_batches(chunks, n_chunks * self.shuffle_chunk_size, rng)

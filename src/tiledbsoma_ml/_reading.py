@@ -29,6 +29,9 @@ N_PARTS = 32
 MAX_PARTS = 200
 """The same for windows in files, of which each part is one."""
 
+EXPANSION = 2.5
+"""Bytes that rows take up when they are given out, for each byte while they wait."""
+
 COSTLY = 3.0
 """Times that tiles are decoded in an epoch, from which on a line of the log says so."""
 
@@ -81,26 +84,25 @@ class Reading:
         """
         preload_kernels()
         memory = budget.windows - (3 * plan.batch_size * len(ids.var_joinids) * 4 if is_dense else 0)
-        is_auto = "auto" in (plan.io_batch_size, plan.shuffle_chunk_size)
-        if is_auto:
+        if "auto" in (plan.io_batch_size, plan.shuffle_chunk_size):
             plan = attrs.evolve(plan, layout=_measured(locator, ids, budget))
         if window_dir is None or window_budget is None:
-            n_parts, window_bytes = N_PARTS if in_parts else 1, memory
+            n_parts, window_bytes = N_PARTS, memory
+            # A part that is given out is there twice: compactly, and as the arrays that are given out.
+            plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
             n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(window_budget / part_bytes)))
             window_bytes = min(window_budget, n_parts * part_bytes)
-        # A part that is given out is there twice: compactly, and as the arrays that are given out.
-        usable = window_bytes / (1 + 2.5 / n_parts) if window_dir is None else window_bytes
-        plan = attrs.evolve(plan, window_bytes=int(usable))
+            plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
-            _check_budget(plan, budget, memory)
+            _check_budgets(plan, budget, memory, window_budget)
         return cls(
             plan=plan,
             budget=budget,
             window_bytes=window_bytes,
             window_dir=window_dir,
-            n_parts=n_parts,
+            n_parts=n_parts if in_parts else 1,
         )
 
     def io_batches(
@@ -147,33 +149,41 @@ class Reading:
 
     def log(self, locator: XLocator, ids: QueryIDs) -> None:
         """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""
-        n_rows = len(ids.obs_joinids)
-        if not n_rows or self.plan.shuffle_chunk_size is None or not logger.isEnabledFor(logging.INFO):
+        plan = self.plan
+        if (
+            not len(ids.obs_joinids)
+            or plan.shuffle_chunk_size is None
+            or not logger.isEnabledFor(logging.INFO)
+        ):
             return
-        if self.plan.layout is not None:
-            sizes = self.plan.sizes(ids)
+        if plan.layout is not None:
+            sizes = plan.sizes(ids)
+            window_mib = sizes.window_rows * plan.layout.bytes_per_row / 2**20
+            window = f"windows of {sizes.window_rows:,} rows ({window_mib:.0f} MiB)"
+            if plan.shuffle_chunk_size == "auto":
+                chose = f"runs of {sizes.run_length:,} rows in {window}"
+                logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
+            else:
+                logger.info("chunks of %d rows in %s", plan.shuffle_chunk_size, window)
+        elif isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
+            self._log_cost(locator, plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids))
+
+    def _log_cost(self, locator: XLocator, chunk: int, io_batch: int, n_rows: int) -> None:
+        with locator.open(self.budget) as (X, _):
+            if isinstance(X, soma.DenseNDArray):
+                return
+            tile = row_tile(X)
+        times = read_amplification(chunk, io_batch, tile, n_rows)
+        if times >= COSTLY:
             logger.info(
-                "runs of %s rows in windows of %s rows (%.0f MiB): mixing %.2f of random is predicted",
-                f"{sizes.run_length:,}",
-                f"{sizes.window_rows:,}",
-                sizes.window_rows * self.plan.layout.bytes_per_row / 2**20,
-                sizes.mixing,
+                "shuffle_chunk_size=%d and io_batch_size=%d read every row about %.0f times in an epoch, "
+                "because it is stored in tiles of %d rows; shuffle_chunk_size='auto' and "
+                "io_batch_size='auto' read less and mix as well",
+                chunk,
+                io_batch,
+                times,
+                tile,
             )
-        elif isinstance(self.plan.shuffle_chunk_size, int) and isinstance(self.plan.io_batch_size, int):
-            with locator.open(self.budget) as (X, _):
-                tile = row_tile(X)
-            chunk, io_batch = self.plan.shuffle_chunk_size, self.plan.io_batch_size
-            times = read_amplification(chunk, io_batch, tile, n_rows)
-            if times >= COSTLY:
-                logger.info(
-                    "shuffle_chunk_size=%d and io_batch_size=%d read every row about %.0f times in an epoch, "
-                    "because it is stored in tiles of %d rows; shuffle_chunk_size='auto' and "
-                    "io_batch_size='auto' read less and mix as well",
-                    chunk,
-                    io_batch,
-                    times,
-                    tile,
-                )
 
 
 def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
@@ -189,15 +199,23 @@ def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
         return measure_layout(reader, row_tile(X), ids.obs_joinids)
 
 
-def _check_budget(plan: Plan, budget: Budget, memory: int) -> None:
+def _check_budgets(plan: Plan, budget: Budget, memory: int, window_budget: int | None) -> None:
     assert plan.layout is not None
     tile_bytes = plan.layout.row_tile * plan.layout.bytes_per_row
-    if min(plan.window_bytes, memory) < tile_bytes:
-        needed = budget.total + math.ceil(1.2 * (tile_bytes - min(plan.window_bytes, memory)))
+    tile = f"one tile of {plan.layout.row_tile:,} rows"
+    if window_budget is not None and window_budget < tile_bytes:
         raise ValueError(
-            f"memory_budget={budget.total / 2**20:.0f} MiB must hold three mini-batches and one tile of "
-            f"{plan.layout.row_tile:,} rows beside buffers, {needed / 2**20:.0f} MiB; raise it, or take a "
-            "smaller batch_size or return_sparse_X=True."
+            f"window_budget={window_budget / 2**20:.0f} MiB must hold {tile}, "
+            f"{math.ceil(tile_bytes / 2**20)} MiB; raise it."
+        )
+    held = min(plan.window_bytes, memory)
+    if held < tile_bytes:
+        # Of a byte of budget, four fifths go to windows.
+        needed = budget.total + (tile_bytes - held) * (1 + EXPANSION / N_PARTS) / 0.8
+        raise ValueError(
+            f"memory_budget={budget.total / 2**20:.0f} MiB must hold three mini-batches and {tile} beside "
+            f"buffers, {math.ceil(needed / 2**20)} MiB; raise it, or take a smaller batch_size or "
+            "return_sparse_X=True."
         )
 
 

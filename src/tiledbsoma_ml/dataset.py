@@ -8,6 +8,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             there, the current CUDA device is taken. Device work is done in the training process; with workers
             that takes `experiment_dataloader`.
         memory_budget: Bytes, or a string like "2GiB", for buffers, windows and what is read ahead, in each
-            process that reads. It decides the window where `io_batch_size` is "auto".
+            process that reads. It decides the window where `io_batch_size` is "auto". With a `device` an IO
+            batch is put together before it goes there, and takes more.
         mixing: Where `shuffle_chunk_size` is "auto": mean entropy of labels in a mini-batch as a share of a
             truly random one's, from 0.8 to 1, as predicted for data stored like the CELLxGENE Census. If
             None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows).
@@ -375,7 +377,7 @@ def _check_size(name: str, value: object, suggestion: int) -> Size:
 def _check_mixing(mixing: object) -> float | None:
     if mixing is None:
         return None
-    if isinstance(mixing, bool) or not isinstance(mixing, int | float):
+    if isinstance(mixing, bool) or not isinstance(mixing, Real):
         raise TypeError(f"mixing={mixing!r} must be a number from 0.8 to 1, or None; try 0.95.")
     if not 0.8 <= mixing <= 1:
         raise ValueError(f"mixing={mixing!r} must lie from 0.8 to 1; try 0.95.")
