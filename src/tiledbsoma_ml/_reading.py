@@ -196,7 +196,7 @@ def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
         reader = SOMAReader(
             X, obs, ids.var_joinids, obs_column_names=["soma_joinid"], obs_joinids=ids.obs_joinids
         )
-        return measure_layout(reader, row_tile(X), ids.obs_joinids)
+        return measure_layout(reader, row_tile(X), X.shape[0], ids.obs_joinids)
 
 
 def _check_budgets(plan: Plan, budget: Budget, memory: int, window_budget: int | None) -> None:

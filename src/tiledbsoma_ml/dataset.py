@@ -379,9 +379,10 @@ def _check_mixing(mixing: object) -> float | None:
         return None
     if isinstance(mixing, bool) or not isinstance(mixing, Real):
         raise TypeError(f"mixing={mixing!r} must be a number from 0.8 to 1, or None; try 0.95.")
-    if not 0.8 <= mixing <= 1:
+    share = float(mixing)
+    if not 0.8 <= share <= 1:
         raise ValueError(f"mixing={mixing!r} must lie from 0.8 to 1; try 0.95.")
-    return float(mixing)
+    return share
 
 
 def _check_seed(seed: int | None) -> int | None:
