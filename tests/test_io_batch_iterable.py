@@ -12,7 +12,9 @@ from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml._csr import CSR_IO_Buffer
-from tiledbsoma_ml._io_batch_iterable import IOBatch, IOBatchIterable, id_batches, io_batches
+from tiledbsoma_ml._io_batch_iterable import IOBatch, IOBatchIterable, io_batches
+from tiledbsoma_ml._plan import id_batches
+from tiledbsoma_ml._window import Columns, Room, Window
 
 
 def as_chunks(lengths: list[int]) -> list[np.ndarray]:
@@ -81,24 +83,28 @@ def test_chunks_are_left_as_they_were() -> None:
 class MemoryReader:
     """Rows of `expected_X`; counts what it reads, and fails where it is asked to."""
 
-    def __init__(self, error_at: int | None = None) -> None:
+    def __init__(self, error_at: int | None = None, n_parts: int = 1) -> None:
         self.n_read = 0
         self.has_read = [threading.Event() for _ in range(100)]
         self._error_at = error_at
+        self._n_parts = n_parts
         self._busy = threading.Lock()
 
-    def read(self, obs_joinids: np.ndarray) -> IOBatch:
+    def read(self, obs_joinids: np.ndarray) -> Iterator[IOBatch]:
         assert self._busy.acquire(blocking=False), "two threads read at once"
         try:
             number, self.n_read = self.n_read, self.n_read + 1
             if number == self._error_at:
                 raise OSError(f"batch {number} cannot be read") from KeyError("the cause")
-            csr = sparse.csr_matrix(expected_X(obs_joinids, range(N_VARS)))
-            matrix = CSR_IO_Buffer.from_pjd(csr.indptr, csr.indices, csr.data, csr.shape)
-            return matrix, make_obs(obs_joinids)
+            return iter([self._rows_of(ids) for ids in np.array_split(obs_joinids, self._n_parts)])
         finally:
             self._busy.release()
             self.has_read[number].set()
+
+    def _rows_of(self, obs_joinids: np.ndarray) -> IOBatch:
+        csr = sparse.csr_matrix(expected_X(obs_joinids, range(N_VARS)))
+        matrix = CSR_IO_Buffer.from_pjd(csr.indptr, csr.indices, csr.data, csr.shape)
+        return matrix, make_obs(obs_joinids)
 
 
 def eager_threads() -> set[threading.Thread]:
@@ -124,6 +130,15 @@ def test_each_batch_holds_the_rows_of_its_joinids_in_their_order(
     for (X, obs), batch in zip(read, batches, strict=True):
         np.testing.assert_array_equal(X.slice_tonumpy(slice(None)), expected_X(batch, range(N_VARS)))
         pd.testing.assert_frame_equal(obs, make_obs(batch))
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_the_parts_of_each_batch_come_in_order_one_batch_after_the_other(eager: bool) -> None:
+    reader = MemoryReader(n_parts=3)
+    read = io_batches(id_batches([np.arange(100, 125)], 10, None), reader, use_eager_fetch=eager)
+    parts = [obs["soma_joinid"].tolist() for _, obs in read]
+    assert [len(part) for part in parts] == [4, 3, 3, 4, 3, 3, 2, 2, 1]
+    assert np.concatenate(parts).tolist() == list(range(100, 125))
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -190,6 +205,74 @@ def test_closing_midway_ends_the_thread_and_the_joinids() -> None:
     read.close()
     assert ended.is_set()
     assert list(read) == []
+
+
+# A reader that waits for room -------------------------------------------------------------------------------
+
+
+class WaitingReader:
+    """Three rows at a time, given out one by one, in windows that share a room for less than two of them."""
+
+    def __init__(self) -> None:
+        self.room = Room(1)
+        self.has_to_wait = threading.Event()
+        self.errors: list[RuntimeError] = []
+        has_room = self.room._has_room
+
+        def watched(window: Window, n_bytes: int) -> bool:
+            if not (answer := has_room(window, n_bytes)):
+                self.has_to_wait.set()
+            return answer
+
+        self.room._has_room = watched  # type: ignore[method-assign]
+
+    def read(self, obs_joinids: np.ndarray) -> Iterator[IOBatch]:
+        columns = Columns(np.arange(N_VARS), N_VARS)
+        window = Window(obs_joinids, columns, np.dtype(np.float32), n_parts=3, room=self.room)
+        X = expected_X(obs_joinids, range(N_VARS))
+        i, j = X.nonzero()
+        try:
+            window.add(obs_joinids[i], j, X[i, j])
+        except RuntimeError as error:
+            self.errors.append(error)
+            raise
+        return zip(window, (make_obs(obs_joinids[k : k + 1]) for k in range(3)), strict=True)
+
+
+ROWS = np.array([[5, 4, 9], [1, 0, 7], [8, 2, 6]])
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_a_reader_that_waits_for_room_goes_on_as_rows_are_taken() -> None:
+    reader = WaitingReader()
+    read = io_batches(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    parts = [next(read)]
+    assert reader.has_to_wait.wait(60)
+    parts += read
+    assert ids_in(parts, np.arange(N_VARS)) == ROWS.reshape(-1, 1).tolist()
+    assert reader.errors == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_closing_while_the_reader_waits_for_room_ends_its_thread() -> None:
+    reader = WaitingReader()
+    read = io_batches(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    next(read)
+    assert reader.has_to_wait.wait(60)
+    read.close()
+    assert [str(error) for error in reader.errors] == ["the iterator was closed while rows were read ahead"]
+    assert list(read) == []
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_error_while_rows_are_taken_ends_the_thread_of_a_reader_that_waits_for_room() -> None:
+    reader = WaitingReader()
+    read = io_batches(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    next(read)
+    assert reader.has_to_wait.wait(60)
+    with pytest.raises(KeyboardInterrupt):
+        read.throw(KeyboardInterrupt)
+    assert len(reader.errors) == 1
 
 
 # IOBatchIterable ------------------------------------------------------------------------------------------

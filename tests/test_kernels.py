@@ -29,10 +29,17 @@ BY_ROW = np.argsort(ROWS, kind="stable")
 BY_ROW_AND_COL = np.lexsort((COLS, ROWS))
 INDICES = COLS[BY_ROW].astype(np.uint16)
 
-# Joinids of those rows, and the places that rows and columns get; every third column is not wanted.
-SORTED_IDS = np.arange(N_ROWS) * 5 + 2
-ROW_OF = _rng.permutation(N_ROWS)
-COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1])
+# The same entries as a layer gives them, in runs of one row, with counts as values; and what is wanted: four
+# of five rows, and two of three columns in another order.
+DIM_0, DIM_1 = ROWS[BY_ROW] * 5 + 2, COLS[BY_ROW]
+SORTED_IDS = np.unique(DIM_0)[np.arange(N_ROWS) % 5 != 4]
+IS_RUN = np.isin(np.unique(DIM_0), SORTED_IDS)
+STARTS, STOPS = (borders[IS_RUN].astype(np.int32) for borders in (INDPTR[:-1], INDPTR[1:]))
+RUN_ROWS = np.arange(len(SORTED_IDS), dtype=np.int32)
+COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1]).astype(np.int32)
+LENGTHS = np.array([(COL_OF[DIM_1[a:b]] >= 0).sum() for a, b in zip(STARTS, STOPS, strict=True)], np.int32)
+COUNTS = _rng.integers(0, 256, len(DIM_1)).astype(np.float32)
+WANTED = np.isin(DIM_0, SORTED_IDS) & (COL_OF[DIM_1] >= 0)
 
 
 def count_rows() -> Arrays:
@@ -47,14 +54,49 @@ def place_rows() -> Arrays:
     return free, indices, data
 
 
-def locate() -> Arrays:
-    rows, cols = np.empty(len(DATA), dtype=np.uint32), np.empty(len(DATA), dtype=np.uint16)
-    data = np.empty_like(DATA)
-    dim_0, dim_1, bits = SORTED_IDS[ROWS], COLS, _kernels.as_bits(DATA)
-    n_kept = _kernels.locate(
-        dim_0, dim_1, bits, SORTED_IDS, ROW_OF, COL_OF, rows, cols, _kernels.as_bits(data)
-    )
-    return rows[:n_kept], cols[:n_kept], data[:n_kept]
+def find_runs() -> Arrays:
+    rows, starts, stops = (np.empty(len(DIM_0), dtype=np.int32) for _ in range(3))
+    n_runs = _kernels.find_runs(DIM_0, SORTED_IDS, rows, starts, stops)
+    return rows[:n_runs], starts[:n_runs], stops[:n_runs]
+
+
+def count_kept() -> Arrays:
+    lengths = np.full(len(STARTS), -1, dtype=np.int32)
+    _kernels.count_kept(DIM_1, COL_OF, STARTS, STOPS, lengths)
+    return (lengths,)
+
+
+def are_counts() -> Arrays:
+    answers = []
+    for dtype in (np.float32, np.float64):
+        for value in (7, 0, np.inf, 0.5, -0.0, -1, np.nan, -np.inf):
+            values = np.array([1, 2, value, 3], dtype=dtype)
+            answers.append(_kernels.are_counts(values, _kernels.as_bits(values)))
+    return (np.array(answers),)
+
+
+def copy_runs() -> Arrays:
+    begins = np.cumsum(LENGTHS) - LENGTHS
+    cols, kept = np.empty(LENGTHS.sum(), dtype=np.uint16), np.empty(LENGTHS.sum(), dtype=np.uint8)
+    _kernels.copy_runs(DIM_1, COUNTS, COL_OF, STARTS, STOPS, begins, cols, kept)
+    return cols, kept
+
+
+def add_lengths() -> Arrays:
+    counts = np.ones(len(SORTED_IDS), dtype=np.int32)
+    rows = np.concatenate([RUN_ROWS, RUN_ROWS[::-1]])  # a row may have more than one run
+    _kernels.add_lengths(rows, np.concatenate([LENGTHS, LENGTHS[::-1]]), counts)
+    return (counts,)
+
+
+def place_runs() -> Arrays:
+    order = np.random.default_rng(1).permutation(N_ROWS)
+    entries = np.concatenate([np.arange(*INDPTR[row : row + 2]) for row in order])
+    free, indices, data = INDPTR[:-1].copy(), np.empty_like(INDICES), np.empty_like(DATA)
+    lengths = np.diff(INDPTR)[order].astype(np.int32)
+    values = COUNTS.astype(np.uint8)[entries]
+    _kernels.place_runs(order.astype(np.int32), lengths, INDICES[entries], values, free, indices, data)
+    return free, indices, data
 
 
 def fill_dense() -> Arrays:
@@ -75,11 +117,15 @@ def dense() -> NDArray[np.float32]:
     return out
 
 
-KEPT = COL_OF[COLS] >= 0
 DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
     (place_rows, (INDPTR[1:], INDICES, DATA[BY_ROW])),
-    (locate, (ROW_OF[ROWS][KEPT], COL_OF[COLS][KEPT], DATA[KEPT])),
+    (find_runs, (RUN_ROWS, STARTS, STOPS)),
+    (count_kept, (LENGTHS,)),
+    (are_counts, (np.array(2 * [True, True, True, False, False, False, False, False]),)),
+    (copy_runs, (COL_OF[DIM_1][WANTED], COUNTS[WANTED])),
+    (add_lengths, (1 + 2 * LENGTHS,)),
+    (place_runs, (INDPTR[1:], INDICES, COUNTS)),
     (fill_dense, (dense(),)),
     (sort_rows, (COLS[BY_ROW_AND_COL], DATA[BY_ROW_AND_COL])),
 ]
@@ -116,6 +162,13 @@ def test_threads_may_fill_the_halves_of_one_matrix_at_once() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(fill, [0, half], [half, N_ROWS]))
     np.testing.assert_array_equal(out, dense())
+
+
+def test_runs_are_found_in_any_order_of_rows_and_of_a_row_more_than_once() -> None:
+    dim_0 = np.array([7, 7, 3, 9, 9, 9, 4, 3, 3, 10, 0])
+    found = np.empty((3, len(dim_0)), dtype=np.int32)
+    n_runs = _kernels.find_runs(dim_0, np.array([3, 7, 9]), *found)
+    assert found[:, :n_runs].T.tolist() == [[1, 0, 2], [0, 2, 3], [2, 3, 6], [0, 7, 9]]
 
 
 def test_values_are_viewed_as_bits_of_their_width_without_a_copy() -> None:

@@ -36,16 +36,22 @@ PACKAGE = Path(tiledbsoma_ml.__file__).parent
 
 # A module imports only from modules above it.
 LAYOUT = [
+    "_budget",
     "_common",
     "_distributed",
     "_epoch",
     "x_locator",
     "_query_ids",
+    "_shared_ids",
+    "_plan",
+    "_quality",
     "_kernels",
     "_csr",
     "_eager_iter",
+    "_window",
     "_reader",
     "_io_batch_iterable",
+    "_reading",
     "_device",
     "_mini_batch_iterable",
     "dataset",

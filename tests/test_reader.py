@@ -35,6 +35,7 @@ def read(
     var_joinids: Sequence[int] = range(N_VARS),
     columns: Sequence[str] = ("soma_joinid",),
     among: Sequence[int] | None = None,
+    **options: Any,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Return dense X and obs as a reader gives them that was told of the rows `among`."""
     rows = np.asarray(obs_joinids, dtype=np.int64)
@@ -45,9 +46,18 @@ def read(
             np.asarray(var_joinids, dtype=np.int64),
             obs_column_names=columns,
             obs_joinids=rows if among is None else np.asarray(among, dtype=np.int64),
+            **options,
         )
-        csr, frame = reader.read(rows)
-    return csr.slice_tonumpy(slice(None)), frame
+        parts = reader.read(rows)
+    matrices, frames = zip(*parts, strict=True)  # the layer is closed by now: all was read by `read`
+    assert all(frame.index.equals(pd.RangeIndex(len(frame))) for frame in frames)
+    X = np.concatenate([csr.slice_tonumpy(slice(None)) for csr in matrices])
+    return X, pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+
+
+def row_coords(store: Store, obs_joinids: Sequence[int]) -> Any:
+    with store.locator.open() as (X, _):
+        return _reader._rows_to_read(X, np.asarray(obs_joinids, dtype=np.int64))
 
 
 def column_coords(store: Store, var_joinids: Sequence[int]) -> Any:
@@ -64,11 +74,24 @@ def dense_store(make_store: Any) -> Store:
     obs_joinids=st.lists(st.integers(0, N_OBS - 1), max_size=60),
     var_joinids=st.lists(st.integers(0, N_VARS - 1), unique=True, max_size=N_VARS),
     dense=st.booleans(),
+    n_parts=st.integers(1, 9),
+    eager=st.booleans(),
+    in_files=st.booleans(),
 )
 def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
-    store: Store, dense_store: Store, obs_joinids: list[int], var_joinids: list[int], dense: bool
+    store: Store,
+    dense_store: Store,
+    tmp_path_factory: pytest.TempPathFactory,
+    obs_joinids: list[int],
+    var_joinids: list[int],
+    dense: bool,
+    n_parts: int,
+    eager: bool,
+    in_files: bool,
 ) -> None:
-    X, obs = read(dense_store if dense else store, obs_joinids, var_joinids)
+    folder = tmp_path_factory.getbasetemp() if in_files else None
+    options = {"n_parts": n_parts, "use_eager_fetch": eager, "folder": folder}
+    X, obs = read(dense_store if dense else store, obs_joinids, var_joinids, **options)
     np.testing.assert_array_equal(X, expected_X(obs_joinids, var_joinids))
     assert obs["soma_joinid"].tolist() == obs_joinids
 
@@ -83,15 +106,37 @@ def test_a_layer_keeps_its_dtype_and_every_value(make_store: Any, dtype: Any, de
     np.testing.assert_array_equal(X, expected_X(range(n_obs), range(9), dtype))
 
 
-def test_infinite_and_missing_values_are_kept(tmp_path: Any) -> None:
+def test_infinite_and_missing_values_are_kept(store: Store, tmp_path: Any) -> None:
     values = np.array([np.nan, np.inf, -np.inf, 1e-45], dtype=np.float32)
     with soma.SparseNDArray.create(str(tmp_path / "X"), type=pa.float32(), shape=(4, 1)) as array:
         array.write(
             pa.table({"soma_dim_0": np.arange(4), "soma_dim_1": np.zeros(4, int), "soma_data": values})
         )
-    with soma.SparseNDArray.open(str(tmp_path / "X")) as array:
-        X = _reader.read_sparse_rows(array, np.array([3, 2, 1, 0]), np.array([0]))
+    rows = np.array([3, 2, 1, 0])
+    with soma.SparseNDArray.open(str(tmp_path / "X")) as array, store.locator.open() as (_, obs):
+        reader = SOMAReader(array, obs, np.array([0]), obs_column_names=["soma_joinid"], obs_joinids=rows)
+        [(X, _)] = reader.read(rows)
     np.testing.assert_array_equal(X.slice_tonumpy(slice(None))[:, 0], values[::-1])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("n_parts", [1, 2, 7, 40])
+def test_rows_come_in_as_many_io_batches_as_asked_for_of_almost_equal_size(
+    store: Store, dense_store: Store, dense: bool, n_parts: int
+) -> None:
+    rows = np.arange(40)[::-1]
+    with (dense_store if dense else store).locator.open() as (X, obs):
+        reader = SOMAReader(
+            X,
+            obs,
+            np.arange(N_VARS),
+            obs_column_names=["soma_joinid"],
+            obs_joinids=rows,
+            n_parts=n_parts,
+        )
+        sizes = [len(frame) for _, frame in reader.read(rows)]
+    assert len(sizes) == n_parts
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_rows_that_are_far_apart_in_a_dense_layer_are_read_in_bounded_requests(
@@ -110,6 +155,36 @@ def test_rows_that_are_far_apart_in_a_dense_layer_are_read_in_bounded_requests(
     np.testing.assert_array_equal(X, expected_X(rows[::-1], range(N_VARS)))
 
 
+# The store's X has row tiles of 64: 0–63, 64–127, …
+
+
+def test_rows_that_are_near_in_one_tile_are_asked_for_as_one_range(store: Store) -> None:
+    assert row_coords(store, [3, 5, 21, 37]) == slice(3, 37)
+
+
+def test_rows_that_are_far_apart_are_asked_for_without_those_between(store: Store) -> None:
+    assert row_coords(store, [3, 5, 22]).tolist() == [3, 4, 5, 22]
+
+
+def test_rows_between_two_tiles_are_not_asked_for(store: Store) -> None:
+    assert row_coords(store, [60, 62, 66]).tolist() == [60, 61, 62, 66]
+    assert row_coords(store, [60, 63, 64, 66]) == slice(60, 66)
+
+
+@given(rows=st.sets(st.integers(0, N_OBS - 1), min_size=1))
+def test_every_wanted_row_is_asked_for_and_no_other_but_near_ones_in_the_same_tile(
+    store: Store, rows: set[int]
+) -> None:
+    coords = row_coords(store, sorted(rows))
+    asked = range(coords.start, coords.stop + 1) if isinstance(coords, slice) else coords.tolist()
+    assert rows <= set(asked)
+    assert len(set(asked)) == len(asked)
+    for row in set(asked) - rows:
+        before, after = max(k for k in rows if k < row), min(k for k in rows if k > row)
+        assert after - before <= _reader.GAP_ROWS
+        assert before // 64 == row // 64 == after // 64
+
+
 # The store's X has column tiles of 8: 0–7, 8–15, 16–22.
 
 
@@ -117,8 +192,12 @@ def test_all_columns_are_asked_for_as_one_range(store: Store) -> None:
     assert column_coords(store, range(N_VARS)) == slice(0, N_VARS - 1)
 
 
+def test_in_each_tile_columns_from_the_first_to_the_last_wanted_one_are_asked_for(store: Store) -> None:
+    assert column_coords(store, [12, 3, 6, 9]).tolist() == [3, 4, 5, 6, 9, 10, 11, 12]
+
+
 def test_columns_that_touch_neighbouring_tiles_are_asked_for_as_one_range(store: Store) -> None:
-    assert column_coords(store, [12, 3, 5]) == slice(3, 12)
+    assert column_coords(store, [12, 8, 3, 7]) == slice(3, 12)
 
 
 def test_column_tiles_without_a_wanted_column_are_not_asked_for(store: Store) -> None:

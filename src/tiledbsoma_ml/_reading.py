@@ -96,7 +96,7 @@ class Reading:
             window_bytes = min(window_budget, n_parts * part_bytes)
             plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
-            _check_budgets(plan, budget, memory, window_budget)
+            _check_budget(plan, budget, memory, window_budget)
         return cls(
             plan=plan,
             budget=budget,
@@ -164,7 +164,7 @@ class Reading:
                 chose = f"runs of {sizes.run_length:,} rows in {window}"
                 logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
             else:
-                logger.info("chunks of %d rows in %s", plan.shuffle_chunk_size, window)
+                logger.info("runs of %d rows in %s", plan.shuffle_chunk_size, window)
         elif isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
             self._log_cost(locator, plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids))
 
@@ -199,7 +199,7 @@ def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
         return measure_layout(reader, row_tile(X), X.shape[0], ids.obs_joinids)
 
 
-def _check_budgets(plan: Plan, budget: Budget, memory: int, window_budget: int | None) -> None:
+def _check_budget(plan: Plan, budget: Budget, memory: int, window_budget: int | None) -> None:
     assert plan.layout is not None
     tile_bytes = plan.layout.row_tile * plan.layout.bytes_per_row
     tile = f"one tile of {plan.layout.row_tile:,} rows"

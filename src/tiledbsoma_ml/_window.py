@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -361,7 +362,8 @@ class _File:
 
     def __init__(self, folder: Path) -> None:
         self.nbytes = 0
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when it is taken
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when taken or dropped
+        weakref.finalize(self, self._file.close)
         self._layout: list[list[tuple[np.dtype[Any], int]]] = []
 
     def put(self, block: _Block) -> None:
