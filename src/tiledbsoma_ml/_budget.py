@@ -10,8 +10,8 @@ import attrs
 MIN_BUDGET = 64 * 2**20
 """The smallest budget that is accepted."""
 
-FIXED_BYTES = 56 * 2**20
-"""What an open experiment, columns of `obs` and mini-batches that are read ahead take, about."""
+FIXED_BYTES = 128 * 2**20
+"""What an open experiment, columns of `obs` and mini-batches that are read ahead take, with some to spare."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
@@ -56,4 +56,5 @@ class Budget:
     @property
     def windows(self) -> int:
         """What is left for rows that wait, all windows together."""
-        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - FIXED_BYTES
+        fixed = min(FIXED_BYTES, self.total // 2)
+        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - fixed

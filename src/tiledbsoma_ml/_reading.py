@@ -29,8 +29,8 @@ N_PARTS = 32
 MAX_PARTS = 200
 """The same for windows in files, of which each part is one."""
 
-EXPANSION = 2.5
-"""Bytes that rows take up when they are given out, for each byte while they wait."""
+EXPANSION = 6.0
+"""Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
 
 COSTLY = 3.0
 """Times that tiles are decoded in an epoch, from which on a line of the log says so."""
@@ -88,7 +88,6 @@ class Reading:
             plan = attrs.evolve(plan, layout=_measured(locator, ids, budget))
         if window_dir is None or window_budget is None:
             n_parts, window_bytes = N_PARTS, memory
-            # A part that is given out is there twice: compactly, and as the arrays that are given out.
             plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
