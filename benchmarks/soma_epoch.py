@@ -90,8 +90,9 @@ def _open_batches(task: dict[str, Any], stack: ExitStack, datasets: list[Experim
 
 def _run_rows(dataset: ExperimentDataset) -> int:
     """Return rows that lie in one window if one of them does: those of a chunk, or of a run within tiles."""
-    if "auto" not in (dataset.shuffle_chunk_size, dataset.io_batch_size):
-        return min(64, int(dataset.shuffle_chunk_size))
+    chunk = getattr(dataset, "shuffle_chunk_size", 64)  # 0.1.0 does not tell; no case of it has less
+    if chunk != "auto":
+        return min(64, int(chunk))
     return min(64, int(dataset._reading.plan.sizes(dataset.query_ids).run_length))
 
 

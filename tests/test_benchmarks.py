@@ -175,7 +175,7 @@ def test_windows_are_found_from_the_order_of_rows(harness):
     chunks = rng.permutation(np.arange(1000 * 64).reshape(-1, 64))
     windows = [rng.permutation(part.ravel()) for part in np.split(chunks, [200, 400])]
 
-    ends = window_ends(np.concatenate(windows), np.arange(1000 * 64))
+    ends = window_ends(np.concatenate(windows), np.arange(1000 * 64), 64)
 
     assert ends.tolist() == [200 * 64, 400 * 64, 1000 * 64]
 

@@ -52,6 +52,7 @@ LAYOUT = [
     "_reader",
     "_io_batch_iterable",
     "_reading",
+    "_dense_pool",
     "_device",
     "_mini_batch_iterable",
     "dataset",

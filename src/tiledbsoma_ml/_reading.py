@@ -29,7 +29,7 @@ N_PARTS = 32
 MAX_PARTS = 200
 """The same for windows in files, of which each part is one."""
 
-EXPANSION = 6.0
+EXPANSION = 5.0
 """Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
 
 COSTLY = 3.0
