@@ -473,9 +473,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-# Known: an expected failure in tests/test_window.py says so.
-files_are_left_to_the_garbage_collector = pytest.mark.filterwarnings("ignore:unclosed file")
-
 in_memory_or_files = pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
 
 
@@ -500,7 +497,6 @@ def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
     np.testing.assert_array_equal(joinids_of(mini_batches), joinids_of(expected))
 
 
-@files_are_left_to_the_garbage_collector
 @pytest.mark.usefixtures("no_thread_left")
 @in_memory_or_files
 @pytest.mark.parametrize("through_loader", [False, True])
@@ -531,7 +527,6 @@ def test_an_error_of_the_consumer_while_the_reader_waits_for_room_is_the_one_tha
     assert caught.value.__context__ is None
 
 
-@files_are_left_to_the_garbage_collector
 @pytest.mark.usefixtures("no_thread_left")
 @pytest.mark.parametrize("eager", [False, True])
 @in_memory_or_files

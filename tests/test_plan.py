@@ -500,6 +500,12 @@ def test_with_auto_no_run_is_in_two_batches_and_so_no_tile_where_runs_are_whole_
         assert len(batches) == 1
 
 
+@given(plan=plans().filter(lambda plan: plan.layout is not None), joinids=id_lists, seed=st.integers(0, 99))
+def test_with_auto_the_order_of_the_query_does_not_matter(plan: Plan, joinids: list[int], seed: int) -> None:
+    plan = attrs.evolve(plan, shuffle_chunk_size="auto")
+    assert batches_of(plan, joinids, seed) == batches_of(plan, sorted(joinids), seed)
+
+
 @given(plan=plans().filter(lambda plan: plan.layout is not None), joinids=id_lists.filter(bool).map(sorted))
 def test_a_batch_is_no_larger_than_the_window_but_for_its_last_chunk(plan: Plan, joinids: list[int]) -> None:
     assert plan.layout is not None

@@ -28,12 +28,17 @@ class DensePool:
 
     def zeros(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArrayNumber:
         """Return a zeroed array that nobody else holds."""
+        X = self.empty(shape, dtype)
+        X.fill(0)
+        return X
+
+    def empty(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArrayNumber:
+        """Return an array, of any content, that nobody else holds."""
         n_bytes = shape[0] * shape[1] * dtype.itemsize
         for memory in self._kept:
             if len(memory) >= n_bytes and sys.getrefcount(memory) == _REFERENCES_OF_FREE:
-                memory[:n_bytes] = 0
                 return memory[:n_bytes].view(dtype).reshape(shape)
-        memory = np.zeros(n_bytes, dtype=np.uint8)
+        memory = np.empty(n_bytes, dtype=np.uint8)
         if len(self._kept) == self._n_kept:
             self._kept.pop(0)
         self._kept.append(memory)

@@ -77,7 +77,11 @@ class DeviceRows:
     def to_sparse(self) -> torch.Tensor:
         """Return a `torch.sparse_csr` tensor of shape (n_rows, n_cols), with int64 indices."""
         return torch.sparse_csr_tensor(
-            self.crow, self.col.to(torch.int64), self.bits.view(self.dtype), (len(self), self.n_cols)
+            self.crow,
+            self.col.to(torch.int64),
+            self.bits.view(self.dtype),
+            (len(self), self.n_cols),
+            check_invariants=False,
         )
 
 

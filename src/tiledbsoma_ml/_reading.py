@@ -41,6 +41,8 @@ class Reading:
     """How the rows of a query are read.
 
     Attributes:
+        locator: Address of the layer.
+        obs_column_names: Columns of `obs`.
         plan: What is read together.
         budget: Of memory.
         window_bytes: What windows may hold together.
@@ -48,6 +50,8 @@ class Reading:
         n_parts: In how many parts a window is given out.
     """
 
+    locator: XLocator
+    obs_column_names: Sequence[str]
     plan: Plan
     budget: Budget
     window_bytes: int
@@ -61,6 +65,7 @@ class Reading:
         ids: QueryIDs,
         plan: Plan,
         *,
+        obs_column_names: Sequence[str],
         budget: Budget,
         window_dir: Path | None,
         window_budget: int | None,
@@ -73,6 +78,7 @@ class Reading:
             locator: Address of the layer.
             ids: The query.
             plan: What is asked for; its `layout` is measured where a size is "auto".
+            obs_column_names: Columns of `obs`.
             budget: Of memory.
             window_dir: Where to keep windows in files.
             window_budget: How many bytes these may take.
@@ -97,6 +103,8 @@ class Reading:
         if plan.io_batch_size == "auto":
             _check_budget(plan, budget, memory, window_budget)
         return cls(
+            locator=locator,
+            obs_column_names=obs_column_names,
             plan=plan,
             budget=budget,
             window_bytes=window_bytes,
@@ -105,24 +113,17 @@ class Reading:
         )
 
     def io_batches(
-        self,
-        locator: XLocator,
-        ids: QueryIDs,
-        obs_column_names: Sequence[str],
-        *,
-        seed: int,
-        epoch: int,
-        use_eager_fetch: bool,
+        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of an epoch in its order."""
         preload_kernels()
         room = Room(self.window_bytes) if use_eager_fetch else None
-        with locator.open(self.budget) as (X, obs):
+        with self.locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
                 X,
                 obs,
                 ids.var_joinids,
-                obs_column_names=obs_column_names,
+                obs_column_names=self.obs_column_names,
                 obs_joinids=ids.obs_joinids,
                 n_parts=self.n_parts,
                 use_eager_fetch=use_eager_fetch,
@@ -132,11 +133,9 @@ class Reading:
             batches = self.plan.id_batches(ids, seed=seed, epoch=epoch)
             yield from io_batches(batches, reader, use_eager_fetch=use_eager_fetch, room=room)
 
-    def quality(
-        self, locator: XLocator, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int
-    ) -> ShuffleQuality:
+    def quality(self, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed, from the plan and one column of `obs` alone."""
-        with locator.open(self.budget) as (X, obs):
+        with self.locator.open(self.budget) as (X, obs):
             check_obs_column_names([column], obs)
             labels = ObsColumns.read(obs, [column], ids.obs_joinids).codes(column)
             tile = row_tile(X)
@@ -146,7 +145,7 @@ class Reading:
         chosen = evenly_spaced(batches, batch_size, len(ids.obs_joinids), n_batches)
         return measure_quality(chosen, np.unique(ids.obs_joinids), labels, tile)
 
-    def log(self, locator: XLocator, ids: QueryIDs) -> None:
+    def log(self, ids: QueryIDs) -> None:
         """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""
         plan = self.plan
         if (
@@ -165,10 +164,10 @@ class Reading:
             else:
                 logger.info("runs of %d rows in %s", plan.shuffle_chunk_size, window)
         elif isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
-            self._log_cost(locator, plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids))
+            self._log_cost(plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids))
 
-    def _log_cost(self, locator: XLocator, chunk: int, io_batch: int, n_rows: int) -> None:
-        with locator.open(self.budget) as (X, _):
+    def _log_cost(self, chunk: int, io_batch: int, n_rows: int) -> None:
+        with self.locator.open(self.budget) as (X, _):
             if isinstance(X, soma.DenseNDArray):
                 return
             tile = row_tile(X)

@@ -27,6 +27,8 @@ from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
+from tiledbsoma_ml._snapshot_reading import SnapshotReading
+from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
 DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
@@ -113,6 +115,10 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows).
         window_dir: Folder on a local disk where windows wait, in files that are unlinked from the start.
         window_budget: Bytes, or a string like "64GiB", that these files may take.
+        snapshot: A `Snapshot`, or the path of one: the same mini-batches in the same order, read from local
+            disk. If nothing is at the path the query is written there when it is first iterated. True for a
+            folder of its own in the user's cache directory. A `Snapshot` that exists needs no query.
+            "auto" is a true shuffle then, where memory holds the snapshot.
 
     Raises:
         ValueError: If a value breaks one of these rules, before any data is read.
@@ -139,6 +145,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         mixing: float | None = None,
         window_dir: str | os.PathLike[str] | None = None,
         window_budget: int | str | None = None,
+        snapshot: Snapshot | str | os.PathLike[str] | bool | None = None,
     ) -> None:
         self.batch_size = check_count("batch_size", batch_size, suggestion=128)
         self.io_batch_size = _check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
@@ -155,30 +162,47 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         memory_bytes = parse_bytes("memory_budget", memory_budget)
         window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
         folder = check_window_dir(window_dir, window_bytes)
-        mixing = _check_mixing(mixing)
-        self.x_locator, self.query_ids = _locate(query, layer_name, x_locator, query_ids, obs_column_names)
+        self.x_locator, ids = _locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
         self.obs_column_names = obs_column_names
         self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epoch = EpochCounter()
         self._rank_and_world_size: tuple[int, int] | None = None
         self._shared_ids: SharedQueryIDs | None = None
-        self._reading = Reading.choose(
-            self.x_locator,
-            self.query_ids,
-            Plan(
-                shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
-                io_batch_size=self.io_batch_size,
-                batch_size=self.batch_size,
-                permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
-                mixing=mixing,
-            ),
-            budget=Budget(memory_bytes, self.x_locator.is_remote),
-            window_dir=folder,
-            window_budget=window_bytes,
-            in_parts=self.device is None,
-            is_dense=not return_sparse_X,
+        plan = Plan(
+            shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
+            io_batch_size=self.io_batch_size,
+            batch_size=self.batch_size,
+            permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
+            mixing=_check_mixing(mixing),
         )
-        self._reading.log(self.x_locator, self.query_ids)
+        self._reading: Reading | SnapshotReading
+        if snapshot is not None and snapshot is not False:
+            self._reading = SnapshotReading(
+                plan,
+                snapshot,
+                locator=self.x_locator,
+                ids=ids,
+                layer_name=layer_name,
+                obs_column_names=obs_column_names,
+                memory_bytes=memory_bytes,
+            )
+            ids = ids or self._reading.prepare().query_ids
+        else:
+            assert self.x_locator is not None
+            assert ids is not None
+            self._reading = Reading.choose(
+                self.x_locator,
+                ids,
+                plan,
+                obs_column_names=obs_column_names,
+                budget=Budget(memory_bytes, self.x_locator.is_remote),
+                window_dir=folder,
+                window_budget=window_bytes,
+                in_parts=self.device is None,
+                is_dense=not return_sparse_X,
+            )
+            self._reading.log(ids)
+        self.query_ids = ids
 
     def __iter__(self) -> Iterator[MiniBatch]:
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
@@ -186,6 +210,14 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if self._leaves_device_work_to_loader:
             worker, _ = get_worker_id_and_num()
             yield from ((worker, io_batch) for io_batch in self._io_batches(epoch))  # type: ignore[misc]
+        elif self.device is None and isinstance(self._reading, SnapshotReading):
+            yield from self._reading.mini_batches(
+                self.query_ids.partitioned(self._partition()),
+                return_sparse_X=self.return_sparse_X,
+                seed=self._drawn_seed,
+                epoch=epoch,
+                use_eager_fetch=self.use_eager_fetch,
+            )
         else:
             with closing(self._io_batches(epoch)) as io_batches:
                 yield from self._mini_batches(io_batches, epoch, self.use_eager_fetch)
@@ -237,9 +269,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
         ids = self.query_ids.partitioned(self._partition())
-        return self._reading.quality(
-            self.x_locator, ids, column, n_batches, seed=self._drawn_seed, epoch=self._epoch.current
-        )
+        epoch = self._epoch.current
+        return self._reading.quality(ids, column, n_batches, seed=self._drawn_seed, epoch=epoch)
 
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
@@ -265,9 +296,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def _io_batches(self, epoch: int) -> Generator[IOBatch, None, None]:
         return self._reading.io_batches(
-            self.x_locator,
             self.query_ids.partitioned(self._partition()),
-            self.obs_column_names,
             seed=self._drawn_seed,
             epoch=epoch,
             use_eager_fetch=self.use_eager_fetch,
@@ -333,6 +362,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Yields:
             The epoch.
         """
+        if isinstance(self._reading, SnapshotReading):
+            self._reading.prepare()
         epoch = self._epoch.take()
         self._epoch.set(epoch)
         self._rank_and_world_size = get_distributed_rank_and_world_size()
@@ -349,7 +380,9 @@ def _locate(
     x_locator: XLocator | None,
     query_ids: QueryIDs | None,
     obs_column_names: Sequence[str],
-) -> tuple[XLocator, QueryIDs]:
+    snapshot: object,
+) -> tuple[XLocator | None, QueryIDs | None]:
+    """Return where the layer is and which rows and columns are wanted, as far as a snapshot need not say."""
     if query is not None and x_locator is None and query_ids is None:
         locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
         check_obs_column_names(obs_column_names, query.experiment.obs)
@@ -358,6 +391,8 @@ def _locate(
         with x_locator.open() as (_, obs):
             check_obs_column_names(obs_column_names, obs)
         return x_locator, query_ids
+    if query is None and x_locator is None and snapshot is not None:
+        return None, query_ids
     given = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "query_ids": query_ids}
     listed = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
     raise ValueError(

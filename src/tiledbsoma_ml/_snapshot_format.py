@@ -1,0 +1,433 @@
+"""What a snapshot's directory holds: the manifest, its files and their checksums.
+
+`docs/snapshot_format.md` specifies it to the byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import mmap
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "tiledbsoma-ml snapshot"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@attrs.frozen
+class File:
+    """A file of a snapshot: its name, size, and the SHA-256 of its bytes in hexadecimal."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+    def check_size(self, folder: Path) -> None:
+        """Raise a ValueError if the file is missing, or not as long as it was written."""
+        path = folder / self.name
+        try:
+            nbytes = path.stat().st_size
+        except OSError as err:
+            raise ValueError(
+                f"{str(path)!r} must be there with {self.nbytes:,} bytes (SHA-256 {self.sha256}), but is "
+                f"missing; {_WAY_OUT}"
+            ) from err
+        if nbytes != self.nbytes:
+            raise ValueError(
+                f"{str(path)!r} must have {self.nbytes:,} bytes (SHA-256 {self.sha256}), not {nbytes:,}; "
+                f"{_WAY_OUT}"
+            )
+
+    def check_content(self, folder: Path) -> None:
+        """Raise a ValueError if the file is not, byte for byte, as it was written."""
+        self.check_size(folder)
+        with (folder / self.name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise ValueError(
+                f"{str(folder / self.name)!r} must have the SHA-256 {self.sha256}, not {found}: it was "
+                f"altered; {_WAY_OUT}"
+            )
+
+
+_WAY_OUT = "remove the snapshot and make it again, or restore the file."
+
+
+@attrs.frozen(kw_only=True)
+class Shard:
+    """Neighbouring rows of a layer as CSR: three files.
+
+    Attributes:
+        row_start: First row.
+        row_stop: Last row, plus one.
+        nnz: Stored values.
+        data_dtype: Of the values, as stored.
+        indptr: Where each row starts, and where the last ends; int64, of shape (n_rows + 1,).
+        indices: Columns, ascending within a row.
+        data: Values.
+    """
+
+    row_start: int
+    row_stop: int
+    nnz: int
+    data_dtype: str
+    indptr: File
+    indices: File
+    data: File
+
+
+@attrs.frozen(kw_only=True)
+class Layer:
+    """A layer of `X`.
+
+    Attributes:
+        name: Of the layer.
+        dtype: Of the values as they are given out.
+        indices_dtype: Of the columns as they are stored.
+        shards: Together all rows, in order.
+    """
+
+    name: str
+    dtype: str
+    indices_dtype: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Stored values."""
+        return sum(shard.nnz for shard in self.shards)
+
+
+@attrs.frozen(kw_only=True)
+class Embedding:
+    """An array of `obsm`: rows of the snapshot times `n_cols`, row after row."""
+
+    name: str
+    dtype: str
+    n_cols: int
+    values: File
+
+
+@attrs.frozen(kw_only=True)
+class Source:
+    """Where neighbouring rows of a snapshot come from.
+
+    Attributes:
+        uri: Of the experiment.
+        measurement_name: For instance "RNA".
+        tiledb_timestamp_ms: At which it was opened.
+        versions: What was written to each array, as a digest; without those for which that is not known.
+        n_obs: Number of rows.
+        obs_digest: Of their joinids.
+    """
+
+    uri: str
+    measurement_name: str
+    tiledb_timestamp_ms: int
+    versions: dict[str, str]
+    n_obs: int
+    obs_digest: str
+
+    def differences(self, other: Source) -> list[str]:
+        """Return in words what `other` has, and what this has instead, but for the rows."""
+        found = _differences(
+            ("the experiment", self.uri, other.uri),
+            ("the measurement", self.measurement_name, other.measurement_name),
+        )
+        for array in sorted(self.versions.keys() & other.versions.keys()):
+            if not found and self.versions[array] != other.versions[array]:
+                found = [f"{array} was written to since the snapshot was made"]
+        return found
+
+
+@attrs.frozen(kw_only=True)
+class Content:
+    """What a snapshot holds; two with the same fingerprint hold the same.
+
+    Attributes:
+        sources: Where the rows come from, one after the other.
+        n_vars: Number of columns.
+        var_digest: Of the joinids of the columns.
+        layer_names: Layers of `X`; the first is the one that is read if none is named.
+        obs_column_names: Columns of `obs`.
+        obsm_names: Arrays of `obsm`.
+    """
+
+    sources: tuple[Source, ...]
+    n_vars: int
+    var_digest: str
+    layer_names: tuple[str, ...]
+    obs_column_names: tuple[str, ...]
+    obsm_names: tuple[str, ...]
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows."""
+        return sum(source.n_obs for source in self.sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all but the timestamps, which are new whenever an experiment is opened."""
+        text = json.dumps(attrs.asdict(self, filter=lambda a, _: a.name != "tiledb_timestamp_ms"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def differences(self, other: Content) -> list[str]:
+        """Return in words what `other` has, and what this has instead."""
+        found = _differences(
+            ("the number of queries", len(self.sources), len(other.sources)),
+            ("the number of rows", self.n_obs, other.n_obs),
+            ("the number of columns", self.n_vars, other.n_vars),
+            ("the layers", list(self.layer_names), list(other.layer_names)),
+            ("obs_column_names", list(self.obs_column_names), list(other.obs_column_names)),
+            ("obsm", list(self.obsm_names), list(other.obsm_names)),
+        )
+        for ours, its in zip(self.sources, other.sources, strict=False):
+            found += ours.differences(its)
+        if not found and self.var_digest != other.var_digest:
+            found = ["var_joinids are others, or in another order"]
+        if not found and self.fingerprint != other.fingerprint:
+            found = ["obs_joinids are others"]
+        return found
+
+
+def _differences(*compared: tuple[str, Any, Any]) -> list[str]:
+    return [f"{what} is {ours!r} there, not {its!r}" for what, ours, its in compared if ours != its]
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """All that is known about a snapshot without its data."""
+
+    created_by: str
+    created_at: str
+    content: Content
+    layers: tuple[Layer, ...]
+    obsm: tuple[Embedding, ...]
+    obs_joinids: File
+    var_joinids: File
+    obs: File
+    var: File
+
+    @property
+    def files(self) -> Iterator[File]:
+        """All files but the manifest itself."""
+        yield from (self.obs_joinids, self.var_joinids, self.obs, self.var)
+        for layer in self.layers:
+            for shard in layer.shards:
+                yield from (shard.indptr, shard.indices, shard.data)
+        yield from (embedding.values for embedding in self.obsm)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        fields = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.content.fingerprint,
+            **attrs.asdict(self),
+        }
+        write_atomically(folder / MANIFEST, sealed(fields))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            ValueError: If this is no snapshot, one of a newer format, or the manifest was altered.
+        """
+        fields = read_sealed(folder / MANIFEST, "a snapshot")
+        try:
+            return _from_fields(fields)
+        except (KeyError, TypeError) as err:
+            raise ValueError(
+                f"{str(folder / MANIFEST)!r} must be a manifest, but lacks {err}; {_WAY_OUT}"
+            ) from err
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raise a ValueError that names the first file that is missing or has another size."""
+        for file in self.files:
+            file.check_size(folder)
+
+
+def content_from(fields: dict[str, Any]) -> Content:
+    """Return the content that `attrs.asdict` made fields of."""
+    return Content(
+        sources=tuple(Source(**source) for source in fields["sources"]),
+        n_vars=fields["n_vars"],
+        var_digest=fields["var_digest"],
+        layer_names=tuple(fields["layer_names"]),
+        obs_column_names=tuple(fields["obs_column_names"]),
+        obsm_names=tuple(fields["obsm_names"]),
+    )
+
+
+def shard_from(fields: dict[str, Any]) -> Shard:
+    """Return the shard that `attrs.asdict` made fields of."""
+    files = {name: File(**fields[name]) for name in ("indptr", "indices", "data")}
+    return Shard(**{**fields, **files})
+
+
+def _from_fields(fields: dict[str, Any]) -> Manifest:
+    return Manifest(
+        created_by=fields["created_by"],
+        created_at=fields["created_at"],
+        content=content_from(fields["content"]),
+        layers=tuple(
+            Layer(**{**layer, "shards": tuple(shard_from(shard) for shard in layer["shards"])})
+            for layer in fields["layers"]
+        ),
+        obsm=tuple(Embedding(**{**item, "values": File(**item["values"])}) for item in fields["obsm"]),
+        **{name: File(**fields[name]) for name in ("obs_joinids", "var_joinids", "obs", "var")},
+    )
+
+
+# Text with a checksum -------------------------------------------------------------------------------------
+
+
+def sealed(fields: dict[str, Any]) -> str:
+    """Return fields as JSON, with the SHA-256 of the JSON without it as the last one."""
+    return _json({**fields, "sha256": hashlib.sha256(_json(fields).encode()).hexdigest()})
+
+
+def read_sealed(path: Path, what: str) -> dict[str, Any]:
+    """Return the fields of a file that `sealed` made.
+
+    Raises:
+        ValueError: If there is none, it was altered, or is of a newer format.
+    """
+    try:
+        text = path.read_bytes().decode()
+        fields = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise ValueError(
+            f"path={str(path.parent)!r} must be {what}, but has no {path.name}; choose another path, or make "
+            "one there with Snapshot.create."
+        ) from err
+    except ValueError as err:
+        raise ValueError(f"{str(path)!r} must be JSON, but: {err}; {_WAY_OUT}") from err
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} must have the format {FORMAT!r}; {_WAY_OUT}")
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} must have format_version {FORMAT_VERSION}, not {version!r}; read it with the "
+            "tiledbsoma-ml that made it, or install a newer one."
+        )
+    found = fields.pop("sha256", None)
+    expected = hashlib.sha256(_json(fields).encode()).hexdigest()
+    if found != expected or text != sealed(fields):
+        raise ValueError(
+            f"{str(path)!r} must have the SHA-256 {found}, not {expected}: it was altered; {_WAY_OUT}"
+        )
+    return fields
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=1) + "\n"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole, or is not there."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(text.encode())
+    fsync(new)
+    new.replace(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Arrays ---------------------------------------------------------------------------------------------------
+
+
+class HashedFile:
+    """A new file, written to piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=0)
+        self._sha256 = hashlib.sha256()
+        self._nbytes = 0
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Append an array, little-endian."""
+        view = little_endian_bytes(array)
+        self._sha256.update(view)
+        self._nbytes += len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def close(self) -> File:
+        """Return what was written."""
+        self._file.close()
+        return File(self._path.name, self._nbytes, self._sha256.hexdigest())
+
+
+def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
+    """Write arrays, one after the other, into a new file."""
+    file = HashedFile(path)
+    for array in arrays:
+        file.write(array)
+    return file.close()
+
+
+def describe_file(path: Path) -> File:
+    """Return name, size and checksum of a file that was written."""
+    with path.open("rb") as file:
+        return File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def digest(joinids: NDArray[np.int64]) -> str:
+    """Return a digest of joinids."""
+    return hashlib.blake2b(little_endian_bytes(joinids), digest_size=16).hexdigest()
+
+
+def little_endian_bytes(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of an array, row after row; without a copy where they are there already."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_longlong]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def map_file(folder: Path, file: File, dtype: str) -> NDArray[Any]:
+    """Return a file as a read-only array in shared memory pages.
+
+    Other than `mmap.mmap`, this keeps no file descriptor: a snapshot has more files than a process may open.
+
+    Raises:
+        ValueError: If the file is missing or has another size.
+    """
+    file.check_size(folder)
+    if not file.nbytes:
+        return np.empty(0, dtype)
+    descriptor = os.open(folder / file.name, os.O_RDONLY)
+    try:
+        address = _libc.mmap(None, file.nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    finally:
+        os.close(descriptor)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder / file.name))
+    buffer = (ctypes.c_uint8 * file.nbytes).from_address(address)
+    weakref.finalize(buffer, _libc.munmap, address, file.nbytes).atexit = False
+    array: NDArray[Any] = np.frombuffer(memoryview(buffer), np.dtype(dtype))
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,272 @@
+"""The compiled loops of snapshots: from files in memory maps straight into the arrays that are handed out.
+
+Rows lie in many files, whose values have different types. So that one call serves rows of all of them, the
+loops are given the addresses of the maps; whoever calls keeps the maps open. Like all compiled loops they
+release the GIL, are cached on disk, may run in several threads at once, and are imported on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+_Loop = TypeVar("_Loop", bound=Callable[..., Any])
+
+
+def _jit(loop: _Loop) -> _Loop:
+    return cast(_Loop, numba.njit(nogil=True, cache=True, boundscheck=False)(loop))
+
+
+KINDS = {dtype: kind for kind, dtype in enumerate(["|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4"])}
+"""The number that tells the loops how values are stored; `AS_GIVEN_OUT` if they are not converted."""
+
+AS_GIVEN_OUT = len(KINDS)
+
+ROWS_AHEAD = 4
+"""So many rows ahead of their use memory is asked for them: in random order, that doubles the speed."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _at(_: Any, address: Any) -> Any:
+    """Return an address as a pointer."""
+
+    def make(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), make
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch_line(_: Any, address: Any) -> Any:
+    """Ask the processor for the cache line at an address, and wait for nothing."""
+
+    def make(__: Any, builder: Any, ___: Any, arguments: Any) -> None:
+        pointer, int_32 = cgutils.voidptr_t, ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [pointer, int_32, int_32, int_32]),
+            "llvm.prefetch.p0i8",
+        )
+        to_read, keep, data = (ir.Constant(int_32, number) for number in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, keep, data])
+
+    return types.void(address), make
+
+
+@_jit
+def find_rows(
+    joinids: NDArray[np.int64],
+    sorted_ids: NDArray[np.int64],
+    first_rows: NDArray[np.int64],
+    shift: int,
+    rows: NDArray[np.int64],
+) -> int:
+    """Write the place of each joinid in `sorted_ids`, or -1; return how many are missing.
+
+    `first_rows[b]` is the first row whose joinid is at least `sorted_ids[0] + (b << shift)`.
+    """
+    n_missing = 0
+    for k in range(len(joinids)):
+        joinid, row = joinids[k], -1
+        if len(sorted_ids) and sorted_ids[0] <= joinid <= sorted_ids[-1]:
+            bucket = (joinid - sorted_ids[0]) >> shift
+            low, high = first_rows[bucket], first_rows[bucket + 1]
+            while low < high:
+                middle = (low + high) >> 1
+                if sorted_ids[middle] < joinid:
+                    low = middle + 1
+                else:
+                    high = middle
+            if sorted_ids[low] == joinid:
+                row = low
+        rows[k] = row
+        n_missing += row < 0
+    return n_missing
+
+
+@_jit
+def locate_rows(
+    rows: NDArray[np.int64],
+    shard_starts: NDArray[np.int64],
+    indptr_at: NDArray[np.int64],
+    shards: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    indptr: NDArray[np.int64],
+) -> None:
+    """Write the shard of each row, where it begins there, and the row starts of these rows put end to end."""
+    indptr[0] = 0
+    for k in range(len(rows)):
+        shard = np.searchsorted(shard_starts, rows[k], side="right") - 1
+        row = rows[k] - shard_starts[shard]
+        borders = numba.carray(_at(indptr_at[shard] + 8 * row), 2, np.int64)
+        shards[k] = shard
+        begins[k] = borders[0]
+        indptr[k + 1] = indptr[k] + borders[1] - borders[0]
+
+
+@_jit
+def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
+    """Copy values from `begin` of an array at an address on, converted to the type of `out`."""
+    n = len(out)
+    if kind == 0:
+        u1 = numba.carray(_at(address + begin), n, np.uint8)
+        for k in range(n):
+            out[k] = u1[k]
+    elif kind == 1:
+        u2 = numba.carray(_at(address + 2 * begin), n, np.uint16)
+        for k in range(n):
+            out[k] = u2[k]
+    elif kind == 2:
+        u4 = numba.carray(_at(address + 4 * begin), n, np.uint32)
+        for k in range(n):
+            out[k] = u4[k]
+    elif kind == 3:
+        i1 = numba.carray(_at(address + begin), n, np.int8)
+        for k in range(n):
+            out[k] = i1[k]
+    elif kind == 4:
+        i2 = numba.carray(_at(address + 2 * begin), n, np.int16)
+        for k in range(n):
+            out[k] = i2[k]
+    elif kind == 5:
+        i4 = numba.carray(_at(address + 4 * begin), n, np.int32)
+        for k in range(n):
+            out[k] = i4[k]
+    elif kind == 6:
+        f4 = numba.carray(_at(address + 4 * begin), n, np.float32)
+        for k in range(n):
+            out[k] = f4[k]
+    else:
+        same = numba.carray(_at(address + out.itemsize * begin), n, out.dtype)
+        for k in range(n):
+            out[k] = same[k]
+
+
+@_jit
+def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> None:
+    """Ask the processor for `n` values from `begin` of an array at an address on."""
+    if kind < AS_GIVEN_OUT:
+        itemsize = 1 if kind in (0, 3) else 2 if kind in (1, 4) else 4
+    for line in range(address + itemsize * begin, address + itemsize * (begin + n), 64):
+        _prefetch_line(line)
+
+
+@_jit
+def gather_rows(
+    shards: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    indptr: NDArray[np.int64],
+    indices_at: NDArray[np.int64],
+    indices_kind: int,
+    data_at: NDArray[np.int64],
+    data_kinds: NDArray[np.uint8],
+    indices: NDArray[Any],
+    data: NDArray[Any],
+) -> None:
+    """Copy rows to their places in `indices` and `data`."""
+    for k in range(len(shards)):
+        if k + ROWS_AHEAD < len(shards):
+            shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
+            n = indptr[k + ROWS_AHEAD + 1] - indptr[k + ROWS_AHEAD]
+            _prefetch(indices_at[shard], indices_kind, 4, begin, n)
+            _prefetch(data_at[shard], data_kinds[shard], data.itemsize, begin, n)
+        shard, begin, start, stop = shards[k], begins[k], indptr[k], indptr[k + 1]
+        _copy(indices_at[shard], indices_kind, begin, indices[start:stop])
+        _copy(data_at[shard], data_kinds[shard], begin, data[start:stop])
+
+
+@_jit
+def keep_columns(
+    indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], data: NDArray[Any]
+) -> None:
+    """Replace each column by its place, dropping those without one (-1), in place; rows move together."""
+    end, start = 0, indptr[0]
+    for row in range(len(indptr) - 1):
+        for k in range(start, indptr[row + 1]):
+            place = place_of[indices[k]]
+            if place >= 0:
+                indices[end] = place
+                data[end] = data[k]
+                end += 1
+        start = indptr[row + 1]
+        indptr[row + 1] = end
+
+
+@_jit
+def sort_rows_of_few(
+    indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], data: NDArray[Any]
+) -> None:
+    """Sort the entries of each row by column, in place: a pass over the columns, marked in a set of bits."""
+    words = np.zeros((n_cols + 63) // 64, dtype=np.uint64)
+    values = np.empty(n_cols, dtype=data.dtype)
+    one = np.uint64(1)
+    for row in range(len(indptr) - 1):
+        start, stop = indptr[row], indptr[row + 1]
+        for k in range(start, stop):
+            col = np.int64(indices[k])
+            words[col >> 6] |= one << np.uint64(col & 63)
+            values[col] = data[k]
+        place = start
+        for w in range(len(words)):
+            word = words[w]
+            words[w] = 0
+            while word:
+                col = np.int64(64 * w + _n_trailing_zeros(word))
+                indices[place], data[place] = col, values[col]
+                place += 1
+                word &= word - one
+
+
+@_jit
+def _n_trailing_zeros(word: int) -> int:
+    """Return the number of the lowest bit that is set."""
+    n, lowest = 0, word & (~word + np.uint64(1))
+    for shift in (32, 16, 8, 4, 2, 1):
+        if lowest >> np.uint64(shift):
+            lowest >>= np.uint64(shift)
+            n += shift
+    return n
+
+
+@_jit
+def fill_rows(
+    indptr: NDArray[np.int64],
+    shards: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    indices_at: NDArray[np.int64],
+    indices_kind: int,
+    data_at: NDArray[np.int64],
+    data_kinds: NDArray[np.uint8],
+    place_of: NDArray[np.int32],
+    out: NDArray[Any],
+) -> None:
+    """Write rows into the dense `out`, zeros included; columns go to their places, if `place_of` has any."""
+    longest = 0
+    for k in range(len(shards)):
+        longest = max(longest, indptr[k + 1] - indptr[k])
+    cols, values = np.empty(longest, dtype=np.uint32), np.empty(longest, dtype=out.dtype)
+    for k in range(len(shards)):
+        if k + 1 < len(shards):
+            shard, begin, n = shards[k + 1], begins[k + 1], indptr[k + 2] - indptr[k + 1]
+            _prefetch(indices_at[shard], indices_kind, 4, begin, n)
+            _prefetch(data_at[shard], data_kinds[shard], out.itemsize, begin, n)
+        shard, begin, n = shards[k], begins[k], indptr[k + 1] - indptr[k]
+        _copy(indices_at[shard], indices_kind, begin, cols[:n])
+        _copy(data_at[shard], data_kinds[shard], begin, values[:n])
+        row = out[k]
+        row[:] = 0
+        if len(place_of):
+            for i in range(n):
+                place = place_of[cols[i]]
+                if place >= 0:
+                    row[place] = values[i]
+        else:
+            for i in range(n):
+                row[cols[i]] = values[i]

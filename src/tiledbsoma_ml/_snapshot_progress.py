@@ -1,0 +1,135 @@
+"""While a snapshot is made: telling how far it is, and letting others wait for it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+ProgressCallback: TypeAlias = Callable[[int, int, float, float], object]
+"""Called with: rows done, rows in all, rows per second, seconds left."""
+
+LINE_EVERY_S = 5.0
+"""Without a terminal, or without rich, a line is written after so many seconds."""
+
+logger = logging.getLogger("tiledbsoma_ml")
+
+
+class Progress:
+    """Tells how far the making of a snapshot is.
+
+    Args:
+        progress: True for a bar on a terminal (with rich) or a line on stderr every few seconds, False for
+            nothing, or whom to call.
+        name: Of what is made.
+    """
+
+    def __init__(self, progress: bool | ProgressCallback, name: str) -> None:
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise TypeError(f"progress={progress!r} must be True, False or a function; try True.")
+        self._name = name
+        self._tell = progress
+        self._total, self._done, self._new = 0, 0, 0
+        self._start = self._last_line = 0.0
+        self._bar: Any = None
+
+    @contextmanager
+    def of(self, total: int, done: int) -> Iterator[None]:
+        """Begin with so many rows in all, some of which were done before."""
+        self._total, self._done, self._new = total, done, 0
+        self._start = self._last_line = time.monotonic()
+        if self._tell is True and sys.stderr.isatty() and importlib.util.find_spec("rich"):
+            with _rich_bar() as self._bar:
+                self._bar.add_task(self._name, total=total, completed=done, speed="")
+                yield
+        else:
+            yield
+        self._bar = None
+
+    def advance(self, n_rows: int) -> None:
+        """Tell that more rows are done."""
+        self._done += n_rows
+        self._new += n_rows
+        now = time.monotonic()
+        speed = self._new / max(1e-9, now - self._start)
+        left = (self._total - self._done) / speed
+        if callable(self._tell):
+            self._tell(self._done, self._total, speed, left)
+        elif self._bar is not None:
+            self._bar.update(0, completed=self._done, speed=f"{speed:,.0f} rows/s")
+        elif self._tell and (now - self._last_line >= LINE_EVERY_S or self._done == self._total):
+            self._last_line = now
+            self.say(f"{self._done:,} of {self._total:,} rows, {speed:,.0f} rows/s, {left:,.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Write a line, unless nothing is to be told."""
+        if self._tell is True:
+            sys.stderr.write(f"{self._name}: {text}\n")
+        else:
+            logger.info("%s: %s", self._name, text)
+
+
+def _rich_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[speed]}"), TimeRemainingColumn()]
+    return Bar(*columns, console=Console(stderr=True))
+
+
+@contextmanager
+def locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time make what is to be at a path; the others wait.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock, progress)
+    except OSError as err:
+        raise OSError(
+            err.errno,
+            f"path={str(path)!r} must be in a folder that can be written to, but: {err.strerror}; choose "
+            "another path.",
+        ) from err
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(lock: Path, progress: Progress) -> int:
+    """Return the open and locked file; it is the one that has this name."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(descriptor, progress)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, progress: Progress) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        maker = os.pread(descriptor, 20, 0).decode() or "another one"
+        progress.say(f"process {maker} is making it; waiting until it is there")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -1,0 +1,337 @@
+"""Rows of a snapshot: from its files, which are memory-mapped, straight into what is handed out."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy import sparse
+
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
+from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+from tiledbsoma_ml._reader import IOBatch, _nullable_dtype
+from tiledbsoma_ml._snapshot_format import Layer, map_file
+
+READ_ROWS = 4096
+"""`read` gives out so many rows at a time."""
+
+
+class SnapshotReader:
+    """Reads rows and columns of a snapshot; may be used by several threads at once.
+
+    Args:
+        layer: The rows of `X`.
+        index: Where the rows of joinids are.
+        obs: Columns of `obs`.
+        places: Where the columns that are stored go; None for all of them as they are stored.
+        n_cols: Number of columns that are given out.
+
+    Attributes:
+        n_cols: Number of columns that are given out.
+    """
+
+    def __init__(
+        self,
+        layer: MappedLayer,
+        index: RowIndex,
+        obs: ObsTable,
+        *,
+        places: NDArray[np.int32] | None,
+        n_cols: int,
+    ) -> None:
+        self._layer = layer
+        self._index = index
+        self._obs = obs
+        self._places = places
+        self._is_ascending = places is None or bool((np.diff(places[places >= 0]) > 0).all())
+        self.n_cols = n_cols
+        self._pool = Pool()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
+        return self._layer.dtype
+
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+        """Read the rows of `obs_joinids`, which may repeat.
+
+        Returns:
+            IO batches that together are these rows in exactly this order. What was taken is not held.
+        """
+        for start in range(0, len(obs_joinids), READ_ROWS):
+            yield self.rows(obs_joinids[start : start + READ_ROWS])
+
+    def rows(self, obs_joinids: NDArrayJoinId) -> IOBatch:
+        """Return the rows of `obs_joinids`, in that order; they may repeat.
+
+        Raises:
+            ValueError: If a row is not in the snapshot.
+        """
+        found = self._layer.locate(self._index.find(obs_joinids))
+        indptr, indices, data = self._gather(found, self._layer.indices_dtype)
+        indices = indices.astype(smallest_uint(self.n_cols), copy=False)
+        X = CSR_IO_Buffer(indptr, indices, data, (len(obs_joinids), self.n_cols))
+        return X, self._obs.take(found.rows)
+
+    def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
+        """Return `X` of the rows of `obs_joinids` as a canonical `csr_matrix`, without their `obs`."""
+        from tiledbsoma_ml import _snapshot_kernels as kernels
+
+        found = self._layer.locate(self._index.find(obs_joinids))
+        index_type = np.dtype(np.int32 if found.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
+        indptr, indices, data = self._gather(found, index_type)
+        if not self._is_ascending:
+            kernels.sort_rows_of_few(indptr, self.n_cols, indices, as_numbers(data))
+        matrix = sparse.csr_matrix(
+            (data, indices, indptr.astype(index_type, copy=False)), shape=(len(obs_joinids), self.n_cols)
+        )
+        matrix.has_sorted_indices = matrix.has_canonical_format = True
+        return matrix
+
+    def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
+        """Write `X` of the rows of `obs_joinids` into `out`, of shape (n_rows, n_cols), zeros included."""
+        from tiledbsoma_ml import _snapshot_kernels as kernels
+
+        found = self._layer.locate(self._index.find(obs_joinids))
+        assert out.shape == (len(obs_joinids), self.n_cols)
+        assert out.dtype == self.dtype
+        places = np.empty(0, dtype=np.int32) if self._places is None else self._places
+        kernels.fill_rows(
+            found.indptr, found.shards, found.begins, *self._layer.addresses, places, as_numbers(out)
+        )
+
+    def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
+        """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
+        return self._obs.take(self._index.find(obs_joinids))
+
+    def _gather(
+        self, found: Found, indices_dtype: np.dtype[Any]
+    ) -> tuple[NDArray[np.int64], NDArray[Any], NDArrayNumber]:
+        """Return rows put end to end, their columns mapped to their places."""
+        from tiledbsoma_ml import _snapshot_kernels as kernels
+
+        indptr = found.indptr
+        indices, data = self._pool.empty(int(indptr[-1]), indices_dtype, self.dtype)
+        kernels.gather_rows(
+            found.shards, found.begins, indptr, *self._layer.addresses, indices, as_numbers(data)
+        )
+        if self._places is not None:
+            kernels.keep_columns(indptr, self._places, indices, as_numbers(data))
+            indices, data = indices[: indptr[-1]], data[: indptr[-1]]
+        return indptr, indices, data
+
+
+# Rows of X ------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class Found:
+    """Where rows are: their number, their shard, where they begin there; and their starts put end to end."""
+
+    rows: NDArray[np.int64]
+    shards: NDArray[np.int32]
+    begins: NDArray[np.int64]
+    indptr: NDArray[np.int64]
+
+
+class MappedLayer:
+    """The files of a layer, mapped."""
+
+    def __init__(self, folder: Path, layer: Layer) -> None:
+        from tiledbsoma_ml._snapshot_kernels import AS_GIVEN_OUT, KINDS
+
+        self.dtype = np.dtype(layer.dtype)
+        self.indices_dtype = np.dtype(layer.indices_dtype)
+        self._maps = [
+            (
+                map_file(folder, shard.indptr, "<i8"),
+                map_file(folder, shard.indices, layer.indices_dtype),
+                map_file(folder, shard.data, shard.data_dtype),
+            )
+            for shard in layer.shards
+        ]
+        kinds = [KINDS.get(shard.data_dtype, AS_GIVEN_OUT) for shard in layer.shards]
+        self._starts = np.array([shard.row_start for shard in layer.shards], dtype=np.int64)
+        at = np.array([[array.ctypes.data for array in maps] for maps in self._maps], dtype=np.int64)
+        at = at.reshape(-1, 3)
+        self._indptr_at = at[:, 0].copy()
+        self.addresses = (
+            at[:, 1].copy(),
+            KINDS[layer.indices_dtype],
+            at[:, 2].copy(),
+            np.array(kinds, dtype=np.uint8),
+        )
+
+    def locate(self, rows: NDArray[np.int64]) -> Found:
+        """Return where rows are."""
+        from tiledbsoma_ml import _snapshot_kernels as kernels
+
+        n = len(rows)
+        found = Found(rows, np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n + 1, np.int64))
+        kernels.locate_rows(rows, self._starts, self._indptr_at, found.shards, found.begins, found.indptr)
+        return found
+
+
+def as_numbers(values: NDArray[Any]) -> NDArray[Any]:
+    """Return a view of `values` for the compiled loops, which take booleans as bytes."""
+    return values.view(np.uint8) if values.dtype == np.bool_ else values
+
+
+class RowIndex:
+    """Where the row of each joinid is.
+
+    Args:
+        joinids: Of the rows, ascending and unique; None if they are known by their numbers.
+        n_rows: Number of rows.
+        path: Of the snapshot, for messages.
+    """
+
+    def __init__(self, joinids: NDArrayJoinId | None, n_rows: int, path: Path) -> None:
+        self._path = path
+        self._joinids = np.empty(0, dtype=np.int64) if joinids is None else joinids
+        self._n_rows = n_rows
+        self._first = 0 if joinids is None or not n_rows else int(joinids[0])
+        span = n_rows if joinids is None or not n_rows else int(joinids[-1]) - self._first + 1
+        self._is_range = span == n_rows
+        if joinids is not None and not self._is_range:
+            self._shift = max(0, (8 * span // n_rows).bit_length() - 1)
+            starts = self._first + (np.arange((span - 1 >> self._shift) + 2) << self._shift)
+            self._first_rows = np.searchsorted(joinids, starts)
+
+    def find(self, joinids: NDArrayJoinId) -> NDArray[np.int64]:
+        """Return the row of each of `joinids`.
+
+        Raises:
+            ValueError: If one has none.
+        """
+        joinids = np.asarray(joinids, dtype=np.int64)
+        if self._is_range:
+            rows = joinids - self._first
+            if len(rows) and (rows.min() < 0 or rows.max() >= self._n_rows):
+                self._complain(joinids, (rows < 0) | (rows >= self._n_rows))
+            return rows
+        from tiledbsoma_ml import _snapshot_kernels as kernels
+
+        rows = np.empty(len(joinids), dtype=np.int64)
+        if kernels.find_rows(joinids, self._joinids, self._first_rows, self._shift, rows):
+            self._complain(joinids, rows < 0)
+        return rows
+
+    def _complain(self, joinids: NDArrayJoinId, is_missing: NDArray[np.bool_]) -> None:
+        raise ValueError(
+            f"obs_joinids must be rows of the snapshot {str(self._path)!r}, but {is_missing.sum():,} of "
+            f"{len(joinids):,} are not, {joinids[is_missing][0]} for instance: it was made from another "
+            "query; make a snapshot of this query at another path."
+        )
+
+
+# Memory ---------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Gives out arrays in memory that was given out before and that nobody holds any longer.
+
+    Memory that is new to a process is slow to write to at first: for a mini-batch it takes longer than the
+    work. Whatever looks into an array keeps the array below it alive, and when that one goes, its memory
+    comes back here. Safe in several threads.
+    """
+
+    SMALL = 2**17
+    """Arrays below this size have memory of their own, which is fast to get."""
+
+    def __init__(self, n_kept: int = 6) -> None:
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=n_kept)
+
+    def empty(self, n: int, *dtypes: np.dtype[Any]) -> list[NDArray[Any]]:
+        """Return an array of `n` values of each type, which nobody else holds."""
+        sizes = [-(-n * dtype.itemsize // 64) * 64 for dtype in dtypes]
+        if sum(sizes) < self.SMALL:
+            return [np.empty(n, dtype) for dtype in dtypes]
+        memory = self._lend(sum(sizes))
+        starts = np.cumsum([0, *sizes]).tolist()
+        return [
+            memory[start : start + n * dtype.itemsize].view(dtype)
+            for start, dtype in zip(starts, dtypes, strict=False)
+        ]
+
+    def _lend(self, n_bytes: int) -> NDArray[np.uint8]:
+        memory = self._take(n_bytes)
+        lent = np.frombuffer(memory.data, dtype=np.uint8)  # views of views of `memory` would refer to that
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return lent
+
+    def _take(self, n_bytes: int) -> NDArray[np.uint8]:
+        for _ in range(len(self._free)):
+            try:
+                memory = self._free.pop()
+            except IndexError:  # another thread was faster
+                break
+            if n_bytes <= len(memory) <= 4 * n_bytes:
+                return memory
+            self._free.appendleft(memory)
+        unit = max(2**12, 2 ** (n_bytes.bit_length() - 4))
+        return np.empty(-(-n_bytes // unit) * unit, dtype=np.uint8)
+
+
+# obs ------------------------------------------------------------------------------------------------------
+
+
+class ObsTable:
+    """Columns of `obs`, mapped, decoded on use.
+
+    Args:
+        columns: By name, each of one piece.
+        subset: The rows that will be asked for; None for all.
+    """
+
+    def __init__(self, columns: dict[str, pa.Array], subset: NDArray[np.int64] | None) -> None:
+        self._takers = {name: _Taker(column, subset) for name, column in columns.items()}
+
+    def take(self, rows: NDArray[np.int64]) -> pd.DataFrame:
+        """Return rows as `SOMAReader` does, with a fresh index."""
+        decoded = {name: taker.take(rows) for name, taker in self._takers.items()}
+        return pd.DataFrame(decoded, index=pd.RangeIndex(len(rows)), copy=False)
+
+
+class _Taker:
+    """Takes values of a column, by the shortest way that gives what Arrow gives."""
+
+    def __init__(self, column: pa.Array, subset: NDArray[np.int64] | None) -> None:
+        self._column = column
+        self._nullable = _nullable(column, subset)
+        self._numbers: NDArray[Any] | None = None
+        self._categories: pd.CategoricalDtype | None = None
+        if pa.types.is_dictionary(column.type):
+            self._categories = column.slice(0, 0).to_pandas().dtype
+            column = column.indices
+        if not column.null_count and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            self._numbers = column.to_numpy(zero_copy_only=True)
+
+    def take(self, rows: NDArray[np.int64]) -> Any:
+        if self._numbers is None:
+            return self._column.take(pa.array(rows)).to_pandas(types_mapper=lambda _: self._nullable)
+        taken = self._numbers.take(rows)
+        return taken if self._categories is None else pd.Categorical.from_codes(taken, dtype=self._categories)
+
+
+def _nullable(column: pa.Array, subset: NDArray[np.int64] | None) -> Any:
+    if column.null_count and subset is not None:
+        column = column.take(pa.array(subset))
+    return _nullable_dtype(column)
+
+
+def one_piece(table: pa.Table, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Return columns of a table, each as one array."""
+    return {name: _combined(table[name]) for name in names}
+
+
+def _combined(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
