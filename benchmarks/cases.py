@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+SNAPSHOT = "{snapshot}"  # stands for a snapshot beside the data, which is made first if it is not there
 WINDOW_DIR = "{window_dir}"  # stands for an empty folder beside the data, removed afterwards
 
 
@@ -69,6 +70,8 @@ def _auto(budget: str, **options: Any) -> dict[str, Any]:
 
 WINDOW = _auto("256MiB", window_dir=WINDOW_DIR, window_budget="4GiB")
 
+TRUE_SHUFFLE = {**AUTO, "snapshot": SNAPSHOT}
+
 CASES = (
     # TileDB itself
     _scan("raw scan"),
@@ -104,6 +107,11 @@ CASES = (
     _epoch("default, 10 % scattered", query="scattered", against=SCATTERED, quick=False),
     _epoch("default, 10 % contiguous", query="contiguous", against=CONTIGUOUS, quick=False),
     _epoch("default, 2000 genes", query="genes", quick=False),
+    # From a snapshot
+    Case(name="snapshot, creation", kind="create_snapshot", against="raw scan"),
+    _epoch("snapshot, chunk 64, sparse", options={"snapshot": SNAPSHOT}),
+    _epoch("snapshot, single rows, sparse", options=TRUE_SHUFFLE),
+    _epoch("snapshot, single rows, dense", dense=True, options=TRUE_SHUFFLE, task={"fill": True}),
     # Planning and starting
     Case(name="plan 100M ids, chunk 64", kind="plan", task={"n_ids": N_IDS, "chunk": 64}),
     Case(name="plan 100M ids, chunk 2048", kind="plan", task={"n_ids": N_IDS, "chunk": 2048}, quick=False),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tiledbsoma as soma
 from measure import Usage, anonymous_bytes, answer_with, request
-from soma_epoch import missing_options, soma_epoch
+from soma_epoch import make_snapshot, missing_options, soma_epoch
 
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, experiment_dataloader
 from tiledbsoma_ml._query_ids import Partition
@@ -61,6 +61,15 @@ class _Probe(ExperimentDataset):
         yield anonymous_bytes(), len(own)
 
 
+def create_snapshot(task: dict[str, Any]) -> dict[str, Any]:
+    """Make a snapshot of all rows."""
+    with Usage() as usage:
+        snapshot = make_snapshot(task, f"{task['scratch']}/new.snapshot")
+        seconds = usage.seconds()
+    record = {"rows": len(snapshot), "seconds": seconds, **usage.record()}
+    return {**record, "bytes_per_value": snapshot.nbytes / snapshot.nnz}
+
+
 def warm(task: dict[str, Any]) -> dict[str, Any]:
     """Compile the kernels of this package, if that has not been done."""
     for options in task["variants"]:
@@ -70,6 +79,12 @@ def warm(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    functions = {"epoch": soma_epoch, "plan": plan, "start_workers": start_workers, "warm": warm}
+    functions = {
+        "epoch": soma_epoch,
+        "plan": plan,
+        "start_workers": start_workers,
+        "create_snapshot": create_snapshot,
+        "warm": warm,
+    }
     task = request()
     answer_with(functions[task["kind"]], task)

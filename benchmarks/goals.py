@@ -125,5 +125,41 @@ GOALS = (
         at_most=80,
         unit="MiB",
     ),
+    Goal(
+        "snapshot, chunk 64, sparse, against 0.1.0 on SOMA",
+        _faster("snapshot, chunk 64, sparse", _OLD),
+        at_least=80,
+    ),
+    Goal(
+        "snapshot, single rows, against chunk 64",
+        _faster("snapshot, single rows, sparse", "snapshot, chunk 64, sparse"),
+        at_least=0.8,
+    ),
+    Goal(
+        "snapshot, dense, against filling such arrays with NumPy",
+        lambda results: (
+            results["snapshot, single rows, dense"]["rows_per_s"]
+            / results["snapshot, single rows, dense"]["fill_rows_per_s"]
+        ),
+        at_least=0.5,
+    ),
+    Goal("creation of a snapshot, against a raw scan", _of_raw("snapshot, creation"), at_least=0.6),
+    Goal(
+        "creation and first epoch, against the first epoch of 0.1.0",
+        lambda results: (
+            results[_OLD]["seconds"]
+            / (results["snapshot, creation"]["seconds"] + results["snapshot, chunk 64, sparse"]["seconds"])
+        ),
+        at_least=5,
+    ),
+    Goal(
+        "size of a snapshot", _field("snapshot, creation", "bytes_per_value"), at_most=4.2, unit="bytes/value"
+    ),
+    Goal(
+        "anonymous memory above the imports, snapshot, sparse",
+        _field("snapshot, single rows, sparse", "peak_anon_mib"),
+        at_most=300,
+        unit="MiB",
+    ),
     Goal("mixing of datasets, auto 2GiB", _field("auto 2GiB", "mixing"), at_least=0.95, unit="of random"),
 )

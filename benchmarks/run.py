@@ -24,12 +24,18 @@ from statistics import median
 from typing import Any
 
 import report
-from cases import AUTO, CASES, WINDOW_DIR, Case
+from cases import AUTO, CASES, SNAPSHOT, WINDOW_DIR, Case
 from envs import HERE, PEERS, NotInstalledError, peer_python
 from goals import assess_goals
 from make_data import DataSpec, add_size_options, make_data
 
-SCRIPTS = {"epoch": "child.py", "plan": "child.py", "scan": "raw.py", "start_workers": "child.py"}
+SCRIPTS = {
+    "epoch": "child.py",
+    "plan": "child.py",
+    "scan": "raw.py",
+    "start_workers": "child.py",
+    "create_snapshot": "child.py",
+}
 QUICK = {"rows": 32_768, "repetitions": 1, "peers": "none"}
 
 
@@ -151,6 +157,8 @@ class Bench:
         if case.peer in self._not_installed:
             return {"status": "not installed", "why": self._not_installed[case.peer]}
         warm_page_cache(self._folders[case.layout])
+        if SNAPSHOT in case.options.values():
+            warm_page_cache(_snapshot_of(self._folders[case.layout]))
         return self._run(case)
 
     def _compile_kernels(self) -> None:
@@ -178,13 +186,15 @@ class Bench:
         folder = self._folders[case.layout]
         with tempfile.TemporaryDirectory(dir=self._options.data_dir, prefix="scratch-") as scratch:
             windows_file = Path(scratch) / "windows.npz"
+            places = {WINDOW_DIR: scratch, SNAPSHOT: str(_snapshot_of(folder))}
             task = {
                 "kind": case.kind,
                 "uri": str(folder),
                 "h5ad": str(folder / "cells.h5ad"),
                 "query": case.query,
                 "tile_rows": self._spec.tile[0],
-                "options": {k: scratch if v == WINDOW_DIR else v for k, v in case.options.items()},
+                "options": {k: places.get(v, v) for k, v in case.options.items()},
+                "scratch": scratch,
                 "loader": dict(case.loader),
                 "windows_file": str(windows_file),
                 "reread": False,
@@ -213,6 +223,10 @@ class Bench:
             said = (done.stderr.strip() or done.stdout.strip() or f"exit {done.returncode}").splitlines()
             return {"status": "failed", "why": said[-1]}
         return {"status": "ok", **record}
+
+
+def _snapshot_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.snapshot")
 
 
 def summarise(case: Case, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -245,6 +259,8 @@ def _note(row: dict[str, Any]) -> str | None:
         "prepare_s": "prepared in {:.0f} s",
         "reread_s": "raw read of its windows {:.2f} s",
         "worker_mib": "a worker holds {:.0f} MiB for them",
+        "bytes_per_value": "{:.2f} bytes a non-zero",
+        "fill_rows_per_s": "NumPy fills {:,.0f} rows/s",
     }
     told = [form.format(row[key]) for key, form in notes.items() if key in row]
     return "; ".join(told) or None

@@ -30,6 +30,8 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     if missing := missing_options(task["options"]):
         return {"status": "not available", "why": f"ExperimentDataset has no {', '.join(missing)} yet"}
     kernels_s = _load_kernels()
+    if "snapshot" in task["options"]:
+        make_snapshot(task, task["options"]["snapshot"])
     batches: list[NDArray[np.int64]] = []
     with ExitStack() as stack:
         datasets: list[ExperimentDataset] = []
@@ -41,10 +43,12 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
         )
         for name in ("first_s", "seconds"):
             record[name] += kernels_s
+        if task.get("fill"):
+            record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], datasets[0].shape[1])
         record["shuffle_quality"] = _own_quality(datasets[0])
     obs_joinids = datasets[0].query_ids.obs_joinids
     record["mixing"] = mixing(_labels(task["uri"]), batches, obs_joinids)
-    if not task["loader"].get("num_workers"):
+    if not task["loader"].get("num_workers") and "snapshot" not in task["options"]:
         order = np.concatenate(batches)
         np.savez(
             task["windows_file"], order=order, ends=window_ends(order, obs_joinids, _run_rows(datasets[0]))
@@ -61,6 +65,26 @@ def _load_kernels() -> float:
         return 0.0
     preload_kernels().join()
     return time.perf_counter() - start
+
+
+def make_snapshot(task: dict[str, Any], path: str) -> Any:
+    """Return the snapshot of all rows at a path, made if it is not there."""
+    from tiledbsoma_ml import Snapshot
+
+    with (
+        soma.Experiment.open(task["uri"]) as experiment,
+        experiment.axis_query("RNA", **axis_queries("all", experiment)) as query,
+    ):
+        return Snapshot.create(path, query, obs_column_names=(*OBS_COLUMN_NAMES, LABEL), progress=False)
+
+
+def _fill_rows_per_s(n_rows: int, n_cols: int) -> float:
+    """Return how fast NumPy fills one dense mini-batch, again and again in the same memory."""
+    X = np.zeros((n_rows, n_cols), dtype=np.float32)
+    start = time.perf_counter()
+    for _ in range(50):
+        X.fill(1)
+    return 50 * n_rows / (time.perf_counter() - start)
 
 
 def missing_options(options: dict[str, Any]) -> list[str]:

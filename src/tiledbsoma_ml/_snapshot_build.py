@@ -535,6 +535,8 @@ class _ShardWriter:
         """Write the rows of a window; return what the manifest says about them, but for their numbers."""
         indices, data = (HashedFile(self._folder / f"{name}.{what}") for what in ("indices", "data"))
         lengths, kept, n_bytes = [np.zeros(1, dtype=np.int64)], [], 0
+        if len(self._waiting) < window.nbytes:  # enough, but where values have many types
+            self._waiting = np.empty(window.nbytes, dtype=np.uint8)
         for part in window:
             part.sort_indices()
             indices.write(part.indices)
