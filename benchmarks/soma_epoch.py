@@ -29,9 +29,7 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     """
     if missing := missing_options(task["options"]):
         return {"status": "not available", "why": f"ExperimentDataset has no {', '.join(missing)} yet"}
-    kernels_s = _load_kernels()
-    if "snapshot" in task["options"]:
-        make_snapshot(task, task["options"]["snapshot"])
+    kernels_s = _load_kernels(task)
     batches: list[NDArray[np.int64]] = []
     with ExitStack() as stack:
         datasets: list[ExperimentDataset] = []
@@ -41,8 +39,7 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
             limit_s=task["limit_s"],
             on_batch=lambda batch: batches.append(batch[1]["soma_joinid"].to_numpy()),
         )
-        for name in ("first_s", "seconds"):
-            record[name] += kernels_s
+        record["first_s"] += kernels_s
         if task.get("fill"):
             record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], datasets[0].shape[1])
         record["shuffle_quality"] = _own_quality(datasets[0])
@@ -56,8 +53,14 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _load_kernels() -> float:
+def _load_kernels(task: dict[str, Any]) -> float:
     """Load the compiled kernels, as an import does; return how long that took."""
+    if "snapshot" in task["options"]:
+        snapshot = make_snapshot(task, task["options"]["snapshot"])
+        start = time.perf_counter()
+        X, _ = snapshot[[0]]
+        snapshot.reader().fill_dense(snapshot.obs_joinids[:1], X.toarray())
+        return time.perf_counter() - start
     start = time.perf_counter()
     try:
         from tiledbsoma_ml._window import preload_kernels

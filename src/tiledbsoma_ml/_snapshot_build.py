@@ -40,7 +40,6 @@ from tiledbsoma_ml._snapshot_format import (
     Manifest,
     Shard,
     Source,
-    content_from,
     describe_file,
     digest,
     fsync,
@@ -299,7 +298,7 @@ class _Builder:
             fields = read_sealed(self._folder / PARTIAL, "a snapshot in the making")
         except ValueError:
             fields = {}
-        if not fields or content_from(fields["content"]).fingerprint != self._content.fingerprint:
+        if fields.get("fingerprint") != self._content.fingerprint:
             shutil.rmtree(self._folder, ignore_errors=True)
             return
         self._borders = fields["borders"]
@@ -316,7 +315,7 @@ class _Builder:
         fields = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "content": attrs.asdict(self._content),
+            "fingerprint": self._content.fingerprint,
             "borders": self._borders,
             "shards": {name: [attrs.asdict(s) for s in shards] for name, shards in self._finished.items()},
         }
@@ -544,7 +543,7 @@ class _ShardWriter:
             if part.nnz:
                 kept.append(self._keep(part.data, n_bytes))
                 n_bytes += -(-kept[-1].nbytes // 8) * 8
-        data_dtype = widest({values.dtype for values in kept}, self._dtype)
+        data_dtype = smallest(kept, self._dtype)
         for values in kept:
             data.write(values.astype(data_dtype, copy=False))
         indptr = np.cumsum(np.concatenate(lengths))
@@ -582,12 +581,23 @@ def narrowed(values: NDArray[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def widest(found: set[np.dtype[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the smallest type that holds every value of a layer of `dtype`, narrowed to the types found."""
-    if dtype in found:
-        return dtype
-    result: np.dtype[Any] = np.result_type(*found) if found else np.dtype(np.uint8)
-    return result
+def smallest(parts: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds every value of a layer of `dtype`, given in narrowed parts."""
+    narrower = {"f": "u1 u2 u4 f4", "u": "u1 u2 u4", "i": "u1 i1 u2 i2 u4 i4"}.get(dtype.kind, "")
+    candidates = [np.dtype(name) for name in narrower.split() if np.dtype(name).itemsize < dtype.itemsize]
+    return next((t for t in candidates if all(_holds(t, values) for values in parts)), dtype)
+
+
+def _holds(dtype: np.dtype[Any], values: NDArray[Any]) -> bool:
+    """Whether a type holds narrowed values exactly."""
+    if np.can_cast(values.dtype, dtype):
+        return True
+    if values.dtype.kind == "f":
+        return False
+    if dtype.kind == "f":
+        return bool((values.astype(dtype).astype(np.float64) == values).all())
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= values.min() and values.max() <= limits.max)
 
 
 def _dtype(array: soma.SparseNDArray | soma.DenseNDArray) -> np.dtype[Any]:

@@ -258,7 +258,7 @@ class Manifest:
             file.check_size(folder)
 
 
-def content_from(fields: dict[str, Any]) -> Content:
+def _content_from(fields: dict[str, Any]) -> Content:
     """Return the content that `attrs.asdict` made fields of."""
     return Content(
         sources=tuple(Source(**source) for source in fields["sources"]),
@@ -280,7 +280,7 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     return Manifest(
         created_by=fields["created_by"],
         created_at=fields["created_at"],
-        content=content_from(fields["content"]),
+        content=_content_from(fields["content"]),
         layers=tuple(
             Layer(**{**layer, "shards": tuple(shard_from(shard) for shard in layer["shards"])})
             for layer in fields["layers"]

@@ -163,28 +163,23 @@ def gather_rows(
     shards: NDArray[np.int32],
     begins: NDArray[np.int64],
     indptr: NDArray[np.int64],
-    indices_at: NDArray[np.int64],
-    indices_kind: int,
-    data_at: NDArray[np.int64],
-    data_kinds: NDArray[np.uint8],
-    indices: NDArray[Any],
-    data: NDArray[Any],
+    addresses: NDArray[np.int64],
+    kinds: NDArray[np.uint8],
+    out: NDArray[Any],
 ) -> None:
-    """Copy rows to their places in `indices` and `data`."""
+    """Copy what rows have in one of the arrays of their shards to their places in `out`."""
     for k in range(len(shards)):
         if k + ROWS_AHEAD < len(shards):
             shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
             n = indptr[k + ROWS_AHEAD + 1] - indptr[k + ROWS_AHEAD]
-            _prefetch(indices_at[shard], indices_kind, 4, begin, n)
-            _prefetch(data_at[shard], data_kinds[shard], data.itemsize, begin, n)
-        shard, begin, start, stop = shards[k], begins[k], indptr[k], indptr[k + 1]
-        _copy(indices_at[shard], indices_kind, begin, indices[start:stop])
-        _copy(data_at[shard], data_kinds[shard], begin, data[start:stop])
+            _prefetch(addresses[shard], kinds[shard], out.itemsize, begin, n)
+        shard = shards[k]
+        _copy(addresses[shard], kinds[shard], begins[k], out[indptr[k] : indptr[k + 1]])
 
 
 @_jit
 def keep_columns(
-    indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], data: NDArray[Any]
+    indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
     """Replace each column by its place, dropping those without one (-1), in place; rows move together."""
     end, start = 0, indptr[0]
@@ -193,7 +188,7 @@ def keep_columns(
             place = place_of[indices[k]]
             if place >= 0:
                 indices[end] = place
-                data[end] = data[k]
+                bits[end] = bits[k]
                 end += 1
         start = indptr[row + 1]
         indptr[row + 1] = end
@@ -201,25 +196,25 @@ def keep_columns(
 
 @_jit
 def sort_rows_of_few(
-    indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], data: NDArray[Any]
+    indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
     """Sort the entries of each row by column, in place: a pass over the columns, marked in a set of bits."""
     words = np.zeros((n_cols + 63) // 64, dtype=np.uint64)
-    values = np.empty(n_cols, dtype=data.dtype)
+    values = np.empty(n_cols, dtype=bits.dtype)
     one = np.uint64(1)
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         for k in range(start, stop):
             col = np.int64(indices[k])
             words[col >> 6] |= one << np.uint64(col & 63)
-            values[col] = data[k]
+            values[col] = bits[k]
         place = start
         for w in range(len(words)):
             word = words[w]
             words[w] = 0
             while word:
                 col = np.int64(64 * w + _n_trailing_zeros(word))
-                indices[place], data[place] = col, values[col]
+                indices[place], bits[place] = col, values[col]
                 place += 1
                 word &= word - one
 
@@ -237,36 +232,11 @@ def _n_trailing_zeros(word: int) -> int:
 
 @_jit
 def fill_rows(
-    indptr: NDArray[np.int64],
-    shards: NDArray[np.int32],
-    begins: NDArray[np.int64],
-    indices_at: NDArray[np.int64],
-    indices_kind: int,
-    data_at: NDArray[np.int64],
-    data_kinds: NDArray[np.uint8],
-    place_of: NDArray[np.int32],
-    out: NDArray[Any],
+    indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[Any], out_bits: NDArray[Any]
 ) -> None:
-    """Write rows into the dense `out`, zeros included; columns go to their places, if `place_of` has any."""
-    longest = 0
-    for k in range(len(shards)):
-        longest = max(longest, indptr[k + 1] - indptr[k])
-    cols, values = np.empty(longest, dtype=np.uint32), np.empty(longest, dtype=out.dtype)
-    for k in range(len(shards)):
-        if k + 1 < len(shards):
-            shard, begin, n = shards[k + 1], begins[k + 1], indptr[k + 2] - indptr[k + 1]
-            _prefetch(indices_at[shard], indices_kind, 4, begin, n)
-            _prefetch(data_at[shard], data_kinds[shard], out.itemsize, begin, n)
-        shard, begin, n = shards[k], begins[k], indptr[k + 1] - indptr[k]
-        _copy(indices_at[shard], indices_kind, begin, cols[:n])
-        _copy(data_at[shard], data_kinds[shard], begin, values[:n])
-        row = out[k]
+    """Write CSR rows into the dense `out_bits`, zeros included: each row while it is in the cache."""
+    for k in range(len(indptr) - 1):
+        row = out_bits[k]
         row[:] = 0
-        if len(place_of):
-            for i in range(n):
-                place = place_of[cols[i]]
-                if place >= 0:
-                    row[place] = values[i]
-        else:
-            for i in range(n):
-                row[cols[i]] = values[i]
+        for i in range(indptr[k], indptr[k + 1]):
+            row[indices[i]] = bits[i]

@@ -84,12 +84,13 @@ class SnapshotReader:
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
         """Return `X` of the rows of `obs_joinids` as a canonical `csr_matrix`, without their `obs`."""
         from tiledbsoma_ml import _snapshot_kernels as kernels
+        from tiledbsoma_ml._kernels import as_bits
 
         found = self._layer.locate(self._index.find(obs_joinids))
         index_type = np.dtype(np.int32 if found.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
         indptr, indices, data = self._gather(found, index_type)
         if not self._is_ascending:
-            kernels.sort_rows_of_few(indptr, self.n_cols, indices, as_numbers(data))
+            kernels.sort_rows_of_few(indptr, self.n_cols, unsigned(indices), as_bits(data))
         matrix = sparse.csr_matrix(
             (data, indices, indptr.astype(index_type, copy=False)), shape=(len(obs_joinids), self.n_cols)
         )
@@ -99,14 +100,13 @@ class SnapshotReader:
     def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
         """Write `X` of the rows of `obs_joinids` into `out`, of shape (n_rows, n_cols), zeros included."""
         from tiledbsoma_ml import _snapshot_kernels as kernels
+        from tiledbsoma_ml._kernels import as_bits
 
-        found = self._layer.locate(self._index.find(obs_joinids))
         assert out.shape == (len(obs_joinids), self.n_cols)
         assert out.dtype == self.dtype
-        places = np.empty(0, dtype=np.int32) if self._places is None else self._places
-        kernels.fill_rows(
-            found.indptr, found.shards, found.begins, *self._layer.addresses, places, as_numbers(out)
-        )
+        found = self._layer.locate(self._index.find(obs_joinids))
+        indptr, indices, data = self._gather(found, self._layer.indices_dtype)
+        kernels.fill_rows(indptr, indices, as_bits(data), as_bits(out))
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
@@ -117,14 +117,15 @@ class SnapshotReader:
     ) -> tuple[NDArray[np.int64], NDArray[Any], NDArrayNumber]:
         """Return rows put end to end, their columns mapped to their places."""
         from tiledbsoma_ml import _snapshot_kernels as kernels
+        from tiledbsoma_ml._kernels import as_bits
 
-        indptr = found.indptr
-        indices, data = self._pool.empty(int(indptr[-1]), indices_dtype, self.dtype)
-        kernels.gather_rows(
-            found.shards, found.begins, indptr, *self._layer.addresses, indices, as_numbers(data)
-        )
+        indptr, n = found.indptr, int(found.indptr[-1])
+        indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
+        where, layer = (found.shards, found.begins, indptr), self._layer
+        kernels.gather_rows(*where, layer.indices_at, layer.indices_kinds, unsigned(indices))
+        kernels.gather_rows(*where, layer.data_at, layer.data_kinds, unsigned(data))
         if self._places is not None:
-            kernels.keep_columns(indptr, self._places, indices, as_numbers(data))
+            kernels.keep_columns(indptr, self._places, unsigned(indices), as_bits(data))
             indices, data = indices[: indptr[-1]], data[: indptr[-1]]
         return indptr, indices, data
 
@@ -158,17 +159,12 @@ class MappedLayer:
             )
             for shard in layer.shards
         ]
-        kinds = [KINDS.get(shard.data_dtype, AS_GIVEN_OUT) for shard in layer.shards]
         self._starts = np.array([shard.row_start for shard in layer.shards], dtype=np.int64)
-        at = np.array([[array.ctypes.data for array in maps] for maps in self._maps], dtype=np.int64)
-        at = at.reshape(-1, 3)
-        self._indptr_at = at[:, 0].copy()
-        self.addresses = (
-            at[:, 1].copy(),
-            KINDS[layer.indices_dtype],
-            at[:, 2].copy(),
-            np.array(kinds, dtype=np.uint8),
-        )
+        at = [[array.ctypes.data for array in maps] for maps in self._maps]
+        self._indptr_at, self.indices_at, self.data_at = np.array(at, dtype=np.int64).reshape(-1, 3).T.copy()
+        self.indices_kinds = np.full(len(layer.shards), KINDS[layer.indices_dtype], dtype=np.uint8)
+        kinds = [KINDS.get(shard.data_dtype, AS_GIVEN_OUT) for shard in layer.shards]
+        self.data_kinds = np.array(kinds, dtype=np.uint8)
 
     def locate(self, rows: NDArray[np.int64]) -> Found:
         """Return where rows are."""
@@ -180,9 +176,9 @@ class MappedLayer:
         return found
 
 
-def as_numbers(values: NDArray[Any]) -> NDArray[Any]:
-    """Return a view of `values` for the compiled loops, which take booleans as bytes."""
-    return values.view(np.uint8) if values.dtype == np.bool_ else values
+def unsigned(values: NDArray[Any]) -> NDArray[Any]:
+    """Return a view of integers or booleans as unsigned ones, which are filled by the same compiled loop."""
+    return values if values.dtype.kind == "f" else values.view(f"u{values.dtype.itemsize}")
 
 
 class RowIndex:
@@ -247,24 +243,17 @@ class Pool:
     SMALL = 2**17
     """Arrays below this size have memory of their own, which is fast to get."""
 
-    def __init__(self, n_kept: int = 6) -> None:
+    def __init__(self, n_kept: int = 12) -> None:
         self._free: deque[NDArray[np.uint8]] = deque(maxlen=n_kept)
 
-    def empty(self, n: int, *dtypes: np.dtype[Any]) -> list[NDArray[Any]]:
-        """Return an array of `n` values of each type, which nobody else holds."""
-        sizes = [-(-n * dtype.itemsize // 64) * 64 for dtype in dtypes]
-        if sum(sizes) < self.SMALL:
-            return [np.empty(n, dtype) for dtype in dtypes]
-        memory = self._lend(sum(sizes))
-        starts = np.cumsum([0, *sizes]).tolist()
-        return [
-            memory[start : start + n * dtype.itemsize].view(dtype)
-            for start, dtype in zip(starts, dtypes, strict=False)
-        ]
-
-    def _lend(self, n_bytes: int) -> NDArray[np.uint8]:
+    def empty(self, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an array of any content that nobody else holds."""
+        n_bytes = n * dtype.itemsize
+        if n_bytes < self.SMALL:
+            return np.empty(n, dtype)
         memory = self._take(n_bytes)
-        lent = np.frombuffer(memory.data, dtype=np.uint8)  # views of views of `memory` would refer to that
+        # Not a view of `memory`: views of views would refer to that, and SciPy copies what is a small part.
+        lent: NDArray[Any] = np.frombuffer(memory.data[:n_bytes], dtype)
         weakref.finalize(lent, self._free.append, memory).atexit = False
         return lent
 

@@ -162,6 +162,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         memory_bytes = parse_bytes("memory_budget", memory_budget)
         window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
         folder = check_window_dir(window_dir, window_bytes)
+        mixing = _check_mixing(mixing)
         self.x_locator, ids = _locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
         self.obs_column_names = obs_column_names
         self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
@@ -173,7 +174,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             io_batch_size=self.io_batch_size,
             batch_size=self.batch_size,
             permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
-            mixing=_check_mixing(mixing),
+            mixing=mixing,
         )
         self._reading: Reading | SnapshotReading
         if snapshot is not None and snapshot is not False:

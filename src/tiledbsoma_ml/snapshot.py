@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,17 +191,17 @@ class Snapshot:
         """A digest of what it holds: of the experiment, the joinids, the names of layers and columns."""
         return self._manifest.content.fingerprint
 
-    @property
+    @cached_property
     def obs_joinids(self) -> NDArrayJoinId:
         """Joinids of the rows, read-only; those of several queries may repeat."""
         return map_file(self.path, self._manifest.obs_joinids, "<i8")
 
-    @property
+    @cached_property
     def var_joinids(self) -> NDArrayJoinId:
         """Joinids of the columns, read-only."""
         return map_file(self.path, self._manifest.var_joinids, "<i8")
 
-    @property
+    @cached_property
     def query_ids(self) -> QueryIDs:
         """What to ask a reader for: joinids; of several queries, in place of `obs_joinids` row numbers."""
         rows = np.arange(len(self)) if len(self._manifest.content.sources) > 1 else self.obs_joinids
