@@ -341,17 +341,18 @@ class _Builder:
         return found
 
     def _cut(self) -> list[int]:
-        """Return the borders of shards: whole tiles of rows, where a tile is not larger than a shard."""
+        """Return the borders of shards: whole tiles of rows, unless one is too large for the budget."""
         first_layer = self._content.layer_names[0]
         bytes_per_row = self._bytes_per_row[first_layer]
-        total = bytes_per_row * self._content.n_obs
-        size = min(max(total / MIN_SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES, self._budget.windows / 4)
+        size = max(bytes_per_row * self._content.n_obs / MIN_SHARDS, MIN_SHARD_BYTES)
         borders = [0]
         for part in self._parts:
             with self._reader(part, first_layer) as (_, X):
-                tiles = part.ids.obs_joinids // row_tile(X)
+                tile = row_tile(X)
+            n_bytes = min(max(min(size, MAX_SHARD_BYTES), tile * bytes_per_row), self._budget.windows / 4)
+            found = _shard_borders(part.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
             first = borders[-1]
-            borders += [first + border for border in _shard_borders(tiles, max(1, int(size / bytes_per_row)))]
+            borders += [first + border for border in found]
         return borders
 
     def _check_space(self) -> int:
@@ -487,21 +488,22 @@ class _Builder:
         }
 
     def _write_obsm(self, number: int, name: str) -> Embedding:
-        file, shapes = HashedFile(self._folder / f"obsm{number}"), set()
-        for part in self._parts:
-            with _opened(part.locator) as (measurement, obs):
-                array = measurement.obsm[name]
-                shapes.add((array.shape[1], _dtype(array)))
-                reader = self._reader_of(array, obs, np.arange(array.shape[1]), n_parts=1)
-                step = max(1, PART_BYTES // (8 * array.shape[1]))
-                for start in range(0, len(part.ids.obs_joinids), step):
-                    for rows in reader.read_window(part.ids.obs_joinids[start : start + step]):
-                        file.write(rows.slice_tonumpy(slice(None)))
+        shapes = set()
+        with HashedFile(self._folder / f"obsm{number}") as file:
+            for part in self._parts:
+                with _opened(part.locator) as (measurement, obs):
+                    array = measurement.obsm[name]
+                    shapes.add((array.shape[1], _dtype(array)))
+                    reader = self._reader_of(array, obs, np.arange(array.shape[1]), n_parts=1)
+                    step = max(1, PART_BYTES // (8 * array.shape[1]))
+                    for start in range(0, len(part.ids.obs_joinids), step):
+                        for rows in reader.read_window(part.ids.obs_joinids[start : start + step]):
+                            file.write(rows.slice_tonumpy(slice(None)))
         if len(shapes) > 1:
             listed = ", ".join(f"{n_cols} columns of {dtype}" for n_cols, dtype in shapes)
             raise ValueError(f"obsm={name!r} must be alike in all queries, not {listed}; leave it out.")
         [(n_cols, dtype)] = shapes
-        return Embedding(name=name, dtype=dtype.str, n_cols=n_cols, values=file.close())
+        return Embedding(name=name, dtype=dtype.str, n_cols=n_cols, values=file.written)
 
 
 class _Fsyncs:
@@ -532,27 +534,29 @@ class _ShardWriter:
 
     def write(self, name: str, window: Window) -> dict[str, Any]:
         """Write the rows of a window; return what the manifest says about them, but for their numbers."""
-        indices, data = (HashedFile(self._folder / f"{name}.{what}") for what in ("indices", "data"))
+        paths = {what: self._folder / f"{name}.{what}" for what in ("indptr", "indices", "data")}
         lengths, kept, n_bytes = [np.zeros(1, dtype=np.int64)], [], 0
         if len(self._waiting) < window.nbytes:  # enough, but where values have many types
             self._waiting = np.empty(window.nbytes, dtype=np.uint8)
-        for part in window:
-            part.sort_indices()
-            indices.write(part.indices)
-            lengths.append(np.diff(part.indptr))
-            if part.nnz:
-                kept.append(self._keep(part.data, n_bytes))
-                n_bytes += -(-kept[-1].nbytes // 8) * 8
+        with HashedFile(paths["indices"]) as indices:
+            for part in window:
+                part.sort_indices()
+                indices.write(part.indices)
+                lengths.append(np.diff(part.indptr))
+                if part.nnz:
+                    kept.append(self._keep(part.data, n_bytes))
+                    n_bytes += -(-kept[-1].nbytes // 8) * 8
         data_dtype = smallest(kept, self._dtype)
-        for values in kept:
-            data.write(values.astype(data_dtype, copy=False))
+        with HashedFile(paths["data"]) as data:
+            for values in kept:
+                data.write(values.astype(data_dtype, copy=False))
         indptr = np.cumsum(np.concatenate(lengths))
         return {
             "nnz": int(indptr[-1]),
             "data_dtype": data_dtype.str,
-            "indptr": write_array(self._folder / f"{name}.indptr", [indptr]),
-            "indices": indices.close(),
-            "data": data.close(),
+            "indptr": write_array(paths["indptr"], [indptr]),
+            "indices": indices.written,
+            "data": data.written,
         }
 
     def _keep(self, values: NDArray[Any], start: int) -> NDArray[Any]:

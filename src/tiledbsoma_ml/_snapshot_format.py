@@ -356,13 +356,19 @@ def fsync(path: Path) -> None:
 
 
 class HashedFile:
-    """A new file, written to piece by piece."""
+    """A new file, written to piece by piece; closed by its context."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("wb", buffering=0)
         self._sha256 = hashlib.sha256()
         self._nbytes = 0
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def write(self, array: NDArray[Any]) -> None:
         """Append an array, little-endian."""
@@ -372,18 +378,18 @@ class HashedFile:
         while len(view):
             view = view[self._file.write(view) :]
 
-    def close(self) -> File:
-        """Return what was written."""
-        self._file.close()
+    @property
+    def written(self) -> File:
+        """What was written so far."""
         return File(self._path.name, self._nbytes, self._sha256.hexdigest())
 
 
 def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
     """Write arrays, one after the other, into a new file."""
-    file = HashedFile(path)
-    for array in arrays:
-        file.write(array)
-    return file.close()
+    with HashedFile(path) as file:
+        for array in arrays:
+            file.write(array)
+    return file.written
 
 
 def describe_file(path: Path) -> File:
