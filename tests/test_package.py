@@ -45,6 +45,7 @@ LAYOUT = [
     "_shared_ids",
     "_plan",
     "_quality",
+    "_jit",
     "_kernels",
     "_csr",
     "_eager_iter",

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_jit = numba.njit(nogil=True, cache=True, boundscheck=False)
+from tiledbsoma_ml._jit import jit
 
 
 def as_bits(values: NDArray[Any]) -> NDArray[Any]:
@@ -20,7 +19,7 @@ def as_bits(values: NDArray[Any]) -> NDArray[Any]:
     return values.view(np.dtype(f"u{values.dtype.itemsize}"))
 
 
-@_jit
+@jit
 def find_runs(
     dim_0: NDArray[np.int64],
     sorted_ids: NDArray[np.int64],
@@ -48,7 +47,7 @@ def find_runs(
     return n_runs
 
 
-@_jit
+@jit
 def count_kept(
     dim_1: NDArray[np.int64],
     col_of: NDArray[np.int32],
@@ -64,7 +63,7 @@ def count_kept(
         lengths[r] = n_kept
 
 
-@_jit
+@jit
 def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
     """Whether all of some floating-point numbers are whole, and none is negative, a negative zero or NaN."""
     all_bits = bits[0]
@@ -76,7 +75,7 @@ def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
     return n_fractions == 0 and sign == 0
 
 
-@_jit
+@jit
 def copy_runs(
     dim_1: NDArray[np.int64],
     values: NDArray[Any],
@@ -98,14 +97,14 @@ def copy_runs(
                 place += 1
 
 
-@_jit
+@jit
 def add_lengths(rows: NDArray[np.int32], lengths: NDArray[np.int32], counts: NDArray[np.int32]) -> None:
     """Add the length of each run to the count of its row."""
     for r in range(len(rows)):
         counts[rows[r]] += lengths[r]
 
 
-@_jit
+@jit
 def place_runs(
     rows: NDArray[np.int32],
     lengths: NDArray[np.int32],
@@ -125,14 +124,14 @@ def place_runs(
         start += n
 
 
-@_jit
+@jit
 def count_rows(rows: NDArray[Any], counts: NDArray[np.int64]) -> None:
     """Do `counts[row] += 1` for every row in `rows`."""
     for k in range(len(rows)):
         counts[rows[k]] += 1
 
 
-@_jit
+@jit
 def place_rows(
     rows: NDArray[Any],
     cols: NDArray[Any],
@@ -149,7 +148,7 @@ def place_rows(
         out_bits[place] = bits[k]
 
 
-@_jit
+@jit
 def fill_dense(
     indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[Any], out_bits: NDArray[Any]
 ) -> None:
@@ -159,7 +158,7 @@ def fill_dense(
             out_bits[row, indices[k]] = bits[k]
 
 
-@_jit
+@jit
 def sort_rows(indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[Any]) -> None:
     """Sort the entries of each row by column, in place; rows that are sorted already are only read."""
     for row in range(len(indptr) - 1):

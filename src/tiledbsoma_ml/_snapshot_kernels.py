@@ -7,8 +7,7 @@ release the GIL, are cached on disk, may run in several threads at once, and are
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,12 +16,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-_Loop = TypeVar("_Loop", bound=Callable[..., Any])
-
-
-def _jit(loop: _Loop) -> _Loop:
-    return cast(_Loop, numba.njit(nogil=True, cache=True, boundscheck=False)(loop))
-
+from tiledbsoma_ml._jit import jit
 
 KINDS = {dtype: kind for kind, dtype in enumerate(["|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4"])}
 """The number that tells the loops how values are stored; `AS_GIVEN_OUT` if they are not converted."""
@@ -60,7 +54,7 @@ def _prefetch_line(_: Any, address: Any) -> Any:
     return types.void(address), make
 
 
-@_jit
+@jit
 def find_rows(
     joinids: NDArray[np.int64],
     sorted_ids: NDArray[np.int64],
@@ -91,7 +85,7 @@ def find_rows(
     return n_missing
 
 
-@_jit
+@jit
 def locate_rows(
     rows: NDArray[np.int64],
     shard_starts: NDArray[np.int64],
@@ -111,7 +105,7 @@ def locate_rows(
         indptr[k + 1] = indptr[k] + borders[1] - borders[0]
 
 
-@_jit
+@jit
 def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
     """Copy values from `begin` of an array at an address on, converted to the type of `out`."""
     n = len(out)
@@ -149,7 +143,7 @@ def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
             out[k] = same[k]
 
 
-@_jit
+@jit
 def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> None:
     """Ask the processor for `n` values from `begin` of an array at an address on."""
     if kind < AS_GIVEN_OUT:
@@ -158,7 +152,7 @@ def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> Non
         _prefetch_line(line)
 
 
-@_jit
+@jit
 def gather_rows(
     shards: NDArray[np.int32],
     begins: NDArray[np.int64],
@@ -177,7 +171,7 @@ def gather_rows(
         _copy(addresses[shard], kinds[shard], begins[k], out[indptr[k] : indptr[k + 1]])
 
 
-@_jit
+@jit
 def keep_columns(
     indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
@@ -194,7 +188,7 @@ def keep_columns(
         indptr[row + 1] = end
 
 
-@_jit
+@jit
 def sort_rows_of_few(
     indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
@@ -219,7 +213,7 @@ def sort_rows_of_few(
                 word &= word - one
 
 
-@_jit
+@jit
 def _n_trailing_zeros(word: int) -> int:
     """Return the number of the lowest bit that is set."""
     n, lowest = 0, word & (~word + np.uint64(1))
@@ -230,7 +224,7 @@ def _n_trailing_zeros(word: int) -> int:
     return n
 
 
-@_jit
+@jit
 def fill_rows(
     indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[Any], out_bits: NDArray[Any]
 ) -> None:

@@ -232,8 +232,12 @@ def preload_kernels() -> threading.Thread:
 def _use_kernels() -> None:
     one = np.arange(1)
     window = Window(one, Columns(one, 1), np.dtype(np.float32))
+    read = one.copy()
     for value in (1.0, 0.5):
-        window.add(one, one, np.array([value], dtype=np.float32))
+        values = np.array([value], dtype=np.float32)
+        for array in (read, values):  # other loops than those for arrays that can be written to
+            array.flags.writeable = False
+        window.add(read, read, values)
     for _ in window:
         pass
 
