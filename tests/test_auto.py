@@ -516,9 +516,6 @@ def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
     assert sorted(joinids_of(dataset)) == list(range(N_ROWS))  # and the next epoch is as if nothing had been
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the room is closed by the thread that waits for the window, once this was read"
-)
 @pytest.mark.usefixtures("no_thread_left")
 def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
     n_tables, n_read, n_windows = 3000, 0, 0

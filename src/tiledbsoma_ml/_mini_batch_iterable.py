@@ -64,7 +64,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
                 "device=None must be a device where gpu_shuffle=True; try device='cuda' or 'cpu'."
             )
 
-    def __iter__(self) -> Iterator[MiniBatch]:
+    def __iter__(self) -> Generator[MiniBatch, None, None]:
         made = self._on_cpu() if self.device is None else self._on_device(self.device)
         with closing(EagerIterator(made) if self.use_eager_fetch else made) as mini_batches:
             yield from mini_batches

@@ -112,12 +112,15 @@ class Reading:
             n_parts=n_parts if in_parts else 1,
         )
 
+    def room(self) -> Room:
+        """Return the room that the windows of an epoch share."""
+        return Room(self.window_bytes)
+
     def io_batches(
-        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool
+        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool, room: Room
     ) -> Generator[IOBatch, None, None]:
-        """Yield the rows of an epoch in its order."""
+        """Yield the rows of an epoch in its order, until the room is closed."""
         preload_kernels()
-        room = Room(self.window_bytes) if use_eager_fetch else None
         with self.locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
                 X,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,6 +22,7 @@ from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_qualit
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._snapshot_build import Rows, describe
 from tiledbsoma_ml._snapshot_reader import SnapshotReader
+from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -94,12 +96,17 @@ class SnapshotReading:
         with closing(EagerIterator(made) if use_eager_fetch else made) as ahead:
             yield from ahead
 
+    def room(self) -> Room:
+        """Return the room of an epoch: no rows wait here."""
+        return Room(math.inf)
+
     def io_batches(
-        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool
+        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool, room: Room
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of an epoch as whole IO batches, for a device."""
         batches = self._sized_plan().id_batches(ids, seed=seed, epoch=epoch)
-        return io_batches(iter(batches), _Whole(self._reader(ids)), use_eager_fetch=use_eager_fetch)
+        reader = _Whole(self._reader(ids))
+        return io_batches(iter(batches), reader, use_eager_fetch=use_eager_fetch, room=room)
 
     def quality(self, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed; every row counts as a tile of its own."""

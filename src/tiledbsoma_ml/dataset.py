@@ -28,6 +28,7 @@ from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
+from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -210,7 +211,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         epoch = self._epoch.take()
         if self._leaves_device_work_to_loader:
             worker, _ = get_worker_id_and_num()
-            yield from ((worker, io_batch) for io_batch in self._io_batches(epoch))  # type: ignore[misc]
+            io_batches = self._io_batches(epoch, self._reading.room())
+            yield from ((worker, io_batch) for io_batch in io_batches)  # type: ignore[misc]
         elif self.device is None and isinstance(self._reading, SnapshotReading):
             yield from self._reading.mini_batches(
                 self.query_ids.partitioned(self._partition()),
@@ -220,8 +222,13 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 use_eager_fetch=self.use_eager_fetch,
             )
         else:
-            with closing(self._io_batches(epoch)) as io_batches:
-                yield from self._mini_batches(io_batches, epoch, self.use_eager_fetch)
+            room = self._reading.room()
+            io_batches = self._io_batches(epoch, room)
+            mini_batches = iter(self._mini_batches(io_batches, epoch, self.use_eager_fetch))
+            # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
+            with closing(io_batches), closing(mini_batches), closing(room):
+                for mini_batch in mini_batches:  # noqa: UP028 - `yield from` would close the mini-batches first
+                    yield mini_batch
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
@@ -295,12 +302,13 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     # The flow ---------------------------------------------------------------------------------------------
 
-    def _io_batches(self, epoch: int) -> Generator[IOBatch, None, None]:
+    def _io_batches(self, epoch: int, room: Room) -> Generator[IOBatch, None, None]:
         return self._reading.io_batches(
             self.query_ids.partitioned(self._partition()),
             seed=self._drawn_seed,
             epoch=epoch,
             use_eager_fetch=self.use_eager_fetch,
+            room=room,
         )
 
     def _mini_batches(
