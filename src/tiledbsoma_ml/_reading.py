@@ -97,7 +97,10 @@ class Reading:
             plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
-            n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(window_budget / part_bytes)))
+            largest = window_budget
+            if plan.layout is not None:
+                largest = min(window_budget, math.ceil(len(ids.obs_joinids) * plan.layout.bytes_per_row))
+            n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(largest / part_bytes)))
             window_bytes = min(window_budget, n_parts * part_bytes)
             plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
