@@ -135,10 +135,9 @@ def predicted_mixing(n_chunks: float, batch_size: int) -> float:
     The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
     the other, so that a chunk has one label. A mini-batch of `batch_size` rows drawn from a window of
     `n_chunks` chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from everywhere.
+    Few rows say little about that: 64 that follow each other are looked at where `batch_size` is smaller.
     """
-    size = min(batch_size, 4096)
-    if size == 1:
-        return 1.0
+    size = min(max(batch_size, 64), 4096)
     return float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size))
 
 
@@ -225,7 +224,7 @@ def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
 def whole_chunk_batches(
     chunks: Chunks, borders: list[int], rng: np.random.Generator | None
 ) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of whole chunks, put end to end: as many as come nearest to each of `borders`.
+    """Yield the joinids of whole chunks, put end to end: each batch up to the first that reaches its border.
 
     With `rng`, each batch is permuted by the generator's next draw.
     """
