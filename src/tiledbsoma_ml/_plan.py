@@ -138,7 +138,7 @@ def predicted_mixing(n_chunks: float, batch_size: int) -> float:
     Few rows say little about that: 64 that follow each other are looked at where `batch_size` is smaller.
     """
     size = min(max(batch_size, 64), 4096)
-    return float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size))
+    return max(0.0, float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)))
 
 
 @lru_cache(maxsize=1024)
