@@ -5,6 +5,7 @@
 | `torch.distributed` | whoever called `init_process_group` | it is initialized |
 | `RANK`, `WORLD_SIZE` | torchrun, most launchers | both are set |
 | `NODE_RANK`, `LOCAL_RANK`, `WORLD_SIZE` | Lightning's launcher | no `RANK` is set |
+| `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` | srun, for each of its tasks | none of the others is set |
 
 `torch.distributed` and `torch.utils.data` are called through their modules, so that tests and embedding
 frameworks can replace them.
@@ -13,8 +14,11 @@ frameworks can replace them.
 from __future__ import annotations
 
 import os
+from typing import Any, TypeVar
 
 import torch
+
+_T = TypeVar("_T")
 
 
 def get_distributed_rank_and_world_size() -> tuple[int, int]:
@@ -29,7 +33,18 @@ def get_distributed_rank_and_world_size() -> tuple[int, int]:
         return _checked(_from_env("RANK"), _from_env("WORLD_SIZE"))
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _checked(_rank_on_this_node(), _from_env("WORLD_SIZE"))
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return _checked(_from_env("SLURM_PROCID"), _from_env("SLURM_STEP_NUM_TASKS"))
     return 0, 1
+
+
+def gathered(mine: _T) -> list[_T] | None:
+    """Return what each rank called this with; None where torch.distributed is not initialized."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, mine)
+    return of_ranks
 
 
 def get_worker_id_and_num() -> tuple[int, int]:
