@@ -37,6 +37,7 @@ class EpochCounter:
     def take(self) -> int:
         """Return the number of the epoch that begins now."""
         self.current = self.upcoming
-        self._n_set = max(self._n_set, int(self._shared[0]))
+        if not self._is_fresh:
+            self._n_set = int(self._shared[0])
         self._is_fresh = False
         return self.current

@@ -185,8 +185,8 @@ class Plan:
         if self.shuffle_chunk_size is None:
             rows = min(window_rows, UNSHUFFLED_ROWS)
             return Sizes(self.layout.row_tile, rows, rows, 0.0)
-        joinids, n_rows = _sorted(ids.obs_joinids), math.ceil(len(ids.obs_joinids) / world_size)
-        return choose_sizes(joinids, n_rows, self.layout, window_rows, self.batch_size, self.mixing)
+        joinids = _sorted(ids.obs_joinids)
+        return choose_sizes(joinids, self.layout, window_rows, self.batch_size, self.mixing, world_size)
 
     def _chunks(self, ids: QueryIDs, seed: int, epoch: int, run_length: int = 0) -> Chunks:
         if self.shuffle_chunk_size is None:
@@ -235,7 +235,7 @@ class Plan:
         borders = [*sorted({border for border in whole if border < size}), size]
         ranks = [Partition(rank, world_size, 0, 1).bounds(n_rows, self.tail)[0] for rank in range(world_size)]
         rng = partial(seeded_rng, part.seed, part.epoch) if self.permutes else None
-        return _Windows(ranks, max(n_rows, ranks[-1] + size), borders, rng)
+        return _Windows(ranks, n_rows, borders, rng)
 
     def _sequence(self, part: EpochPart, run_length: int) -> Callable[[int, int], NDArrayJoinId]:
         """Return what gives the joinids from one place of the shuffled query to another."""
@@ -275,9 +275,11 @@ class Plan:
 class _Windows:
     """What is read together: stretches of an epoch, and the order of the rows in each.
 
+    Rows that a rank's share was trimmed by, and rows that are repeated, come last and as they are.
+
     Args:
         ranks: Where the rows of each rank begin.
-        n_rows: Where those of the last one end.
+        n_rows: Number of rows; those behind are repeated ones.
         borders: Where the windows of a rank end, from its beginning.
         rng: Makes the generator of a rank's permutations; None where rows are not permuted.
     """
@@ -286,7 +288,7 @@ class _Windows:
         self, ranks: list[int], n_rows: int, borders: list[int], rng: Callable[[], np.random.Generator] | None
     ) -> None:
         self._ranks = ranks
-        self._ends = [*ranks[1:], n_rows]
+        self._n_rows = n_rows
         self._borders = borders
         self._make_rng = rng
         self._rank, self._n_drawn = -1, 0
@@ -295,13 +297,15 @@ class _Windows:
     def at(self, place: int) -> tuple[int, int, NDArrayJoinId | None]:
         """Return the window that a place lies in, (start, stop), and the order of its rows."""
         rank = bisect_right(self._ranks, place) - 1
-        start, end = self._ranks[rank], self._ends[rank]
-        number = bisect_right(self._borders, place - start)
-        begin = self._borders[number - 1] if number else 0
-        if number == len(self._borders):  # left over where the rank's share was trimmed
-            return start + begin, end, None
-        stop = self._borders[number]
-        return start + begin, start + stop, self._order_of(rank, number)
+        number = bisect_right(self._borders, place - self._ranks[rank])
+        if place >= self._n_rows or number == len(self._borders):
+            return place, place + 1, None
+        start, stop = self._bounds(rank, number)
+        return start, stop, self._order_of(rank, number)
+
+    def _bounds(self, rank: int, number: int) -> tuple[int, int]:
+        start, stop = (self._borders[number - 1] if number else 0), self._borders[number]
+        return self._ranks[rank] + start, min(self._ranks[rank] + stop, self._n_rows)
 
     def _order_of(self, rank: int, number: int) -> NDArrayJoinId | None:
         if self._make_rng is None:
@@ -309,8 +313,8 @@ class _Windows:
         if rank != self._rank or number < self._n_drawn - 1:
             self._rank, self._n_drawn, self._rng = rank, 0, self._make_rng()
         while self._n_drawn <= number:
-            begin = self._borders[self._n_drawn - 1] if self._n_drawn else 0
-            self._order = self._rng.permutation(self._borders[self._n_drawn] - begin)
+            start, stop = self._bounds(rank, self._n_drawn)
+            self._order = self._rng.permutation(stop - start)
             self._n_drawn += 1
         return self._order
 
@@ -384,23 +388,24 @@ def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_row
 
 def choose_sizes(
     joinids: NDArrayJoinId,
-    n_rows: int,
     layout: Layout,
     window_rows: int,
     batch_size: int,
     mixing: float | None,
+    world_size: int = 1,
 ) -> Sizes:
     """Return the longest runs, of whole tiles at most, that mix well enough, and windows for them.
 
     Args:
         joinids: The rows, sorted.
-        n_rows: How many of them are read, evenly spread.
         layout: How they are stored.
         window_rows: As many rows fit into a window.
         batch_size: Rows per mini-batch.
         mixing: What is well enough; the mixing of the documented defaults if None.
+        world_size: Ranks that share the rows.
     """
     window_rows = max(1, window_rows)
+    n_rows = math.ceil(len(joinids) / world_size)
     n_windows = max(1, math.ceil(n_rows / window_rows))
     rows = math.ceil(n_rows / n_windows)
     if n_windows == 1:

@@ -166,7 +166,7 @@ def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
 
 def measure_layout(reader: SOMAReader, row_tile: int, n_rows: int, obs_joinids: NDArrayJoinId) -> Layout:
     """Return how a layer of `n_rows` is stored, and what its rows take up, from a sample of `obs_joinids`."""
-    n_runs = max(1, min(16, len(obs_joinids) // 128))
+    n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
     sample = sample[sample < n_rows]  # that a row does not exist is said when `obs` is read

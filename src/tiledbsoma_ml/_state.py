@@ -72,8 +72,8 @@ class Position:
     def resumed_by(self, place: Partition) -> tuple[Partition, int, tuple[Stage, ...]] | None:
         """Return who continues it here, how many mini-batches it skips, and what others did before.
 
-        None where there are other numbers of ranks or workers. A `DataLoader` always begins with its first worker: the workers take on the parts in turn, beginning
-        with the one whose turn it is.
+        None where there are other numbers of ranks or workers. A `DataLoader` always begins with its first
+        worker: the workers take on the parts in turn, beginning with the one whose turn it is.
         """
         n_workers = max(self.num_workers, 1)
         if (self.world_size, n_workers) != (place.world_size, place.n_workers):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+import attrs
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml._common import MiniBatch
@@ -97,8 +98,12 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
 
     def _counted(self, mini_batches: Iterator[MiniBatch], begin: Position) -> Iterator[MiniBatch]:
         """Yield mini-batches, and remember where the epoch stands."""
-        for n_yielded, mini_batch in enumerate(mini_batches, 1):
-            self._position = self.dataset._position_with_workers(begin, self.num_workers, n_yielded)
+        start, total = self.dataset._with_workers(begin, self.num_workers)
+        for n_yielded, mini_batch in enumerate(mini_batches, start.n_yielded + 1):
+            at_end = n_yielded == total
+            self._position = (
+                Position(epoch=start.epoch + 1) if at_end else attrs.evolve(start, n_yielded=n_yielded)
+            )
             yield mini_batch
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:

@@ -133,8 +133,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             mini-batches then, and `io_batch_size` needs not be a multiple of `shuffle_chunk_size`.
         tail: What becomes of the rows that do not divide by the number of ranks, since every rank yields as
             many: "drop" leaves up to `world_size - 1` out, "pad" repeats as many instead.
-        padding_column_name: Name of a column to add to `obs`: whether another rank yields the row as well, and
-            it should not be counted here. Needs `tail="pad"`.
+        padding_column_name: Name of a column to add to `obs`: whether another rank yields the row as well,
+            so that it should not be counted here. Needs `tail="pad"`.
 
     Raises:
         ValueError: If a value breaks one of these rules, before any data is read.
@@ -326,7 +326,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return self._position_of(self._now, self._n_yielded)
 
     def _position_of(self, part: EpochPart, n_yielded: int) -> Position:
-        """Return the position after so many mini-batches of a part: at its end, the start of the next epoch."""
+        """Return the position after so many mini-batches of a part; at its end, the next epoch."""
         in_worker = torch.utils.data.get_worker_info() is not None
         if n_yielded >= self._plan.n_mini_batches(part):
             return Position(epoch=part.epoch + 1)
@@ -495,20 +495,17 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         ranks, n = get_distributed_rank_and_world_size(), max(num_workers, 1)
         return [self._continued(begin, begin.epoch, Partition(*ranks, worker, n)) for worker in range(n)]
 
-    def _position_with_workers(self, begin: Position, num_workers: int, n_yielded: int) -> Position:
-        """Return the position of a rank whose workers have yielded so many since the epoch began here."""
+    def _with_workers(self, begin: Position, num_workers: int) -> tuple[Position, int]:
+        """Return where a rank with workers begins, and how many mini-batches it has in all."""
         parts = self._parts_of_workers(begin, num_workers)
-        n_before = sum(part.skip for part in parts)
-        if n_before + n_yielded >= sum(map(self._plan.n_mini_batches, parts)):
-            return Position(epoch=begin.epoch + 1)
-        world_size, earlier = parts[0].place.world_size, parts[0].earlier
-        return Position(
+        start = Position(
             epoch=begin.epoch,
-            world_size=world_size,
+            world_size=parts[0].place.world_size,
             num_workers=num_workers,
-            n_yielded=n_before + n_yielded,
-            earlier=earlier,
+            n_yielded=sum(part.skip for part in parts),
+            earlier=parts[0].earlier,
         )
+        return start, sum(map(self._plan.n_mini_batches, parts))
 
     def _agree(self) -> None:
         """Make sure, once, that all ranks iterate the same; where no seed was given they take that of rank 0.
@@ -552,8 +549,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if n_parts > 1 and self.shuffle and self.shuffle_scope == "partition" and not self._has_logged:
             self._has_logged = True
             logger.info(
-                "shuffle_scope='partition' shuffles each of the %d parts of ranks and workers by itself, the same "
-                "rows in every epoch; 'global' shuffles the whole query and deals it anew in every epoch",
+                "shuffle_scope='partition' shuffles each of the %d parts of ranks and workers by itself, of "
+                "the same rows in every epoch; 'global' shuffles the whole query and deals it anew each time",
                 n_parts,
             )
 
@@ -570,7 +567,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     @contextmanager
     def _handed_to_workers(self, num_workers: int) -> Iterator[Position]:
-        """Begin an epoch that workers will iterate: copies made inside know their rank, the epoch and the state.
+        """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
 
         Yields:
             Where the epoch begins.
