@@ -46,6 +46,7 @@ LAYOUT = [
     "_deal",
     "_plan",
     "_state",
+    "_agreement",
     "_quality",
     "_jit",
     "_kernels",
@@ -105,7 +106,7 @@ def test_a_module_imports_only_from_modules_above_it(module: str) -> None:
 
 def test_imports_are_found() -> None:
     assert set(imported_by("_csr")) == {"_common", "_kernels"}
-    assert {"dataset", "_query_ids"} <= set(imported_by("dataloader"))
+    assert {"dataset", "_state"} <= set(imported_by("dataloader"))
 
 
 # Importing ------------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
             of_workers = []
             for worker in range(n_workers):
                 place = Partition(rank, world_size, worker, n_workers)
-                part = EpochPart(ids=ids, place=place, seed=3, epoch=epoch, earlier=position.as_stage())
+                part = EpochPart(ids=ids, place=place, seed=3, epoch=epoch, earlier=position._over)
                 found = np.concatenate([np.empty(0, np.int64), *plan.batches_of(part)])
                 batches = [found[b : b + batch_size].tolist() for b in range(0, len(found), batch_size)]
                 assert len(batches) == plan.n_mini_batches(part)
@@ -413,7 +413,7 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
             world_size=world_size,
             num_workers=n_workers,
             n_yielded=done,
-            earlier=position.as_stage(),
+            earlier=position._over,
         )
     if tail == "drop":
         assert len(set(rows)) == len(rows)
@@ -482,9 +482,7 @@ def test_a_loader_resumes_in_the_middle_and_at_the_end_of_an_epoch(
     n_batches = len(expected[0])
     assert len(loader) == n_batches
     loader = loader_of(whole, n_workers, shuffle_scope=scope)
-    states = [loader.state_dict()]
-    for _ in loader:
-        states.append(loader.state_dict())
+    states = [loader.state_dict(), *(loader.state_dict() for _ in loader)]
     for n_yielded in (0, 1, 2, 5, n_batches - 1, n_batches):
         resumed = loader_of(whole, n_workers, shuffle_scope=scope)
         resumed.load_state_dict(states[n_yielded])

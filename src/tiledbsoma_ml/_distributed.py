@@ -14,11 +14,8 @@ frameworks can replace them.
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
 
 import torch
-
-_T = TypeVar("_T")
 
 
 def get_distributed_rank_and_world_size() -> tuple[int, int]:
@@ -36,15 +33,6 @@ def get_distributed_rank_and_world_size() -> tuple[int, int]:
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
         return _checked(_from_env("SLURM_PROCID"), _from_env("SLURM_STEP_NUM_TASKS"))
     return 0, 1
-
-
-def gathered(mine: _T) -> list[_T] | None:
-    """Return what each rank called this with; None where torch.distributed is not initialized."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, mine)
-    return of_ranks
 
 
 def get_worker_id_and_num() -> tuple[int, int]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from tiledbsoma_ml._deal import Stage, n_yielded_by
-from tiledbsoma_ml._query_ids import Partition
+from tiledbsoma_ml._deal import ShuffleScope, Stage, n_yielded_by
+from tiledbsoma_ml._plan import EpochPart
 
 VERSION = 1
 
@@ -69,23 +69,38 @@ class Position:
         place = {name: state[name] for name in _OF_PLACE}
         return cls(**{**place, "earlier": tuple(Stage(*stage) for stage in state["earlier"])})
 
-    def resumed_by(self, place: Partition) -> tuple[Partition, int, tuple[Stage, ...]] | None:
-        """Return who continues it here, how many mini-batches it skips, and what others did before.
+    def rest_of(self, part: EpochPart, scope: ShuffleScope) -> EpochPart:
+        """Return what is left of a part of this epoch.
 
-        None where there are other numbers of ranks or workers. A `DataLoader` always begins with its first
-        worker: the workers take on the parts in turn, beginning with the one whose turn it is.
+        Raises:
+            ValueError: If there are other numbers of ranks or workers, and chunks are shuffled by parts.
         """
-        n_workers = max(self.num_workers, 1)
-        if (self.world_size, n_workers) != (place.world_size, place.n_workers):
-            return None
-        if self.worker_id is not None:
-            return attrs.evolve(place, worker_id=self.worker_id), self.n_yielded, self.earlier
-        worker = (place.worker_id + self.n_yielded) % n_workers
-        skip = n_yielded_by(worker, n_workers, self.n_yielded)
-        return attrs.evolve(place, worker_id=worker), skip, self.earlier
+        place, n_workers = part.place, max(self.num_workers, 1)
+        if (self.world_size, n_workers) == (place.world_size, place.n_workers):
+            return self._rest_of_same(part)
+        if self._over and scope == "partition":
+            raise ValueError(
+                f"state must be of {place.world_size} ranks with {place.n_workers} workers, but is of "
+                f"{self.world_size} with {n_workers}; resume with as many, or use shuffle_scope='global' "
+                "from the start."
+            )
+        return attrs.evolve(part, earlier=self._over)
 
-    def as_stage(self) -> tuple[Stage, ...]:
-        """Return what was yielded of the epoch, for others who go on."""
+    def _rest_of_same(self, part: EpochPart) -> EpochPart:
+        if self.worker_id is not None:
+            worker_id, skip = self.worker_id, self.n_yielded
+        else:
+            # A `DataLoader` always begins with its first worker: that one takes the place of the worker whose
+            # turn it is, and so on.
+            n_workers = part.place.n_workers
+            worker_id = (part.place.worker_id + self.n_yielded) % n_workers
+            skip = n_yielded_by(worker_id, n_workers, self.n_yielded)
+        place = attrs.evolve(part.place, worker_id=worker_id)
+        return attrs.evolve(part, place=place, skip=skip, earlier=self.earlier)
+
+    @property
+    def _over(self) -> tuple[Stage, ...]:
+        """What was yielded of the epoch so far."""
         if not self.n_yielded:
             return self.earlier
         return (*self.earlier, Stage(self.world_size, max(self.num_workers, 1), self.n_yielded))

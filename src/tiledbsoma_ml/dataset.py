@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import multiprocessing.context
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -12,15 +11,15 @@ from enum import StrEnum
 from numbers import Real
 from typing import Any, get_args
 
-import attrs
 import numpy as np
 import tiledbsoma as soma
 import torch
 
+from tiledbsoma_ml._agreement import agreed_seed, log_parts
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
 from tiledbsoma_ml._deal import ShuffleScope
-from tiledbsoma_ml._distributed import gathered, get_distributed_rank_and_world_size, get_worker_id_and_num
+from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
 from tiledbsoma_ml._epoch import EpochCounter
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
@@ -35,8 +34,6 @@ from tiledbsoma_ml._state import Position
 from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
-
-logger = logging.getLogger("tiledbsoma_ml")
 
 DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
 DEFAULT_SHUFFLE_CHUNK_SIZE = 64
@@ -192,7 +189,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._rank_and_world_size: tuple[int, int] | None = None
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
-        self._agrees = self._has_logged = False
+        self._agrees = False
         self._resume: Position | None = None
         self._now: EpochPart | None = None
         self._n_yielded = 0
@@ -393,7 +390,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _begin(self) -> EpochPart:
         """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
         if torch.utils.data.get_worker_info() is None:
-            self._agree()
+            self._agree(num_workers=0)
         resumed, self._resume = self._resume, None
         part = self._continued(resumed, self._epoch.take(), self._place())
         self._now, self._n_yielded = part, part.skip
@@ -403,24 +400,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
 
     def _continued(self, position: Position | None, epoch: int, place: Partition) -> EpochPart:
-        """Return the part of a place, from a position on.
-
-        Raises:
-            ValueError: If there is another number of ranks or workers where that matters.
-        """
+        """Return the part of a place, from a position on."""
         part = self._part(epoch, place)
-        if position is None or epoch != position.epoch:
+        if position is None or position.epoch != epoch:
             return part
-        if found := position.resumed_by(place):
-            place, skip, earlier = found
-            return attrs.evolve(part, place=place, skip=skip, earlier=earlier)
-        if position.as_stage() and self.shuffle_scope == "partition":
-            raise ValueError(
-                f"state must be of {place.world_size} ranks with {place.n_workers} workers, but is of "
-                f"{position.world_size} with {max(position.num_workers, 1)}; resume with as many, or use "
-                "shuffle_scope='global' from the start."
-            )
-        return attrs.evolve(part, earlier=position.as_stage())
+        return position.rest_of(part, self.shuffle_scope)
 
     def _mini_batches(self, part: EpochPart, room: Room) -> Generator[MiniBatch, None, None]:
         if self.device is None and isinstance(self._reading, SnapshotReading):
@@ -507,52 +491,23 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         )
         return start, sum(map(self._plan.n_mini_batches, parts))
 
-    def _agree(self) -> None:
-        """Make sure, once, that all ranks iterate the same; where no seed was given they take that of rank 0.
-
-        Raises:
-            ValueError: If ranks differ, or would get no rows.
-        """
-        rank, world_size = get_distributed_rank_and_world_size()
+    def _agree(self, num_workers: int) -> None:
+        """Make sure, once, that all ranks can iterate, and that they iterate the same."""
+        _, world_size = get_distributed_rank_and_world_size()
         n_rows = len(self.query_ids.obs_joinids)
         if self.tail == "drop" and 0 < n_rows < world_size:
             raise ValueError(
                 f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
                 "tail='pad'."
             )
-        if world_size == 1 or self._agrees:
+        if self._agrees:
             return
+        if world_size > 1:
+            scope = self.shuffle_scope
+            self._drawn_seed = agreed_seed(self._identity, self.seed, scope=scope, world_size=world_size)
+        if self.shuffle and self.shuffle_scope == "partition":
+            log_parts(world_size, max(num_workers, 1))
         self._agrees = True
-        mine = {**self._identity, "seed": self.seed, "drawn_seed": self._drawn_seed}
-        of_ranks = gathered(mine)
-        if of_ranks is None:
-            if self.seed is None and self.shuffle_scope == "global":
-                raise ValueError(
-                    f"seed=None must be a number where {world_size} ranks share one shuffle and "
-                    "torch.distributed is not initialized to agree on one; try seed=42."
-                )
-            return
-        self._drawn_seed = of_ranks[0].pop("drawn_seed")
-        for other, theirs in enumerate(of_ranks[1:], 1):
-            for name, value in of_ranks[0].items():
-                if theirs[name] != value:
-                    raise ValueError(
-                        f"{name} must be the same on all ranks, but is {value!r} on rank 0 and "
-                        f"{theirs[name]!r} on rank {other}; make the dataset with the same arguments and "
-                        "seeds everywhere."
-                    )
-        if self.seed is None and rank == 0:
-            logger.info("seed=None: all %d ranks use seed=%d", world_size, self._drawn_seed)
-
-    def _log_scope(self, place: Partition) -> None:
-        n_parts = place.world_size * place.n_workers
-        if n_parts > 1 and self.shuffle and self.shuffle_scope == "partition" and not self._has_logged:
-            self._has_logged = True
-            logger.info(
-                "shuffle_scope='partition' shuffles each of the %d parts of ranks and workers by itself, of "
-                "the same rows in every epoch; 'global' shuffles the whole query and deals it anew each time",
-                n_parts,
-            )
 
     @property
     def _leaves_device_work_to_loader(self) -> bool:
@@ -572,13 +527,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Yields:
             Where the epoch begins.
         """
-        self._agree()
+        self._agree(num_workers)
         if isinstance(self._reading, SnapshotReading):
             self._reading.prepare()
         epoch = self._epoch.take()
         self._epoch.set(epoch)
         self._rank_and_world_size = get_distributed_rank_and_world_size()
-        self._log_scope(Partition(*self._rank_and_world_size, 0, num_workers))
         begin = (
             self._resume
             if self._resume is not None and self._resume.epoch == epoch
