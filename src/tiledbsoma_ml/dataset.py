@@ -104,7 +104,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             where a window holds the query, so that none is decoded twice in an epoch, else the longest runs
             within tiles that reach `mixing`.
         seed: The same seed gives the same order in every epoch, and in epoch 0 that of tiledbsoma-ml 0.1.0.
-            A seed is drawn if None; give one when there are several ranks.
+            A seed is drawn if None; with several ranks rank 0's, where torch.distributed is initialized.
         return_sparse_X: Whether `X` is a `csr_matrix` (`torch.sparse_csr` with `device`) instead of dense.
         use_eager_fetch: Whether to read ahead on threads.
         shuffle_mode: A `ShuffleMode`, or its value as a string. Only read when shuffling.
@@ -192,7 +192,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._agrees = False
         self._resume: Position | None = None
         self._now: EpochPart | None = None
-        self._n_yielded = 0
+        self._n_yielded, self._has_ended = 0, False
         plan = Plan(
             shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
             io_batch_size=self.io_batch_size,
@@ -246,6 +246,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             for mini_batch in mini_batches:
                 self._n_yielded += 1
                 yield mini_batch
+        self._has_ended = True
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
@@ -323,9 +324,13 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return self._position_of(self._now, self._n_yielded)
 
     def _position_of(self, part: EpochPart, n_yielded: int) -> Position:
-        """Return the position after so many mini-batches of a part; at its end, the next epoch."""
+        """Return the position after so many mini-batches of a part; at its end, the next epoch.
+
+        A worker that is done with its part has to wait for the others: it is in the same epoch until it is
+        asked for more.
+        """
         in_worker = torch.utils.data.get_worker_info() is not None
-        if n_yielded >= self._plan.n_mini_batches(part):
+        if n_yielded >= self._plan.n_mini_batches(part) and (self._has_ended or not in_worker):
             return Position(epoch=part.epoch + 1)
         return Position(
             epoch=part.epoch,
@@ -393,7 +398,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             self._agree(num_workers=0)
         resumed, self._resume = self._resume, None
         part = self._continued(resumed, self._epoch.take(), self._place())
-        self._now, self._n_yielded = part, part.skip
+        self._now, self._n_yielded, self._has_ended = part, part.skip, False
         return part
 
     def _part(self, epoch: int, place: Partition) -> EpochPart:
