@@ -65,6 +65,8 @@ LAYOUT = [
     "_snapshot_reading",
     "dataset",
     "dataloader",
+    "data_module",
+    "ray_train",
     "simulate",
     "demo",
     "cli",
