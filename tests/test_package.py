@@ -65,6 +65,7 @@ LAYOUT = [
     "_snapshot_reading",
     "dataset",
     "dataloader",
+    "_h5ad",
     "data_module",
     "ray_train",
     "simulate",

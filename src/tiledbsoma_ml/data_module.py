@@ -33,7 +33,7 @@ Transform: TypeAlias = Callable[[Any], Any]
 """Takes a batch and returns a batch."""
 
 PADDING_COLUMN_NAME = "is_padding"
-"""Column of `obs` that is true where a row of an evaluation batch is there to fill it, and counts elsewhere."""
+"""Column of `obs` that is true for rows of evaluation batches that repeat others: not to be counted."""
 
 
 class ExperimentDataModule(LightningDataModule):
@@ -72,11 +72,11 @@ class ExperimentDataModule(LightningDataModule):
         seed: Of the split, and of the order of training batches. Every rank must have the same one.
         snapshot: See `ExperimentDataset`. It holds the whole query; its parts are read from it.
         batch_size: Rows per batch, on each rank.
-        transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs in
-            the training process, before the batch is moved.
+        transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs
+            in the training process, before the batch is moved.
         device_transform: Takes what `transform` returned, when it is on the device.
-        loader_options: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one worker at
-            most, because several would mix the order.
+        loader_options: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one
+            worker at most, because several would mix the order.
         dataset_options: For `ExperimentDataset`. `shuffle` is that of training batches.
 
     Raises:
@@ -129,7 +129,7 @@ class ExperimentDataModule(LightningDataModule):
         return len(self.query_ids.var_joinids)
 
     def read_obs(self, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` for all rows of the query, in its order: the labels there are, for instance."""
+        """Return columns of `obs` for all rows of the query, in its order: its labels, for instance."""
         rows, locator = self.query_ids.obs_joinids, self._predict.x_locator
         if locator is None:
             return self._snapshot().reader(rows, None, column_names).obs(rows)
@@ -184,7 +184,7 @@ class ExperimentDataModule(LightningDataModule):
     # Batches ----------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Any:
-        """Return what goes to the device, made from a mini-batch; called by Lightning in the training process."""
+        """Return what goes to the device; Lightning calls it in the training process."""
         X, obs = batch
         transformed = (_as_tensor(X), obs)
         return transformed if self._transform is None else self._transform(transformed)
@@ -194,16 +194,15 @@ class ExperimentDataModule(LightningDataModule):
         return batch if self._device_transform is None else self._device_transform(batch)
 
 
-def _split(
-    ids: QueryIDs, sizes: Mapping[str, float], seed: int
-) -> tuple[QueryIDs, ...]:
+def _split(ids: QueryIDs, sizes: Mapping[str, float], seed: int) -> tuple[QueryIDs, ...]:
     """Return the parts of the rows, of the same sizes for every seed."""
     listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
     try:
         parts = ids.random_split(*sizes.values(), seed=seed, method="deterministic")
     except ValueError as err:
         raise ValueError(
-            f"{listed} must be shares from 0 to 1 that sum to 1; try train_size=0.8, val_size=0.1, test_size=0.1."
+            f"{listed} must be shares from 0 to 1 that sum to 1; "
+            "try train_size=0.8, val_size=0.1, test_size=0.1."
         ) from err
     for (name, size), part in zip(sizes.items(), parts, strict=True):
         if size and not len(part.obs_joinids):
