@@ -58,25 +58,28 @@ class RayTrainRunner:
     """Trains a Lightning model on the workers of a Ray cluster: an existing one, or one of this machine.
 
     ```python
-    runner = RayTrainRunner(
-        Classifier,
-        model_args=lambda data: {"n_genes": data.n_vars, "classes": data.read_obs(["cell_type"])["cell_type"].unique()},
-    )
+    runner = RayTrainRunner(Classifier, model_args=lambda data: {"n_genes": data.n_vars})
     result = runner.train(
-        "s3://bucket/experiment", obs_column_names=["cell_type"], batch_size=1024, max_epochs=10, num_workers=4
+        "s3://bucket/experiment",
+        obs_query=tiledbsoma.AxisQuery(value_filter="tissue == 'lung'"),
+        obs_column_names=["cell_type"],
+        batch_size=1024,
+        num_workers=4,
+        max_epochs=10,
     )
     ```
 
-    A worker that dies does not end the run: all workers start again from the last checkpoint, and go on with the
-    mini-batch after it.
+    A worker that dies does not end the run: all workers start again from the last checkpoint, and go on with
+    the mini-batch after it.
 
     Args:
         Model: Made anew in each worker.
         model_args: Called once, with the data module, where `train` is called; what it returns is passed to
             `Model`.
-        before_dense: Takes the batch `(X, obs)`, `X` as `torch.sparse_csr` on the CPU, and returns such a pair:
-            `X` still sparse; what is at the second place goes to the device.
-        after_dense: Takes that pair on the device of the model, with `X` dense, and returns what the model takes.
+        before_dense: Takes the batch `(X, obs)`, `X` as `torch.sparse_csr` on the CPU, and returns such a
+            pair: `X` still sparse, and what the model needs of `obs`.
+        after_dense: Takes that pair on the device of the model, with `X` dense, and returns what the model
+            takes.
         address: Of the cluster. If None: the one that this process is connected to, or `RAY_ADDRESS`, or one
             that runs on this machine, or else a new one, which ends with `train`.
         runtime_env: What the workers' environment needs, as for `ray.init`.
@@ -128,21 +131,21 @@ class RayTrainRunner:
         machines, both are in an object store or on a shared file system.
 
         Args:
-            data: A data module that can be pickled, such as `ExperimentDataModule`; or what to make one of, with `data_options`: an open query, a
-                `Snapshot`, the URI of an experiment, or a list of h5ad files, which are first written to an
-                experiment, with the layer "raw".
+            data: A data module that can be pickled, such as `ExperimentDataModule`; or what to make one of,
+                with `data_options`: an open query, a `Snapshot`, the URI of an experiment, or a list of h5ad
+                files, which are first written to an experiment.
             measurement_name: With a URI: which measurement.
             obs_query: With a URI or h5ad files: which rows; all if None.
             var_query: With a URI or h5ad files: which columns; all if None.
-            experiments_path: Folder for the experiment made of h5ad files, once for the same files; by default
-                in the user's cache directory.
+            experiments_path: Folder for the experiment made of h5ad files, once for the same files; by
+                default in the user's cache directory.
             max_epochs: When to end.
             num_workers: How many processes train. By default one for each GPU or, on CPUs, as many as the
                 cluster has resources for.
             resources_per_worker: What Ray reserves for each, for instance `{"CPU": 8, "GPU": 1}`.
             use_gpu: Whether to train on GPUs. Where the cluster has none, it is done on CPUs, with a warning.
             storage_path: Where results and checkpoints go: a folder, or a URI like "s3://bucket/results".
-            name: Of the folder of this run there. A run that was interrupted goes on when its name is given again.
+            name: Of the folder of this run there. Given again, an interrupted run goes on.
             ckpt_path: A checkpoint of Lightning, or the folder of one of Ray's, to go on from.
             checkpoint_every_n_steps: How often to write one within an epoch; one is written at its end in any
                 case.
@@ -152,16 +155,14 @@ class RayTrainRunner:
 
         Raises:
             ValueError: If an argument does not fit.
-            ray.train.TrainingFailedError: If workers failed more often than `max_failures`; it says which, and
-                why.
+            ray.train.TrainingFailedError: If workers failed more often than `max_failures`; it says which,
+                and why.
         """
         check_count("max_epochs", max_epochs, suggestion=1)
-        for count, number in {
-            "num_workers": num_workers,
-            "checkpoint_every_n_steps": checkpoint_every_n_steps,
-        }.items():
-            if number is not None:
-                check_count(count, number, suggestion=2)
+        if num_workers is not None:
+            check_count("num_workers", num_workers, suggestion=2)
+        if checkpoint_every_n_steps is not None:
+            check_count("checkpoint_every_n_steps", checkpoint_every_n_steps, suggestion=1000)
         resumed = None if ckpt_path is None else _checkpoint_file(ckpt_path)
         queried = _Queried(measurement_name, obs_query, var_query, experiments_path)
         module = self._data_module(data, queried, data_options)
@@ -195,8 +196,8 @@ class RayTrainRunner:
         if isinstance(data, LightningDataModule):
             if options or given:
                 raise ValueError(
-                    f"{', '.join([*options, *given])} must be left out where data is a data module; set options "
-                    "there, before_dense as transform and after_dense as device_transform."
+                    f"{', '.join([*options, *given])} must be left out where data is a data module; "
+                    "set them there, before_dense as transform and after_dense as device_transform."
                 )
             return data
         if given:
@@ -291,7 +292,7 @@ def _scaling(
     n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if use_gpu and not n_gpus:
         warnings.warn(
-            "use_gpu=True, but the Ray cluster has no GPU: training on CPUs; set use_gpu=False if that is meant.",
+            "use_gpu=True, but the Ray cluster has no GPU: training on CPUs; set use_gpu=False if you mean it.",
             stacklevel=3,
         )
         use_gpu = False
@@ -305,8 +306,8 @@ def _scaling(
     n_workers = num_workers or max(1, n_places)
     if n_workers > n_places:
         warnings.warn(
-            f"num_workers={n_workers} with {each} each, but the Ray cluster has room for {n_places} of them: Ray "
-            "waits until nodes are added; ask for fewer or smaller workers if none will be.",
+            f"num_workers={n_workers} with {each} each, but the Ray cluster has room for {n_places} of them: "
+            "Ray waits until nodes are added; ask for fewer or smaller workers if none will be.",
             stacklevel=3,
         )
     return ray.train.ScalingConfig(num_workers=n_workers, use_gpu=use_gpu, resources_per_worker=each)
@@ -391,7 +392,7 @@ class _Reports(Callback):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics |= {"epoch": trainer.current_epoch, "step": trainer.global_step}
         with tempfile.TemporaryDirectory() as folder:
-            trainer.save_checkpoint(Path(folder) / CHECKPOINT_NAME)
+            trainer.save_checkpoint(Path(folder) / CHECKPOINT_NAME, weights_only=False)
             is_written = any(Path(folder).iterdir())  # by rank 0 only, but for sharded strategies
             checkpoint = ray.train.Checkpoint.from_directory(folder) if is_written else None
             ray.train.report(metrics, checkpoint=checkpoint)
