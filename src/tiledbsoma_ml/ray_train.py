@@ -292,7 +292,7 @@ def _scaling(
     n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if use_gpu and not n_gpus:
         warnings.warn(
-            "use_gpu=True, but the Ray cluster has no GPU: training on CPUs; set use_gpu=False if you mean it.",
+            "use_gpu=True, but the Ray cluster has no GPU: training on CPUs; set use_gpu=False if so wanted.",
             stacklevel=3,
         )
         use_gpu = False
