@@ -1,7 +1,7 @@
 """Train a classifier of cell types in several processes, in plain PyTorch.
 
     torchrun --nproc-per-node 2 notebooks/train_ddp.py
-    torchrun --nproc-per-node 8 notebooks/train_ddp.py --uri s3://bucket/experiment --label cell_type --epochs 5
+    torchrun --nproc-per-node 8 notebooks/train_ddp.py --uri s3://bucket/experiment --label cell_type
 
 Without --uri, an experiment is simulated. GPUs are used if there are any. With --checkpoint, the state of the
 run is written to that file every --every steps; a run that was stopped, within an epoch too, goes on with the
@@ -43,6 +43,7 @@ def main() -> None:
             run.end_epoch()
             accuracy = measure_accuracy(run.model, held_out, options.label, classes, device)
             say(f"epoch {epoch}: held-out accuracy {accuracy:.3f} after {run.n_steps} steps of each rank")
+        dist.barrier()  # before what was simulated is removed, everyone has read it
 
 
 def parse_options() -> argparse.Namespace:
@@ -55,9 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a mini-batch, on each rank")
     parser.add_argument("--workers", type=int, default=0, help="reading processes of each rank")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the order and the first weights")
-    parser.add_argument(
-        "--checkpoint", type=Path, help="file to write the state of the run to, and go on from"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="file for the state of the run, to go on from")
     parser.add_argument("--every", type=int, default=100, help="steps between two checkpoints")
     return parser.parse_args()
 
@@ -90,7 +89,6 @@ def simulate_once(stack: ExitStack, n_cells: int) -> str:
         uri = [stack.enter_context(tempfile.TemporaryDirectory()) + "/simulated"]
         simulate_experiment(uri[0], n_cells=n_cells, n_genes=500)
     dist.broadcast_object_list(uri)
-    stack.callback(dist.barrier)  # nobody reads any longer when it is removed
     return uri[0]
 
 
