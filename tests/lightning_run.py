@@ -1,4 +1,4 @@
-"""A run of Lightning for `test_data_module.py`, in processes of its own: what each rank did ends in a JSON file.
+"""A run of Lightning for `test_data_module.py`, in processes of its own: each rank writes what it did.
 
     python lightning_run.py '{"uri": …, "out": …}'
 
@@ -30,17 +30,18 @@ class Model(LightningModule):
         self.linear = torch.nn.Linear(n_vars, 2)
         self.seen: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
 
-    def training_step(self, batch: Mapping[str, torch.Tensor], _: int) -> torch.Tensor:
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         loss = torch.nn.functional.cross_entropy(self.linear(batch["X"]), batch["joinids"] % 2)
         self._note("train", batch, loss)
-        print("step", len(self.seen["train"]), flush=True)
+        sys.stdout.write("step\n")
+        sys.stdout.flush()
         return loss
 
-    def validation_step(self, batch: Mapping[str, torch.Tensor], _: int) -> None:
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         if not self.trainer.sanity_checking:
             self._note("val", batch, batch["X"].sum())
 
-    def test_step(self, batch: Mapping[str, torch.Tensor], _: int) -> None:
+    def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         self._note("test", batch, batch["X"].sum())
 
     def _note(self, part: str, batch: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:

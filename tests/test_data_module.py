@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -141,7 +138,7 @@ def test_the_transforms_are_applied_one_after_the_other_in_the_training_process(
     def transform(batch: Any) -> Any:
         pids.add(os.getpid())
         X, obs = batch
-        return X, torch.from_numpy(obs["cell_type"].cat.codes.to_numpy())
+        return X, torch.tensor(obs["cell_type"].cat.codes.to_numpy())
 
     def device_transform(batch: Any) -> Any:
         X, codes = batch
@@ -203,10 +200,10 @@ def test_a_snapshot_is_made_once_of_the_whole_query_and_gives_the_same_batches(
         ({"train_size": 0.5}, r"train_size=0.5, val_size=0.1, test_size=0.1 must be shares .* sum to 1"),
         (
             {"train_size": 1.2, "val_size": -0.3},
-            r"train_size=1.2, val_size=-0.3, test_size=0.1 must be shares",
+            r"train_size=1.2, val_size=-0.3, test_size=0.1 must",
         ),
         (
-            {"train_size": 0.998, "val_size": 0.001, "test_size": 0.001},
+            {"train_size": 0.899, "val_size": 0.001, "test_size": 0.1},
             r"val_size=0.001 must give at least one row, and gives none of 311; make it larger, select",
         ),
         ({"seed": -1}, r"seed=-1 must be an integer of at least 0"),
@@ -226,18 +223,14 @@ def test_a_part_of_size_0_has_no_loader_where_lightning_allows_it(store: Store) 
     data = make(store, train_size=1.0, val_size=0, test_size=0)
     assert data.val_dataloader() == []
     assert sorted(joinids_of(data.train_dataloader())) == list(range(N_OBS))
-    with pytest.raises(
-        ValueError, match=r"test_size must give each of 1 ranks at least one row, and gives 0"
-    ):
+    with pytest.raises(ValueError, match=r"test_size must give each of 1 ranks .* and gives 0"):
         data.test_dataloader()
 
 
 def test_fewer_training_rows_than_ranks_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(store, slice(0, 2), train_size=1.0, val_size=0, test_size=0)
     as_rank(monkeypatch, 0, 4)
-    with pytest.raises(
-        ValueError, match=r"train_size must give each of 4 ranks at least one row, and gives 3"
-    ):
+    with pytest.raises(ValueError, match=r"train_size must give each of 4 ranks .* and gives 3"):
         data.train_dataloader()
 
 
@@ -262,6 +255,8 @@ except ImportError as err:
 
 N_ROWS = 310  # 248 train, 31 validation and 31 test rows: 124 of two ranks, and 16 with one row that fills up
 STEPS = 8  # of 16 rows of 124
+
+Uninterrupted: TypeAlias = tuple[Path, list[dict[str, Any]]]
 
 
 def start_run(store: Store, out: Path, **options: Any) -> subprocess.Popen[str]:
@@ -297,7 +292,7 @@ def uninterrupted(
 
 
 def test_two_ranks_train_the_same_number_of_steps_on_disjoint_rows_that_are_all_rows(
-    store: Store, uninterrupted: tuple[Path, list[dict[str, Any]]]
+    store: Store, uninterrupted: Uninterrupted
 ) -> None:
     _, ranks = uninterrupted
     data = make(store, slice(0, N_ROWS - 1), seed=5)
@@ -312,9 +307,7 @@ def test_two_ranks_train_the_same_number_of_steps_on_disjoint_rows_that_are_all_
     assert of_rank_0[0] != of_rank_0[1]  # the global scope deals rows anew in each epoch
 
 
-def test_two_ranks_evaluate_every_row_once(
-    store: Store, uninterrupted: tuple[Path, list[dict[str, Any]]]
-) -> None:
+def test_two_ranks_evaluate_every_row_once(store: Store, uninterrupted: Uninterrupted) -> None:
     _, ranks = uninterrupted
     data = make(store, slice(0, N_ROWS - 1), seed=5)
     for part, ids in [("val", data.val_ids), ("test", data.test_ids)]:
@@ -330,7 +323,7 @@ def test_two_ranks_evaluate_every_row_once(
 )
 def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninterrupted_one(
     store: Store,
-    uninterrupted: tuple[Path, list[dict[str, Any]]],
+    uninterrupted: Uninterrupted,
     tmp_path: Path,
     checkpoint: str,
     n_done: int,
