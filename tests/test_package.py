@@ -43,7 +43,10 @@ LAYOUT = [
     "x_locator",
     "_query_ids",
     "_shared_ids",
+    "_deal",
     "_plan",
+    "_state",
+    "_agreement",
     "_quality",
     "_jit",
     "_kernels",
@@ -106,7 +109,7 @@ def test_a_module_imports_only_from_modules_above_it(module: str) -> None:
 
 def test_imports_are_found() -> None:
     assert set(imported_by("_csr")) == {"_common", "_kernels"}
-    assert {"dataset", "_query_ids"} <= set(imported_by("dataloader"))
+    assert {"dataset", "_state"} <= set(imported_by("dataloader"))
 
 
 # Importing ------------------------------------------------------------------------------------------------

@@ -161,6 +161,11 @@ def test_more_chunks_in_a_window_never_mix_worse_and_never_better_than_at_random
     assert more <= 1 + 1e-9
 
 
+def test_mini_batches_of_few_rows_are_judged_by_64_that_follow_each_other() -> None:
+    assert {predicted_mixing(32, batch_size) for batch_size in (1, 2, 64)} == {predicted_mixing(32, 64)}
+    assert 0 == predicted_mixing(1, 2) < predicted_mixing(32, 2) < 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 32, 1024, 10**6])
 def test_a_window_of_countless_chunks_mixes_like_a_random_order(batch_size: int) -> None:
     assert predicted_mixing(10**9, batch_size) == pytest.approx(1.0, abs=1e-4)

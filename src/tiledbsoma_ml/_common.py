@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -53,6 +53,16 @@ def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) 
     if value < minimum:
         raise ValueError(f"{name}={value} must be {rule}; try {suggestion}.")
     return int(value)
+
+
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def check_choice(name: str, value: _Choice, choices: Sequence[str]) -> _Choice:
+    """Return `value` if it is one of `choices`; raise a ValueError that lists them if it is not."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be {' or '.join(map(repr, choices))}; try {choices[0]!r}.")
+    return value
 
 
 def check_name(parameter: str, name: str, known: Iterable[str], *, of: str) -> str:

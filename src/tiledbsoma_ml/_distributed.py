@@ -5,6 +5,7 @@
 | `torch.distributed` | whoever called `init_process_group` | it is initialized |
 | `RANK`, `WORLD_SIZE` | torchrun, most launchers | both are set |
 | `NODE_RANK`, `LOCAL_RANK`, `WORLD_SIZE` | Lightning's launcher | no `RANK` is set |
+| `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` | srun, for each of its tasks | none of the others is set |
 
 `torch.distributed` and `torch.utils.data` are called through their modules, so that tests and embedding
 frameworks can replace them.
@@ -29,6 +30,8 @@ def get_distributed_rank_and_world_size() -> tuple[int, int]:
         return _checked(_from_env("RANK"), _from_env("WORLD_SIZE"))
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _checked(_rank_on_this_node(), _from_env("WORLD_SIZE"))
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:
+        return _checked(_from_env("SLURM_PROCID"), _from_env("SLURM_STEP_NUM_TASKS"))
     return 0, 1
 
 

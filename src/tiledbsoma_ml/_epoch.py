@@ -19,6 +19,14 @@ class EpochCounter:
         self._n_set = 0
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
+    @property
+    def upcoming(self) -> int:
+        """The epoch that the next `take` gives."""
+        if self._is_fresh:
+            return self.current
+        n_set, epoch = self._shared.tolist()
+        return int(epoch) if n_set > self._n_set else self.current + 1
+
     def set(self, epoch: int) -> None:
         """Make `epoch` the one that the next `take` gives, here and in the copies."""
         self.current = epoch
@@ -28,9 +36,8 @@ class EpochCounter:
 
     def take(self) -> int:
         """Return the number of the epoch that begins now."""
+        self.current = self.upcoming
         if not self._is_fresh:
-            n_set, epoch = self._shared.tolist()
-            self.current = epoch if n_set > self._n_set else self.current + 1
-            self._n_set = n_set
+            self._n_set = int(self._shared[0])
         self._is_fresh = False
         return self.current

@@ -33,7 +33,7 @@ def find_runs(
     one) are written to the last three arguments, which must be as long as `dim_0`.
     """
     n_runs, k, row = 0, 0, 0
-    while k < len(dim_0):
+    while k < len(dim_0) and len(sorted_ids):
         joinid, start = dim_0[k], k
         while k < len(dim_0) and dim_0[k] == joinid:
             k += 1

@@ -44,6 +44,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
         device: Where `X` is put, as a torch tensor; NumPy and SciPy on the CPU if None.
         seed: Of the shuffle on the device.
         epoch: Of the shuffle on the device.
+        n_earlier: Mini-batches of the epoch that came before: their draws are passed over.
     """
 
     io_batch_iter: Iterable[IOBatch]
@@ -57,6 +58,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
     device: torch.device | None = attrs.field(default=None, converter=attrs.converters.optional(torch.device))
     seed: int | None = None
     epoch: int = 0
+    n_earlier: int = 0
 
     def __attrs_post_init__(self) -> None:
         if self.gpu_shuffle and self.device is None:
@@ -77,6 +79,9 @@ class MiniBatchIterable(Iterable[MiniBatch]):
     def _on_device(self, device: torch.device) -> Generator[MiniBatch, None, None]:
         rng = seeded_rng(self.seed, self.epoch) if self.gpu_shuffle else None
         within_mini_batch = self.gpu_shuffle_mode == "minibatch"
+        if rng is not None and within_mini_batch:
+            for _ in range(self.n_earlier):
+                rng.permutation(self.batch_size)
         on_device = _put_io_batches(self.io_batch_iter, device, None if within_mini_batch else rng)
         for pieces, obs in cut(on_device, self.batch_size):
             rows = DeviceRows.concat([part.take(np.arange(start, stop)) for part, start, stop in pieces])

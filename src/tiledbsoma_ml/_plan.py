@@ -8,8 +8,9 @@ chooses the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from statistics import NormalDist
 from typing import Literal, TypeAlias
 
@@ -17,7 +18,8 @@ import attrs
 import numpy as np
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
-from tiledbsoma_ml._query_ids import Chunks, QueryIDs
+from tiledbsoma_ml._deal import Deal, ShuffleScope, Spans, Stage
+from tiledbsoma_ml._query_ids import Chunks, Partition, QueryIDs, Tail, rows_per_rank, wrapped
 
 Size: TypeAlias = int | Literal["auto"]
 """A number of rows, or "auto"."""
@@ -57,6 +59,27 @@ class Sizes:
 
 
 @attrs.frozen(kw_only=True)
+class EpochPart:
+    """What one worker of one rank reads of an epoch.
+
+    Attributes:
+        ids: The whole query.
+        place: Whose part.
+        seed: Of the shuffle.
+        epoch: Of the shuffle.
+        skip: How many of its mini-batches were yielded before.
+        earlier: What was yielded before by other ranks or workers.
+    """
+
+    ids: QueryIDs
+    place: Partition
+    seed: int
+    epoch: int
+    skip: int = 0
+    earlier: tuple[Stage, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
 class Plan:
     """How the rows of a query are put into batches that are read together.
 
@@ -69,6 +92,8 @@ class Plan:
         mixing: What "auto" should reach, see `choose_sizes`.
         layout: How the layer is stored; needed where a size is "auto".
         window_bytes: What a window may hold, where `io_batch_size` is "auto".
+        scope: Among which rows chunks are shuffled.
+        tail: What becomes of rows that do not divide by the number of ranks.
     """
 
     shuffle_chunk_size: Size | None
@@ -78,25 +103,81 @@ class Plan:
     mixing: float | None = None
     layout: Layout | None = None
     window_bytes: int = 0
+    scope: ShuffleScope = "partition"
+    tail: Tail = "drop"
 
-    def id_batches(self, ids: QueryIDs, *, seed: int, epoch: int) -> Iterator[NDArrayJoinId]:
-        """Yield the joinids of an epoch, as many at a time as are read together."""
+    # Who yields what --------------------------------------------------------------------------------------
+
+    def n_mini_batches(self, part: EpochPart) -> int:
+        """Return how many mini-batches a part has, with those that it skips."""
+        n_rows = len(part.ids.obs_joinids)
+        if self.scope == "global":
+            return self._deal(part).n_mini_batches(part.place)
+        start, stop = part.place.bounds(n_rows, self.tail)
+        return math.ceil((stop - start) / self.batch_size)
+
+    def first_mini_batch(self, part: EpochPart) -> int:
+        """Return how many mini-batches were made before those of a part, by the same draws."""
+        first = self._deal(part).mini_batches(part.place)[0] if self.scope == "global" else 0
+        return first + part.skip
+
+    def batches_of(self, part: EpochPart) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids of a part, as many at a time as are read together."""
+        plan = attrs.evolve(self, permutes=self.permutes_of(part))
+        if self.scope == "global":
+            return plan._batches_at(part, self._deal(part).spans(part.place, part.skip))
+        ids = part.ids.partitioned(part.place, self.tail)
+        return plan.id_batches(ids, seed=part.seed, epoch=part.epoch, skip=part.skip * self.batch_size)
+
+    def permutes_of(self, part: EpochPart) -> bool:
+        """Whether the rows of what is read together come permuted, and not only on the device.
+
+        There, only whole ones are permuted, of which a part may have a piece.
+        """
+        is_cut = self.scope == "global" or part.skip > 0
+        return self.permutes or (self.shuffle_chunk_size is not None and is_cut)
+
+    def joinids_of(self, part: EpochPart) -> NDArrayJoinId:
+        """Return all joinids of a part, in any order."""
+        if self.scope == "partition":
+            return part.ids.partitioned(part.place, self.tail).obs_joinids
+        if (part.place.world_size, part.place.n_workers) == (1, 1) and not part.earlier:
+            return part.ids.obs_joinids
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.batches_of(part)])
+
+    def padding_of(self, part: EpochPart) -> NDArrayJoinId:
+        """Return the joinids of the rows of a rank that another rank has as well."""
+        n_rows = len(part.ids.obs_joinids)
+        if self.scope == "global":
+            found = self._batches_at(part, self._deal(part).padding(part.place))
+            return np.concatenate([np.empty(0, dtype=np.int64), *found])
+        place = attrs.evolve(part.place, worker_id=0, n_workers=1)
+        start, stop = place.bounds(n_rows, self.tail)
+        return wrapped(part.ids.obs_joinids, max(start, n_rows), max(stop, n_rows))
+
+    def _deal(self, part: EpochPart) -> Deal:
+        return Deal(len(part.ids.obs_joinids), self.batch_size, self.tail, part.earlier)
+
+    # Chunks of a part are shuffled ------------------------------------------------------------------------
+
+    def id_batches(self, ids: QueryIDs, *, seed: int, epoch: int, skip: int = 0) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids of an epoch but for the first `skip`, as many at a time as are read together."""
         rng = seeded_rng(seed, epoch) if self.permutes else None
         if isinstance(self.io_batch_size, int) and self.shuffle_chunk_size != "auto":
-            return id_batches(self._chunks(ids, seed, epoch), self.io_batch_size, rng)
+            return id_batches(self._chunks(ids, seed, epoch), self.io_batch_size, rng, skip)
         if not len(ids.obs_joinids):
             return iter(())
         sizes = self.sizes(ids)
         chunks = self._chunks(ids, seed, epoch, sizes.run_length)
         if self.shuffle_chunk_size is None and not _is_sorted(ids.obs_joinids):
-            return id_batches(chunks, sizes.window_rows, rng)
+            return id_batches(chunks, sizes.window_rows, rng, skip)
         if isinstance(self.shuffle_chunk_size, int):
             n_chunks = math.ceil(sizes.window_rows / self.shuffle_chunk_size)
-            return id_batches(chunks, n_chunks * self.shuffle_chunk_size, rng)
-        return whole_chunk_batches(chunks, window_borders(len(ids.obs_joinids), sizes), rng)
+            return id_batches(chunks, n_chunks * self.shuffle_chunk_size, rng, skip)
+        return whole_chunk_batches(chunks, window_borders(len(ids.obs_joinids), sizes), rng, skip)
 
-    def sizes(self, ids: QueryIDs) -> Sizes:
-        """Return what "auto" stands for."""
+    def sizes(self, ids: QueryIDs, world_size: int = 1) -> Sizes:
+        """Return what "auto" stands for, where a rank of so many reads its share of rows."""
         assert self.layout is not None
         window_rows = self.io_batch_size
         if window_rows == "auto":
@@ -104,7 +185,8 @@ class Plan:
         if self.shuffle_chunk_size is None:
             rows = min(window_rows, UNSHUFFLED_ROWS)
             return Sizes(self.layout.row_tile, rows, rows, 0.0)
-        return choose_sizes(_sorted(ids.obs_joinids), self.layout, window_rows, self.batch_size, self.mixing)
+        joinids = _sorted(ids.obs_joinids)
+        return choose_sizes(joinids, self.layout, window_rows, self.batch_size, self.mixing, world_size)
 
     def _chunks(self, ids: QueryIDs, seed: int, epoch: int, run_length: int = 0) -> Chunks:
         if self.shuffle_chunk_size is None:
@@ -117,16 +199,154 @@ class Plan:
         chunks = tile_chunks(_sorted(ids.obs_joinids), run_length)
         return [chunks[k] for k in seeded_rng(seed, epoch).permutation(len(chunks)).tolist()]
 
+    # Chunks of the query are shuffled ---------------------------------------------------------------------
+
+    def _batches_at(self, part: EpochPart, spans: Spans) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids at places of an epoch, those of one window at a time.
+
+        Windows are those of the ranks that began the epoch: each rank's rows are permuted a window at a time,
+        by draws in sequence.
+        """
+        n_rows = len(part.ids.obs_joinids)
+        if not n_rows or not spans:
+            return
+        world_size = part.earlier[0].world_size if part.earlier else part.place.world_size
+        sizes = None if self.layout is None else self.sizes(part.ids, world_size)
+        rows = self._sequence(part, 0 if sizes is None else sizes.run_length)
+        windows = self._windows(part, world_size, sizes)
+        for start, stop in spans:
+            while start < stop:
+                begin, end, order = windows.at(start)
+                end = min(end, stop) if order is None else end
+                last = min(stop, end)
+                found = rows(begin, end)
+                yield found[start - begin :] if order is None else found[order[start - begin : last - begin]]
+                start = last
+
+    def _windows(self, part: EpochPart, world_size: int, sizes: Sizes | None) -> _Windows:
+        n_rows = len(part.ids.obs_joinids)
+        size = rows_per_rank(n_rows, world_size, self.tail)
+        if sizes is None:
+            assert isinstance(self.io_batch_size, int)
+            step = max(self.batch_size, self.io_batch_size // self.batch_size * self.batch_size)
+            whole = list(range(step, size, step))
+        else:  # whole mini-batches, so that none needs two windows
+            whole = [-(-end // self.batch_size) * self.batch_size for end in window_borders(size, sizes)]
+        borders = [*sorted({border for border in whole if border < size}), size]
+        ranks = [Partition(rank, world_size, 0, 1).bounds(n_rows, self.tail)[0] for rank in range(world_size)]
+        rng = partial(seeded_rng, part.seed, part.epoch) if self.permutes else None
+        return _Windows(ranks, n_rows, borders, rng)
+
+    def _sequence(self, part: EpochPart, run_length: int) -> Callable[[int, int], NDArrayJoinId]:
+        """Return what gives the joinids from one place of the shuffled query to another."""
+        joinids, rng = part.ids.obs_joinids, seeded_rng(part.seed, part.epoch)
+        n_rows = len(joinids)
+        if self.shuffle_chunk_size is None:
+            return partial(wrapped, joinids)
+        if self.shuffle_chunk_size == 1:
+            order = rng.permutation(n_rows)
+            return lambda start, stop: joinids[wrapped(order, start, stop)]
+        if self.shuffle_chunk_size == "auto":
+            joinids = _sorted(joinids)
+            starts = _chunk_starts(joinids, run_length)
+        else:
+            starts = np.arange(0, n_rows, self.shuffle_chunk_size)
+        lengths = np.diff(starts, append=n_rows)
+        order = rng.permutation(len(starts))
+        starts, ends = starts[order], np.cumsum(lengths[order])
+
+        def rows(start: int, stop: int) -> NDArrayJoinId:
+            if start >= stop:
+                return joinids[:0]
+            if stop > n_rows:
+                again = rows(max(start, n_rows) - n_rows, stop - n_rows)
+                return np.concatenate([rows(start, n_rows), again])
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+            before = ends[first] - (lengths[order[first]])
+            chunks = zip(
+                starts[first : last + 1].tolist(), lengths[order[first : last + 1]].tolist(), strict=True
+            )
+            found = [joinids[begin : begin + n] for begin, n in chunks]
+            return np.concatenate([joinids[:0], *found])[start - before : stop - before]
+
+        return rows
+
+
+class _Windows:
+    """What is read together: stretches of an epoch, and the order of the rows in each.
+
+    Rows that a rank's share was trimmed by, and rows that are repeated, come last and as they are.
+
+    Args:
+        ranks: Where the rows of each rank begin.
+        n_rows: Number of rows; those behind are repeated ones.
+        borders: Where the windows of a rank end, from its beginning.
+        rng: Makes the generator of a rank's permutations; None where rows are not permuted.
+    """
+
+    def __init__(
+        self, ranks: list[int], n_rows: int, borders: list[int], rng: Callable[[], np.random.Generator] | None
+    ) -> None:
+        self._ranks = ranks
+        self._n_rows = n_rows
+        self._borders = borders
+        self._make_rng = rng
+        self._rank, self._n_drawn = -1, 0
+        self._order = np.empty(0, dtype=np.int64)
+
+    def at(self, place: int) -> tuple[int, int, NDArrayJoinId | None]:
+        """Return the window that a place lies in, (start, stop), and the order of its rows."""
+        rank = bisect_right(self._ranks, place) - 1
+        number = bisect_right(self._borders, place - self._ranks[rank])
+        if place >= self._n_rows or number == len(self._borders):
+            return place, place + 1, None
+        start, stop = self._bounds(rank, number)
+        return start, stop, self._order_of(rank, number)
+
+    def _bounds(self, rank: int, number: int) -> tuple[int, int]:
+        start, stop = (self._borders[number - 1] if number else 0), self._borders[number]
+        return self._ranks[rank] + start, min(self._ranks[rank] + stop, self._n_rows)
+
+    def _order_of(self, rank: int, number: int) -> NDArrayJoinId | None:
+        if self._make_rng is None:
+            return None
+        if rank != self._rank or number < self._n_drawn - 1:
+            self._rank, self._n_drawn, self._rng = rank, 0, self._make_rng()
+        while self._n_drawn <= number:
+            start, stop = self._bounds(rank, self._n_drawn)
+            self._order = self._rng.permutation(stop - start)
+            self._n_drawn += 1
+        return self._order
+
 
 def id_batches(
-    chunks: Iterable[NDArrayJoinId], io_batch_size: int, rng: np.random.Generator | None
+    chunks: Chunks, io_batch_size: int, rng: np.random.Generator | None, skip: int = 0
 ) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
+    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time; without the first `skip`.
 
     With `rng`, each batch is permuted by the generator's next draw.
     """
-    for batch in _rebatched(chunks, io_batch_size):
-        yield batch if rng is None else batch[rng.permutation(len(batch))]
+    n_whole = skip // io_batch_size
+    if rng is not None:
+        for _ in range(n_whole):
+            rng.permutation(io_batch_size)
+    left = skip - n_whole * io_batch_size
+    for batch in _rebatched(_without_first(chunks, n_whole * io_batch_size), io_batch_size):
+        order = slice(None) if rng is None else rng.permutation(len(batch))
+        if left < len(batch):
+            yield batch[order][left:]
+        left = max(0, left - len(batch))
+
+
+def _without_first(chunks: Chunks, n_rows: int) -> Chunks:
+    """Return chunks but for their first rows."""
+    if not n_rows:
+        return chunks
+    ends = np.cumsum([len(chunk) for chunk in chunks])
+    first = int(np.searchsorted(ends, n_rows, side="right"))
+    if first == len(chunks):
+        return []
+    return [chunks[first][len(chunks[first]) - (ends[first] - n_rows) :], *chunks[first + 1 :]]
 
 
 def predicted_mixing(n_chunks: float, batch_size: int) -> float:
@@ -135,11 +355,10 @@ def predicted_mixing(n_chunks: float, batch_size: int) -> float:
     The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
     the other, so that a chunk has one label. A mini-batch of `batch_size` rows drawn from a window of
     `n_chunks` chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from everywhere.
+    Few rows say little about that: 64 that follow each other are looked at where `batch_size` is smaller.
     """
-    size = min(batch_size, 4096)
-    if size == 1:
-        return 1.0
-    return float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size))
+    size = min(max(batch_size, 64), 4096)
+    return max(0.0, float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)))
 
 
 @lru_cache(maxsize=1024)
@@ -168,7 +387,12 @@ def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_row
 
 
 def choose_sizes(
-    joinids: NDArrayJoinId, layout: Layout, window_rows: int, batch_size: int, mixing: float | None
+    joinids: NDArrayJoinId,
+    layout: Layout,
+    window_rows: int,
+    batch_size: int,
+    mixing: float | None,
+    world_size: int = 1,
 ) -> Sizes:
     """Return the longest runs, of whole tiles at most, that mix well enough, and windows for them.
 
@@ -178,10 +402,12 @@ def choose_sizes(
         window_rows: As many rows fit into a window.
         batch_size: Rows per mini-batch.
         mixing: What is well enough; the mixing of the documented defaults if None.
+        world_size: Ranks that share the rows.
     """
     window_rows = max(1, window_rows)
-    n_windows = max(1, math.ceil(len(joinids) / window_rows))
-    rows = math.ceil(len(joinids) / n_windows)
+    n_rows = math.ceil(len(joinids) / world_size)
+    n_windows = max(1, math.ceil(n_rows / window_rows))
+    rows = math.ceil(n_rows / n_windows)
     if n_windows == 1:
         return Sizes(layout.row_tile, rows, rows, 1.0)
     target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
@@ -223,9 +449,11 @@ def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
 
 
 def whole_chunk_batches(
-    chunks: Chunks, borders: list[int], rng: np.random.Generator | None
+    chunks: Chunks, borders: list[int], rng: np.random.Generator | None, skip: int = 0
 ) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of whole chunks, put end to end: as many as come nearest to each of `borders`.
+    """Yield the joinids of whole chunks, put end to end: each batch up to the first that reaches its border.
+
+    The first `skip` rows are left out.
 
     With `rng`, each batch is permuted by the generator's next draw.
     """
@@ -233,9 +461,12 @@ def whole_chunk_batches(
     start = 0
     for border in borders:
         stop = int(np.searchsorted(ends, border)) + 1 if border < ends[-1] else len(chunks)
-        if start < stop:
-            batch = np.concatenate(chunks[start:stop])
-            yield batch if rng is None else batch[rng.permutation(len(batch))]
+        n_rows = int(ends[stop - 1] - (ends[start - 1] if start else 0)) if start < stop else 0
+        if n_rows:
+            order = slice(None) if rng is None else rng.permutation(n_rows)
+            if skip < n_rows:
+                yield np.concatenate(chunks[start:stop])[order][skip:]
+            skip = max(0, skip - n_rows)
         start = stop
 
 

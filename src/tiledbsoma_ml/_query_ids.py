@@ -5,6 +5,7 @@ Pure NumPy on arrays of joinids: no input or output, no torch.
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
@@ -31,6 +32,13 @@ SamplingMethod: TypeAlias = Literal["deterministic", "multinomial", "stochastic_
 
 SamplingMethods: tuple[SamplingMethod, ...] = get_args(SamplingMethod)
 
+Tail: TypeAlias = Literal["drop", "pad"]
+"""What becomes of rows that do not divide by the number of ranks.
+
+- "drop": up to `world_size - 1` rows belong to nobody.
+- "pad": nobody goes without, and up to `world_size - 1` rows are repeated: the first ones.
+"""
+
 
 @attrs.frozen
 class Partition:
@@ -41,18 +49,27 @@ class Partition:
     worker_id: int
     n_workers: int
 
-    def bounds(self, n_rows: int) -> tuple[int, int]:
+    def bounds(self, n_rows: int, tail: Tail = "drop") -> tuple[int, int]:
         """Return (start, stop) of this part of `n_rows` rows: the one partition rule.
 
         Rows are cut among ranks like `np.array_split`, each rank's part is trimmed to `n_rows // world_size`
-        (equal batches on every rank), and a rank's part is cut among its workers like `np.array_split`.
+        (equal batches on every rank), and a rank's part is cut among its workers like `np.array_split`. With
+        "pad" there are as many rows more as it takes to give every rank the same number.
         """
-        rank_start, _ = _array_split_bounds(n_rows, self.world_size, self.rank)
-        start, stop = _array_split_bounds(n_rows // self.world_size, self.n_workers, self.worker_id)
+        size = rows_per_rank(n_rows, self.world_size, tail)
+        n_dealt = n_rows if tail == "drop" else size * self.world_size
+        rank_start, _ = array_split_bounds(n_dealt, self.world_size, self.rank)
+        start, stop = array_split_bounds(size, self.n_workers, self.worker_id)
         return rank_start + start, rank_start + stop
 
 
-def _array_split_bounds(n_rows: int, n_parts: int, part: int) -> tuple[int, int]:
+def rows_per_rank(n_rows: int, world_size: int, tail: Tail) -> int:
+    """Return how many rows each rank gets."""
+    return n_rows // world_size if tail == "drop" else -(-n_rows // world_size)
+
+
+def array_split_bounds(n_rows: int, n_parts: int, part: int) -> tuple[int, int]:
+    """Return (start, stop) of one of the parts that `np.array_split` makes."""
     size, larger = divmod(n_rows, n_parts)
     start = part * size + min(part, larger)
     return start, start + size + (part < larger)
@@ -115,18 +132,26 @@ class QueryIDs:
             attrs.evolve(self, obs_joinids=np.sort(shuffled[start:stop])) for start, stop in pairwise(cuts)
         )
 
-    def partitioned(self, partition: Partition | None = None) -> QueryIDs:
+    def partitioned(self, partition: Partition | None = None, tail: Tail = "drop") -> QueryIDs:
         """Return the part of the rows that belongs to one worker of one rank.
-
-        Every rank gets the same number of rows, so up to `world_size - 1` rows belong to nobody.
 
         Args:
             partition: Whose part; found out from this process if None.
+            tail: See `Tail`; every rank gets the same number of rows.
         """
         if partition is None:
             partition = Partition(*get_distributed_rank_and_world_size(), *get_worker_id_and_num())
-        start, stop = partition.bounds(len(self.obs_joinids))
-        return attrs.evolve(self, obs_joinids=self.obs_joinids[start:stop], partition=partition)
+        bounds = partition.bounds(len(self.obs_joinids), tail)
+        return attrs.evolve(self, obs_joinids=wrapped(self.obs_joinids, *bounds), partition=partition)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the joinids and their order."""
+        found = hashlib.blake2b(digest_size=16)
+        for joinids in (self.obs_joinids, self.var_joinids):
+            found.update(len(joinids).to_bytes(8, "little"))
+            found.update(np.ascontiguousarray(joinids).data)
+        return found.hexdigest()
 
     def shuffle_chunks(self, shuffle_chunk_size: int, seed: int | None = None, epoch: int = 0) -> Chunks:
         """Return the rows as runs of `shuffle_chunk_size`, in random order; rows within a run keep theirs.
@@ -138,6 +163,14 @@ class QueryIDs:
         n_chunks = -(-len(self.obs_joinids) // size)
         starts = seeded_rng(seed, epoch).permutation(n_chunks) * size
         return [self.obs_joinids[start : start + size] for start in starts.tolist()]
+
+
+def wrapped(joinids: NDArrayJoinId, start: int, stop: int) -> NDArrayJoinId:
+    """Return joinids from `start` to `stop`, going on with the first ones behind the last."""
+    n_rows = len(joinids)
+    if stop <= n_rows or not n_rows:
+        return joinids[start:stop]
+    return joinids[np.arange(start, stop) % n_rows]
 
 
 def _check_fracs(fracs: tuple[float, ...]) -> NDArray[np.float64]:

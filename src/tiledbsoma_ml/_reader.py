@@ -129,6 +129,27 @@ class SOMAReader:
             start += len(rows)
 
 
+class _PaddingMarker:
+    """A Reader that adds a column to `obs`: whether another rank has the row as well."""
+
+    def __init__(self, reader: Reader, column_name: str, padding: NDArrayJoinId) -> None:
+        self._reader = reader
+        self._column_name = column_name
+        self._padding = padding
+
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+        start = 0
+        for X, obs in self._reader.read(obs_joinids):
+            joinids = obs_joinids[start : start + len(obs)]
+            yield X, obs.assign(**{self._column_name: np.isin(joinids, self._padding)})
+            start += len(obs)
+
+
+def mark_padding(reader: Reader, column_name: str | None, padding: NDArrayJoinId) -> Reader:
+    """Return a Reader that tells in a column of `obs`, if one is named, which rows are among `padding`."""
+    return reader if column_name is None else _PaddingMarker(reader, column_name, padding)
+
+
 def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
     """Raise a ValueError or TypeError unless `names` are distinct columns of `obs`, at least one."""
     if isinstance(names, str):
@@ -145,7 +166,7 @@ def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
 
 def measure_layout(reader: SOMAReader, row_tile: int, n_rows: int, obs_joinids: NDArrayJoinId) -> Layout:
     """Return how a layer of `n_rows` is stored, and what its rows take up, from a sample of `obs_joinids`."""
-    n_runs = max(1, min(16, len(obs_joinids) // 128))
+    n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
     sample = sample[sample < n_rows]  # that a row does not exist is said when `obs` is read

@@ -14,10 +14,17 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
-from tiledbsoma_ml._plan import Layout, Plan, read_amplification
+from tiledbsoma_ml._plan import EpochPart, Layout, Plan, read_amplification
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import ObsColumns, SOMAReader, check_obs_column_names, measure_layout, row_tile
+from tiledbsoma_ml._reader import (
+    ObsColumns,
+    SOMAReader,
+    check_obs_column_names,
+    mark_padding,
+    measure_layout,
+    row_tile,
+)
 from tiledbsoma_ml._window import Room, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -97,7 +104,10 @@ class Reading:
             plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
-            n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(window_budget / part_bytes)))
+            largest = window_budget
+            if plan.layout is not None:
+                largest = min(window_budget, math.ceil(len(ids.obs_joinids) * plan.layout.bytes_per_row))
+            n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(largest / part_bytes)))
             window_bytes = min(window_budget, n_parts * part_bytes)
             plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
@@ -117,36 +127,45 @@ class Reading:
         return Room(self.window_bytes)
 
     def io_batches(
-        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool, room: Room
+        self, part: EpochPart, *, padding_column_name: str | None, use_eager_fetch: bool, room: Room
     ) -> Generator[IOBatch, None, None]:
-        """Yield the rows of an epoch in its order, until the room is closed."""
+        """Yield the rows of a part of an epoch in its order, until the room is closed."""
         preload_kernels()
+        joinids = self.plan.joinids_of(part)
         with self.locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
                 X,
                 obs,
-                ids.var_joinids,
+                part.ids.var_joinids,
                 obs_column_names=self.obs_column_names,
-                obs_joinids=ids.obs_joinids,
+                obs_joinids=joinids,
                 n_parts=self.n_parts,
                 use_eager_fetch=use_eager_fetch,
                 room=room,
                 folder=self.window_dir,
             )
-            batches = self.plan.id_batches(ids, seed=seed, epoch=epoch)
-            yield from io_batches(batches, reader, use_eager_fetch=use_eager_fetch, room=room)
+            marked = mark_padding(reader, padding_column_name, self.plan.padding_of(part))
+            batches = self.plan.batches_of(part)
+            yield from io_batches(batches, marked, use_eager_fetch=use_eager_fetch, room=room)
 
-    def quality(self, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int) -> ShuffleQuality:
+    def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed, from the plan and one column of `obs` alone."""
+        joinids = self.plan.joinids_of(part)
         with self.locator.open(self.budget) as (X, obs):
             check_obs_column_names([column], obs)
-            labels = ObsColumns.read(obs, [column], ids.obs_joinids).codes(column)
+            labels = ObsColumns.read(obs, [column], joinids).codes(column)
             tile = row_tile(X)
-        batch_size = self.plan.batch_size
         plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        batches = plan.id_batches(ids, seed=seed, epoch=epoch)
-        chosen = evenly_spaced(batches, batch_size, len(ids.obs_joinids), n_batches)
-        return measure_quality(chosen, np.unique(ids.obs_joinids), labels, tile)
+        chosen = evenly_spaced(plan.batches_of(part), plan.batch_size, len(joinids), n_batches)
+        return measure_quality(chosen, np.unique(joinids), labels, tile)
+
+    @property
+    def order_key(self) -> list[object]:
+        """What the order of rows depends on beside what the user gave: what "auto" is chosen from."""
+        plan = self.plan
+        if plan.layout is None:
+            return []
+        return [plan.layout.row_tile, round(plan.layout.bytes_per_row, 3), plan.window_bytes, plan.mixing]
 
     def log(self, ids: QueryIDs) -> None:
         """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""

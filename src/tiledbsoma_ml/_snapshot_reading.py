@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId
 from tiledbsoma_ml._dense_pool import DensePool
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
-from tiledbsoma_ml._plan import Plan
+from tiledbsoma_ml._plan import EpochPart, Plan
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._reader import mark_padding
 from tiledbsoma_ml._snapshot_build import Rows, describe
 from tiledbsoma_ml._snapshot_reader import SnapshotReader
 from tiledbsoma_ml._window import Room
@@ -87,12 +90,21 @@ class SnapshotReading:
         return self._snapshot
 
     def mini_batches(
-        self, ids: QueryIDs, *, return_sparse_X: bool, seed: int, epoch: int, use_eager_fetch: bool
+        self,
+        part: EpochPart,
+        *,
+        return_sparse_X: bool,
+        padding_column_name: str | None,
+        use_eager_fetch: bool,
     ) -> Generator[MiniBatch, None, None]:
-        """Yield the mini-batches of an epoch, straight from the files."""
-        reader = self._reader(ids)
-        batches = _cut(self._sized_plan().id_batches(ids, seed=seed, epoch=epoch), self._plan.batch_size)
-        made = _sparse(reader, batches) if return_sparse_X else _dense(reader, batches, self._plan.batch_size)
+        """Yield the mini-batches of a part of an epoch, straight from the files."""
+        reader, plan = self._reader(part.ids, self.plan.joinids_of(part)), self.plan
+        batches = _cut(plan.batches_of(part), plan.batch_size)
+        to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
+        if return_sparse_X:
+            made = _sparse(reader, batches, to_obs)
+        else:
+            made = _dense(reader, batches, to_obs, plan.batch_size)
         with closing(EagerIterator(made) if use_eager_fetch else made) as ahead:
             yield from ahead
 
@@ -101,23 +113,41 @@ class SnapshotReading:
         return Room(math.inf)
 
     def io_batches(
-        self, ids: QueryIDs, *, seed: int, epoch: int, use_eager_fetch: bool, room: Room
+        self, part: EpochPart, *, padding_column_name: str | None, use_eager_fetch: bool, room: Room
     ) -> Generator[IOBatch, None, None]:
-        """Yield the rows of an epoch as whole IO batches, for a device."""
-        batches = self._sized_plan().id_batches(ids, seed=seed, epoch=epoch)
-        reader = _Whole(self._reader(ids))
-        return io_batches(iter(batches), reader, use_eager_fetch=use_eager_fetch, room=room)
+        """Yield the rows of a part of an epoch as whole IO batches, for a device."""
+        plan = self.plan
+        reader = _Whole(self._reader(part.ids, plan.joinids_of(part)))
+        marked = mark_padding(reader, padding_column_name, plan.padding_of(part))
+        return io_batches(plan.batches_of(part), marked, use_eager_fetch=use_eager_fetch, room=room)
 
-    def quality(self, ids: QueryIDs, column: str, n_batches: int, *, seed: int, epoch: int) -> ShuffleQuality:
+    def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed; every row counts as a tile of its own."""
-        rows = np.unique(ids.obs_joinids)
-        labels = self.prepare().reader(rows, ids.var_joinids, [column]).obs(rows)[column]
+        plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
+        joinids = plan.joinids_of(part)
+        rows = np.unique(joinids)
+        reader = self.prepare().reader(rows, part.ids.var_joinids, [column])
+        labels = reader.obs(rows)[column]
         codes = pa.array(labels).dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        plan = self._sized_plan()
-        plan = attrs.evolve(plan, permutes=plan.shuffle_chunk_size is not None)
-        batches = plan.id_batches(ids, seed=seed, epoch=epoch)
-        chosen = evenly_spaced(batches, plan.batch_size, len(ids.obs_joinids), n_batches)
+        chosen = evenly_spaced(plan.batches_of(part), plan.batch_size, len(joinids), n_batches)
         return measure_quality(chosen, rows, codes.astype(np.int64), row_tile=1)
+
+    @property
+    def order_key(self) -> list[object]:
+        """What the order of rows depends on beside what the user gave: what "auto" stands for."""
+        if "auto" not in (self._plan.io_batch_size, self._plan.shuffle_chunk_size):
+            return []
+        return ["snapshot", self.plan.shuffle_chunk_size, self.plan.io_batch_size]
+
+    @property
+    def plan(self) -> Plan:
+        """In which order rows are read; "auto" is a true shuffle where memory holds the snapshot."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        plan = self._plan
+        if plan.shuffle_chunk_size == "auto":
+            fits = self.prepare().nbytes < memory / 2
+            plan = attrs.evolve(plan, shuffle_chunk_size=1 if fits else AUTO_CHUNK_SIZE)
+        return attrs.evolve(plan, io_batch_size=AUTO_IO_BATCH_SIZE) if plan.io_batch_size == "auto" else plan
 
     def _place(self, snapshot: str | os.PathLike[str] | bool) -> Path:
         if not isinstance(snapshot, bool):
@@ -135,21 +165,13 @@ class SnapshotReading:
         snapshot = self.prepare()
         if self._locator is not None:
             snapshot.check_holds(self._locator, self._obs_column_names)
-        self._reader(snapshot.query_ids if ids is None else ids)
+        ids = snapshot.query_ids if ids is None else ids
+        self._reader(ids, ids.obs_joinids)
 
-    def _reader(self, ids: QueryIDs) -> SnapshotReader:
+    def _reader(self, ids: QueryIDs, obs_joinids: NDArrayJoinId) -> SnapshotReader:
         return self.prepare().reader(
-            ids.obs_joinids, ids.var_joinids, self._obs_column_names, layer_name=self._layer_name
+            obs_joinids, ids.var_joinids, self._obs_column_names, layer_name=self._layer_name
         )
-
-    def _sized_plan(self) -> Plan:
-        """Return the plan with numbers for "auto": a true shuffle where memory holds the snapshot."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        plan = self._plan
-        if plan.shuffle_chunk_size == "auto":
-            fits = self.prepare().nbytes < memory / 2
-            plan = attrs.evolve(plan, shuffle_chunk_size=1 if fits else AUTO_CHUNK_SIZE)
-        return attrs.evolve(plan, io_batch_size=AUTO_IO_BATCH_SIZE) if plan.io_batch_size == "auto" else plan
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"_to_make": None} if self._snapshot is not None else {})
@@ -177,16 +199,30 @@ def _cut(batches: Iterable[NDArrayJoinId], batch_size: int) -> Iterator[NDArrayJ
         yield rest
 
 
-def _sparse(reader: SnapshotReader, batches: Iterator[NDArrayJoinId]) -> Generator[MiniBatch, None, None]:
+def _obs(
+    reader: SnapshotReader, padding_column_name: str | None, padding: NDArrayJoinId, joinids: NDArrayJoinId
+) -> pd.DataFrame:
+    obs = reader.obs(joinids)
+    return (
+        obs if padding_column_name is None else obs.assign(**{padding_column_name: np.isin(joinids, padding)})
+    )
+
+
+def _sparse(
+    reader: SnapshotReader, batches: Iterator[NDArrayJoinId], to_obs: Callable[[NDArrayJoinId], pd.DataFrame]
+) -> Generator[MiniBatch, None, None]:
     for ids in batches:
-        yield reader.csr(ids), reader.obs(ids)
+        yield reader.csr(ids), to_obs(ids)
 
 
 def _dense(
-    reader: SnapshotReader, batches: Iterator[NDArrayJoinId], batch_size: int
+    reader: SnapshotReader,
+    batches: Iterator[NDArrayJoinId],
+    to_obs: Callable[[NDArrayJoinId], pd.DataFrame],
+    batch_size: int,
 ) -> Generator[MiniBatch, None, None]:
     pool = DensePool()
     for ids in batches:
         X = pool.empty((len(ids), reader.n_cols), reader.dtype)
         reader.fill_dense(ids, X)
-        yield X[0] if batch_size == 1 else X, reader.obs(ids)
+        yield X[0] if batch_size == 1 else X, to_obs(ids)

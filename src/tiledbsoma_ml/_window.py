@@ -261,6 +261,10 @@ def _narrowed(values: NDArrayNumber) -> np.dtype[Any]:
 # Where parts are kept -------------------------------------------------------------------------------------
 
 
+_ALIGNMENT = 8
+"""Arrays start at multiples of so many bytes."""
+
+
 class _Block(NamedTuple):
     """Runs of entries: the row and length of each run, then the entries of all, one run after the other."""
 
@@ -357,27 +361,39 @@ class _Memory:
             start = Pages.SIZE - self._n_free
             kept.append(page[start : start + array.nbytes].view(array.dtype))
             kept[-1][:] = array
-            self._n_free -= -(-array.nbytes // 8) * 8
+            self._n_free -= array.nbytes + -array.nbytes % _ALIGNMENT
         blocks.append(_Block(block.rows.copy(), block.lengths.copy(), *kept))
 
 
 class _File:
     """Blocks in a file that is unlinked from the start: nothing is left behind, whatever happens."""
 
+    BUFFER = 2**18
+
     def __init__(self, folder: Path) -> None:
         self.nbytes = 0
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when taken or dropped
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=self.BUFFER)  # noqa: SIM115 - closed when dropped
         weakref.finalize(self, self._file.close)
-        self._layout: list[list[tuple[np.dtype[Any], int]]] = []
+        self._layout: list[tuple[int, int, np.dtype[Any], np.dtype[Any]]] = []
 
     def put(self, block: _Block) -> None:
-        for array in block:
-            self._file.write(array.data)
-        self._layout.append([(array.dtype, len(array)) for array in block])
+        padded = [part for array in block for part in (array.data, bytes(-array.nbytes % _ALIGNMENT))]
+        self._file.write(b"".join(padded))
+        self._layout.append((len(block.rows), len(block.cols), block.cols.dtype, block.values.dtype))
         self.nbytes += block.nbytes
 
     def take(self) -> Iterator[_Block]:
         with self._file:
             self._file.seek(0)
-            for layout in self._layout:
-                yield _Block(*(np.fromfile(self._file, dtype, n) for dtype, n in layout))
+            content = np.fromfile(self._file, np.uint8)
+        start = 0
+
+        def next_array(n: int, dtype: Any) -> NDArray[Any]:
+            nonlocal start
+            array: NDArray[Any] = content[start : start + n * np.dtype(dtype).itemsize].view(dtype)
+            start += array.nbytes + -array.nbytes % _ALIGNMENT
+            return array
+
+        for n_runs, n, col_type, value_type in self._layout:
+            rows, lengths = next_array(n_runs, np.int32), next_array(n_runs, np.int32)
+            yield _Block(rows, lengths, next_array(n, col_type), next_array(n, value_type))

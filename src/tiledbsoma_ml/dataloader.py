@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+import attrs
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml._common import MiniBatch
-from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size
 from tiledbsoma_ml._io_batch_iterable import IOBatch
-from tiledbsoma_ml._query_ids import Partition
+from tiledbsoma_ml._state import Position
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 _T = TypeVar("_T")
@@ -59,31 +60,78 @@ def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> Ex
 class ExperimentDataLoader(DataLoader[MiniBatch]):
     """A `DataLoader` of an `ExperimentDataset`; made by `experiment_dataloader`.
 
-    Beyond a plain one, its length is exact for any number of workers, every epoch has a new order, and
-    workers learn the rank and the epoch from the training process, which also does the device work.
+    Beyond a plain one, its length is exact for any number of workers, every epoch has a new order, workers
+    learn the rank and the epoch from the training process, which also does the device work, and it can be
+    resumed: Lightning and torchdata keep what `state_dict` returns in their checkpoints by themselves.
     """
 
     dataset: ExperimentDataset
+    _position: Position | None = None
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch, over all workers of this rank."""
-        ranks, n_workers = get_distributed_rank_and_world_size(), max(self.num_workers, 1)
-        return sum(
-            self.dataset._n_mini_batches(Partition(*ranks, worker, n_workers)) for worker in range(n_workers)
-        )
+        return self.dataset._n_mini_batches(self.num_workers)
 
     def __iter__(self) -> Iterator[MiniBatch]:  # type: ignore[override]
-        """Begin an epoch."""
+        """Begin an epoch, or go on with the one that was loaded."""
         if self.num_workers == 0:
             return super().__iter__()
-        with self.dataset._handed_to_workers() as epoch:
+        with self.dataset._handed_to_workers(self.num_workers) as begin:
             items: Iterator[Any] = super().__iter__()
-        if self.dataset.device is None:
-            return items
+        mini_batches = items if self.dataset.device is None else self._on_device(items, begin)
+        return self._counted(_naming_dead_workers(mini_batches, getattr(items, "_workers", [])), begin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
+
+        A new dictionary of a few numbers and strings, the same on every rank.
+        """
+        if self.num_workers == 0 or self._position is None:
+            return self.dataset.state_dict()
+        return self._position.to_dict(self.dataset._identity)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a state says: see `ExperimentDataset.load_state_dict`."""
+        self.dataset.load_state_dict(state)
+        self._position = None
+        self._iterator = None  # workers that were kept do not know of it: new ones are started
+
+    def _counted(self, mini_batches: Iterator[MiniBatch], begin: Position) -> Iterator[MiniBatch]:
+        """Yield mini-batches, and remember where the epoch stands."""
+        start, total = self.dataset._with_workers(begin, self.num_workers)
+        for n_yielded, mini_batch in enumerate(mini_batches, start.n_yielded + 1):
+            at_end = n_yielded == total
+            self._position = (
+                Position(epoch=start.epoch + 1) if at_end else attrs.evolve(start, n_yielded=n_yielded)
+            )
+            yield mini_batch
+
+    def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(
-            iter(self.dataset._mini_batches(io_batches, epoch, use_eager_fetch=False))
-            for io_batches in _by_worker(items, self.num_workers)
+            iter(self.dataset._from_io_batches(io_batches, part, use_eager_fetch=False))
+            for io_batches, part in zip(
+                _by_worker(items, self.num_workers),
+                self.dataset._parts_of_workers(begin, self.num_workers),
+                strict=True,
+            )
         )
+
+
+def _naming_dead_workers(items: Iterator[_T], workers: Sequence[BaseProcess]) -> Iterator[_T]:
+    """Yield items; say which worker it was when one dies, which a `DataLoader` tells by its process alone."""
+    try:
+        yield from items
+    except RuntimeError as err:
+        for number, worker in enumerate(workers):
+            if worker.exitcode:
+                cause = (
+                    f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
+                )
+                raise RuntimeError(
+                    f"worker {number} of {len(workers)} (process {worker.pid}) died by {cause}: {err}; where "
+                    "memory is short, take fewer workers or a smaller memory_budget."
+                ) from err
+        raise
 
 
 def _by_worker(items: Iterator[tuple[int, IOBatch]], n_workers: int) -> list[Iterator[IOBatch]]:

@@ -5,29 +5,32 @@ from __future__ import annotations
 import copy
 import multiprocessing.context
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tiledbsoma as soma
 import torch
 
+from tiledbsoma_ml._agreement import agreed_seed, log_parts
 from tiledbsoma_ml._budget import Budget, parse_bytes
-from tiledbsoma_ml._common import MiniBatch, check_count
+from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
+from tiledbsoma_ml._deal import ShuffleScope
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
 from tiledbsoma_ml._epoch import EpochCounter
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
-from tiledbsoma_ml._plan import Plan, Size
+from tiledbsoma_ml._plan import EpochPart, Plan, Size
 from tiledbsoma_ml._quality import ShuffleQuality
-from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod
+from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
+from tiledbsoma_ml._state import Position
 from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -120,6 +123,15 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             disk. If nothing is at the path the query is written there when it is first iterated. True for a
             folder of its own in the user's cache directory. A `Snapshot` that exists needs no query.
             "auto" is a true shuffle then, where memory holds the snapshot.
+        shuffle_scope: "partition" deals the query to ranks and workers and shuffles each part by itself, like
+            tiledbsoma-ml 0.1.0. "global" shuffles the chunks of the whole query and deals those, anew in
+            every epoch: every rank sees all of the data, mini-batches do not depend on the number of workers,
+            and an epoch can be resumed with other numbers of ranks and workers. IO batches consist of whole
+            mini-batches then, and `io_batch_size` needs not be a multiple of `shuffle_chunk_size`.
+        tail: What becomes of the rows that do not divide by the number of ranks, since every rank yields as
+            many: "drop" leaves up to `world_size - 1` out, "pad" repeats as many instead.
+        padding_column_name: Name of a column to add to `obs`: whether another rank yields the row as well,
+            so that it should not be counted here. Needs `tail="pad"`.
 
     Raises:
         ValueError: If a value breaks one of these rules, before any data is read.
@@ -147,6 +159,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         window_dir: str | os.PathLike[str] | None = None,
         window_budget: int | str | None = None,
         snapshot: Snapshot | str | os.PathLike[str] | bool | None = None,
+        shuffle_scope: ShuffleScope = "partition",
+        tail: Tail = "drop",
+        padding_column_name: str | None = None,
     ) -> None:
         self.batch_size = check_count("batch_size", batch_size, suggestion=128)
         self.io_batch_size = _check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
@@ -159,6 +174,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self.seed = _check_seed(seed)
         self.return_sparse_X = return_sparse_X
         self.use_eager_fetch = use_eager_fetch
+        self.shuffle_scope = check_choice("shuffle_scope", shuffle_scope, get_args(ShuffleScope))
+        self.tail = check_choice("tail", tail, get_args(Tail))
+        self.padding_column_name = _check_padding(padding_column_name, tail, obs_column_names)
         self._check_sizes()
         memory_bytes = parse_bytes("memory_budget", memory_budget)
         window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
@@ -170,13 +188,21 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._epoch = EpochCounter()
         self._rank_and_world_size: tuple[int, int] | None = None
         self._shared_ids: SharedQueryIDs | None = None
+        self._fingerprint: str | None = None
+        self._agrees = False
+        self._resume: Position | None = None
+        self._now: EpochPart | None = None
+        self._n_yielded = 0
         plan = Plan(
             shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
             io_batch_size=self.io_batch_size,
             batch_size=self.batch_size,
             permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
             mixing=mixing,
+            scope=self.shuffle_scope,
+            tail=self.tail,
         )
+        self._plan = plan
         self._reading: Reading | SnapshotReading
         if snapshot is not None and snapshot is not False:
             self._reading = SnapshotReading(
@@ -208,31 +234,22 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def __iter__(self) -> Iterator[MiniBatch]:
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
-        epoch = self._epoch.take()
+        part = self._begin()
+        room = self._reading.room()
         if self._leaves_device_work_to_loader:
             worker, _ = get_worker_id_and_num()
-            io_batches = self._io_batches(epoch, self._reading.room())
-            yield from ((worker, io_batch) for io_batch in io_batches)  # type: ignore[misc]
-        elif self.device is None and isinstance(self._reading, SnapshotReading):
-            yield from self._reading.mini_batches(
-                self.query_ids.partitioned(self._partition()),
-                return_sparse_X=self.return_sparse_X,
-                seed=self._drawn_seed,
-                epoch=epoch,
-                use_eager_fetch=self.use_eager_fetch,
-            )
-        else:
-            room = self._reading.room()
-            io_batches = self._io_batches(epoch, room)
-            mini_batches = iter(self._mini_batches(io_batches, epoch, self.use_eager_fetch))
-            # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
-            with closing(io_batches), closing(mini_batches), closing(room):
-                for mini_batch in mini_batches:  # noqa: UP028 - `yield from` would close the mini-batches first
-                    yield mini_batch
+            yield from ((worker, io_batch) for io_batch in self._io_batches(part, room))  # type: ignore[misc]
+            return
+        mini_batches = self._mini_batches(part, room)
+        # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
+        with closing(mini_batches), closing(room):
+            for mini_batch in mini_batches:
+                self._n_yielded += 1
+                yield mini_batch
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
-        return self._n_mini_batches(self._partition())
+        return self._plan.n_mini_batches(self._part(self._epoch.current, self._place()))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -250,6 +267,74 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Without this call epochs count by themselves.
         """
         self._epoch.set(check_count("epoch", epoch, suggestion=0, minimum=0))
+
+    # Resuming ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
+
+        A new dictionary of a few numbers and strings, the same on every rank.
+        """
+        return self._position().to_dict(self._identity)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a state says: the next iterator begins with the mini-batch after its last.
+
+        The rows before it are not read. Other numbers of ranks and workers than the state was made with need
+        `shuffle_scope="global"`.
+
+        Raises:
+            ValueError: If the state is that of another query, seed, batch size or order.
+            TypeError: If it is no state.
+        """
+        identity = self._identity
+        if self.seed is None and isinstance(state, Mapping) and "seed" in state:
+            identity["seed"] = state["seed"]
+        self._resume = Position.from_dict(state, identity)
+        self._drawn_seed = identity["seed"]
+        self._epoch.set(self._resume.epoch)
+        self._now = None
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree about with the dataset that continues it."""
+        if self._fingerprint is None:
+            self._fingerprint = self.query_ids.fingerprint
+        return {
+            "query": self._fingerprint,
+            "n_obs": len(self.query_ids.obs_joinids),
+            "n_vars": len(self.query_ids.var_joinids),
+            "seed": self._drawn_seed,
+            "batch_size": self.batch_size,
+            "shuffle": bool(self.shuffle),
+            "shuffle_mode": str(self.shuffle_mode)
+            if self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
+            else "cpu",
+            "shuffle_chunk_size": self.shuffle_chunk_size,
+            "io_batch_size": self.io_batch_size,
+            "shuffle_scope": self.shuffle_scope,
+            "tail": self.tail,
+            "auto": self._reading.order_key,
+        }
+
+    def _position(self) -> Position:
+        if self._now is None:
+            return self._resume or Position(epoch=self._epoch.upcoming)
+        return self._position_of(self._now, self._n_yielded)
+
+    def _position_of(self, part: EpochPart, n_yielded: int) -> Position:
+        """Return the position after so many mini-batches of a part; at its end, the next epoch."""
+        in_worker = torch.utils.data.get_worker_info() is not None
+        if n_yielded >= self._plan.n_mini_batches(part):
+            return Position(epoch=part.epoch + 1)
+        return Position(
+            epoch=part.epoch,
+            world_size=part.place.world_size,
+            num_workers=part.place.n_workers if in_worker else 0,
+            worker_id=part.place.worker_id if in_worker else None,
+            n_yielded=n_yielded,
+            earlier=part.earlier,
+        )
 
     def random_split(
         self,
@@ -276,15 +361,15 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ValueError: If the column does not exist, or `n_batches` is not positive.
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
-        ids = self.query_ids.partitioned(self._partition())
-        epoch = self._epoch.current
-        return self._reading.quality(ids, column, n_batches, seed=self._drawn_seed, epoch=epoch)
+        part = self._part(self._epoch.current, self._place())
+        return self._reading.quality(part, column, n_batches)
 
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
         dataset.query_ids = query_ids
         dataset._epoch = EpochCounter()
-        dataset._shared_ids = None
+        dataset._shared_ids = dataset._fingerprint = dataset._now = dataset._resume = None
+        dataset._agrees = False
         return dataset
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,34 +387,70 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     # The flow ---------------------------------------------------------------------------------------------
 
-    def _io_batches(self, epoch: int, room: Room) -> Generator[IOBatch, None, None]:
+    def _begin(self) -> EpochPart:
+        """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
+        if torch.utils.data.get_worker_info() is None:
+            self._agree(num_workers=0)
+        resumed, self._resume = self._resume, None
+        part = self._continued(resumed, self._epoch.take(), self._place())
+        self._now, self._n_yielded = part, part.skip
+        return part
+
+    def _part(self, epoch: int, place: Partition) -> EpochPart:
+        return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
+
+    def _continued(self, position: Position | None, epoch: int, place: Partition) -> EpochPart:
+        """Return the part of a place, from a position on."""
+        part = self._part(epoch, place)
+        if position is None or position.epoch != epoch:
+            return part
+        return position.rest_of(part, self.shuffle_scope)
+
+    def _mini_batches(self, part: EpochPart, room: Room) -> Generator[MiniBatch, None, None]:
+        if self.device is None and isinstance(self._reading, SnapshotReading):
+            yield from self._reading.mini_batches(
+                part,
+                return_sparse_X=self.return_sparse_X,
+                padding_column_name=self.padding_column_name,
+                use_eager_fetch=self.use_eager_fetch,
+            )
+            return
+        with closing(self._io_batches(part, room)) as io_batches:
+            yield from self._from_io_batches(io_batches, part, self.use_eager_fetch)
+
+    def _io_batches(self, part: EpochPart, room: Room) -> Generator[IOBatch, None, None]:
         return self._reading.io_batches(
-            self.query_ids.partitioned(self._partition()),
-            seed=self._drawn_seed,
-            epoch=epoch,
+            part,
+            padding_column_name=self.padding_column_name,
             use_eager_fetch=self.use_eager_fetch,
             room=room,
         )
 
-    def _mini_batches(
-        self, io_batches: Iterator[IOBatch], epoch: int, use_eager_fetch: bool
+    def _from_io_batches(
+        self, io_batches: Iterator[IOBatch], part: EpochPart, use_eager_fetch: bool
     ) -> MiniBatchIterable:
+        in_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
+        in_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not self._reading.plan.permutes_of(
+            part
+        )
         return MiniBatchIterable(
             io_batches,
             batch_size=self.batch_size,
             use_eager_fetch=use_eager_fetch,
             return_sparse_X=self.return_sparse_X,
-            gpu_shuffle=self.shuffle and self.shuffle_mode is not ShuffleMode.CPU,
-            gpu_shuffle_mode="minibatch" if self.shuffle_mode is ShuffleMode.GPU_MINIBATCH else "iobatch",
+            gpu_shuffle=self.shuffle and (in_mini_batches or in_io_batches),
+            gpu_shuffle_mode="minibatch" if in_mini_batches else "iobatch",
             device=self.device,
-            seed=self._drawn_seed,
-            epoch=epoch,
+            seed=part.seed,
+            epoch=part.epoch,
+            n_earlier=self._reading.plan.first_mini_batch(part),
         )
 
     def _check_sizes(self) -> None:
         chunk, io_batch = self.shuffle_chunk_size, self.io_batch_size
         if (
             self._shuffles_chunks
+            and self.shuffle_scope == "partition"
             and isinstance(chunk, int)
             and isinstance(io_batch, int)
             and io_batch % chunk
@@ -345,13 +466,48 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     # Who does what ----------------------------------------------------------------------------------------
 
-    def _partition(self) -> Partition:
+    def _place(self) -> Partition:
         ranks = self._rank_and_world_size or get_distributed_rank_and_world_size()
         return Partition(*ranks, *get_worker_id_and_num())
 
-    def _n_mini_batches(self, partition: Partition) -> int:
-        start, stop = partition.bounds(len(self.query_ids.obs_joinids))
-        return -(-(stop - start) // self.batch_size)
+    def _n_mini_batches(self, num_workers: int) -> int:
+        """Return how many mini-batches an epoch of this rank has, with so many workers."""
+        parts = self._parts_of_workers(Position(epoch=self._epoch.current), num_workers)
+        return sum(map(self._plan.n_mini_batches, parts))
+
+    def _parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
+        ranks, n = get_distributed_rank_and_world_size(), max(num_workers, 1)
+        return [self._continued(begin, begin.epoch, Partition(*ranks, worker, n)) for worker in range(n)]
+
+    def _with_workers(self, begin: Position, num_workers: int) -> tuple[Position, int]:
+        """Return where a rank with workers begins, and how many mini-batches it has in all."""
+        parts = self._parts_of_workers(begin, num_workers)
+        start = Position(
+            epoch=begin.epoch,
+            world_size=parts[0].place.world_size,
+            num_workers=num_workers,
+            n_yielded=sum(part.skip for part in parts),
+            earlier=parts[0].earlier,
+        )
+        return start, sum(map(self._plan.n_mini_batches, parts))
+
+    def _agree(self, num_workers: int) -> None:
+        """Make sure, once, that all ranks can iterate, and that they iterate the same."""
+        _, world_size = get_distributed_rank_and_world_size()
+        n_rows = len(self.query_ids.obs_joinids)
+        if self.tail == "drop" and 0 < n_rows < world_size:
+            raise ValueError(
+                f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
+                "tail='pad'."
+            )
+        if self._agrees:
+            return
+        if world_size > 1:
+            scope = self.shuffle_scope
+            self._drawn_seed = agreed_seed(self._identity, self.seed, scope=scope, world_size=world_size)
+        if self.shuffle and self.shuffle_scope == "partition":
+            log_parts(world_size, max(num_workers, 1))
+        self._agrees = True
 
     @property
     def _leaves_device_work_to_loader(self) -> bool:
@@ -365,21 +521,27 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return True
 
     @contextmanager
-    def _handed_to_workers(self) -> Iterator[int]:
-        """Begin an epoch that workers will iterate: copies made inside know their rank and the epoch.
+    def _handed_to_workers(self, num_workers: int) -> Iterator[Position]:
+        """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
 
         Yields:
-            The epoch.
+            Where the epoch begins.
         """
+        self._agree(num_workers)
         if isinstance(self._reading, SnapshotReading):
             self._reading.prepare()
         epoch = self._epoch.take()
         self._epoch.set(epoch)
         self._rank_and_world_size = get_distributed_rank_and_world_size()
+        begin = (
+            self._resume
+            if self._resume is not None and self._resume.epoch == epoch
+            else Position(epoch=epoch)
+        )
         try:
-            yield epoch
+            yield begin
         finally:
-            self._rank_and_world_size = None
+            self._rank_and_world_size = self._resume = None
             self._epoch.take()
 
 
@@ -416,6 +578,16 @@ def _check_size(name: str, value: object, suggestion: int) -> Size:
             raise ValueError(f"{name}={value!r} must be a positive integer or 'auto'; try 'auto'.")
         return "auto"
     return check_count(name, value, suggestion)
+
+
+def _check_padding(name: str | None, tail: Tail, obs_column_names: Sequence[str]) -> str | None:
+    if name is not None and tail != "pad":
+        raise ValueError(f"padding_column_name={name!r} needs rows that are repeated; add tail='pad'.")
+    if name is not None and name in obs_column_names:
+        raise ValueError(
+            f"padding_column_name={name!r} must not be one of obs_column_names; try 'is_padding'."
+        )
+    return name
 
 
 def _check_mixing(mixing: object) -> float | None:
