@@ -102,7 +102,7 @@ class ExperimentDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         seed = check_count("seed", seed, suggestion=0, minimum=0)
-        options = {"seed": seed, "batch_size": batch_size, **dataset_options}
+        options = {"seed": seed, "batch_size": batch_size, "shuffle_scope": "global", **dataset_options}
         train = ExperimentDataset(
             query, layer_name, obs_column_names=obs_column_names, snapshot=snapshot, **options
         )
@@ -112,7 +112,7 @@ class ExperimentDataModule(LightningDataModule):
             layer_name,
             obs_column_names=list(dict.fromkeys([*obs_column_names, "soma_joinid"])),
             snapshot=self._reading.path if isinstance(self._reading, SnapshotReading) else None,
-            **options | {"shuffle": False},
+            **options | {"shuffle": False, "tail": "pad", "padding_column_name": PADDING_COLUMN_NAME},
         )
         self.query_ids = train.query_ids
         sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
@@ -122,6 +122,8 @@ class ExperimentDataModule(LightningDataModule):
         self._transform = transform
         self._device_transform = device_transform
         self._loader_options = dict(loader_options or {})
+        self._train_loader: ExperimentDataLoader | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def n_vars(self) -> int:
@@ -154,7 +156,12 @@ class ExperimentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of the train part."""
-        return self._loader(self._train, "train_size")
+        state, self._resumed = self._resumed, None
+        if state is not None and self.trainer is not None and not self.trainer.fit_loop.restarting:
+            # To Lightning the epoch was over, if only because it was limited to fewer batches than there are.
+            self._train.set_epoch(state["epoch"] + bool(state["n_yielded"]))
+        self._train_loader = self._loader(self._train, "train_size")
+        return self._train_loader
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
         """Return the loader of the validation part; none, as an empty list, if its size is 0."""
@@ -180,6 +187,17 @@ class ExperimentDataModule(LightningDataModule):
                 "make it larger, select more rows or take fewer ranks."
             )
         return loader
+
+    # Resuming ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training stands, for a checkpoint; the same on every rank."""
+        return (self._train_loader or self._train).state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where training stood; see `ExperimentDataset.load_state_dict`."""
+        self._train.load_state_dict(state_dict)
+        self._resumed = state_dict
 
     # Batches ----------------------------------------------------------------------------------------------
 
