@@ -37,12 +37,15 @@ def main() -> None:
         uri = options.uri or simulate_once(stack, options.cells)
         train, held_out, classes = load(uri, options)
         run = Run(train, len(classes), device, options)
-        for epoch in range(run.epoch, options.epochs):
+        while run.epoch < options.epochs and run.n_steps != options.steps:
             for X, obs in run.loader:
                 run.step(normalise(X, device), codes_of(obs[options.label], classes).to(device))
-            run.end_epoch()
+                if run.n_steps == options.steps:
+                    break
+            else:
+                run.end_epoch()
             accuracy = measure_accuracy(run.model, held_out, options.label, classes, device)
-            say(f"epoch {epoch}: held-out accuracy {accuracy:.3f} after {run.n_steps} steps of each rank")
+            say(f"held-out accuracy {accuracy:.3f} after {run.epoch} epochs, {run.n_steps} steps")
         dist.barrier()  # before what was simulated is removed, everyone has read it
 
 
@@ -53,6 +56,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=5000, help="cells of the simulated experiment")
     parser.add_argument("--label", default="cell_type", help="column of obs to learn")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="stop after so many, those of earlier runs included")
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a mini-batch, on each rank")
     parser.add_argument("--workers", type=int, default=0, help="reading processes of each rank")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the order and the first weights")

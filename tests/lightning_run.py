@@ -74,6 +74,8 @@ def main(options: Mapping[str, Any]) -> None:
                 io_batch_size=64,
                 shuffle_chunk_size=8,
                 seed=5,
+                train_size=0.9 - options.get("val_size", 0.1),
+                val_size=options.get("val_size", 0.1),
                 transform=for_the_model,
                 loader_options={"num_workers": options.get("num_workers", 0)},
             )

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -319,7 +323,7 @@ def test_two_ranks_evaluate_every_row_once(store: Store, uninterrupted: Uninterr
 
 @pytest.mark.parametrize(
     ("checkpoint", "n_done"),
-    [("epoch=1-step=12.ckpt", 12), ("end-epoch=0.ckpt", 8), ("end-epoch=1.ckpt", 16)],
+    [("epoch=1-step=12.ckpt", 12), ("end-epoch=1.ckpt", 16)],
 )
 def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninterrupted_one(
     store: Store,
@@ -332,3 +336,71 @@ def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninte
     resumed = run(store, tmp_path, ckpt_path=str(folder / checkpoint))
     for rank, again in zip(ranks, resumed, strict=True):
         assert again["train"] == rank["train"][n_done:]
+
+
+# Interrupted ----------------------------------------------------------------------------------------------
+
+
+def processes_of(session: int) -> set[int]:
+    """Return the processes of a session that have not ended."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state != "Z":
+                found.add(int(stat.parent.name))
+    return found
+
+
+def shared_memory_of(processes: set[int]) -> set[Path]:
+    """Return the files of shared memory that processes have mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {Path(line.split()[5]) for line in lines if " /dev/shm/" in line}
+    return {path for path in found if path.exists()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_in_the_middle_of_an_epoch_leaves_no_process_and_no_shared_memory(
+    store: Store, tmp_path: Path
+) -> None:
+    with start_run(store, tmp_path / "out", num_workers=1, val_size=0, max_epochs=10_000) as process:
+        assert process.stdout is not None
+        n_steps = 0
+        while n_steps < 20:
+            line = process.stdout.readline()
+            assert line, "the run ended by itself"
+            n_steps += line == "step\n"
+        running = processes_of(process.pid)
+        shared = shared_memory_of(running)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert len(running) >= 4  # two ranks with a worker each
+    assert shared
+    deadline = time.monotonic() + 30
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, output
+    assert not [path for path in shared if path.exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_dies_ends_the_run_which_says_which_one_and_why(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"devices": 1, "strategy": "auto", "num_workers": 1, "val_size": 0, "max_epochs": 10_000}
+    with start_run(store, out, **options) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "step\n":
+            pass
+        victim = max(pid for pid in processes_of(process.pid) if "spawn_main" in command_of(pid))
+        os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode
+    # As the loader tells it while it waits for a batch, or as torch does wherever training is.
+    assert re.search(rf"\(process {victim}\) died by signal 9|\(pid {victim}\) is killed by signal", output)
+
+
+def command_of(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
