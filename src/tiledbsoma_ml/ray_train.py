@@ -155,8 +155,8 @@ class RayTrainRunner:
 
         Raises:
             ValueError: If an argument does not fit.
-            ray.train.TrainingFailedError: If workers failed more often than `max_failures`; it says which,
-                and why.
+            ray.train.WorkerGroupError: If workers failed more often than `max_failures`; it says which, and
+                why.
         """
         check_count("max_epochs", max_epochs, suggestion=1)
         if num_workers is not None:
@@ -167,7 +167,7 @@ class RayTrainRunner:
         queried = _Queried(measurement_name, obs_query, var_query, experiments_path)
         module = self._data_module(data, queried, data_options)
         model_args = {} if self._model_args is None else dict(self._model_args(module))
-        with _connected(self._address, self._runtime_env):
+        with _connected(self._address, self._runtime_env), _naming_ranks():
             config = {
                 "Model": self._Model,
                 "model_args": model_args,
@@ -282,6 +282,21 @@ def _connected(address: str | None, runtime_env: Mapping[str, Any] | None) -> It
             ray.shutdown()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)  # Ray's trainer puts its own there
+
+
+@contextmanager
+def _naming_ranks() -> Iterator[None]:
+    """Say which workers failed and why, which Ray's own message cuts short."""
+    try:
+        yield
+    except ray.train.WorkerGroupError as err:
+        causes = [f"rank {rank}: {_cause(failure)}" for rank, failure in sorted(err.worker_failures.items())]
+        raise ray.train.WorkerGroupError("\n".join(causes), err.worker_failures) from err
+
+
+def _cause(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines() or [repr(failure)]
+    return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
 
 
 def _scaling(
