@@ -103,34 +103,27 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
-def recovered(
-    cluster: Cluster, store: Store, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, ray.train.Result]:
-    """A run on two workers over two epochs; rank 1 dies in the middle of the second one."""
-    folder = tmp_path_factory.mktemp("recovered")
+def test_a_run_whose_worker_was_killed_goes_on_within_the_epoch_and_its_checkpoint_begins_another_run(
+    cluster: Cluster, store: Store, tmp_path: Path
+) -> None:
+    # Rank 1 dies in the middle of the second epoch.
+    folder, rows = tmp_path / "first", soma.AxisQuery(coords=(slice(0, N_ROWS - 1),))
     result = runner(folder, dies_at=[1, 1, 6]).train(
         store.uri,
-        obs_query=soma.AxisQuery(coords=(slice(0, N_ROWS - 1),)),
+        obs_query=rows,
         **SIZES,
         max_epochs=2,
         num_workers=2,
         use_gpu=False,
-        storage_path=folder / "results",
+        storage_path=tmp_path / "results",
         checkpoint_every_n_steps=3,
     )
-    return folder, result
-
-
-def test_a_run_whose_worker_was_killed_goes_on_from_its_checkpoint_within_the_epoch(
-    store: Store, recovered: tuple[Path, ray.train.Result]
-) -> None:
-    folder, result = recovered
     assert (folder / "died").exists()
     assert (result.metrics["epoch"], result.metrics["step"]) == (1, 16)
     assert result.metrics["loss"] > 0
     with store.query(slice(0, N_ROWS - 1)) as query:
-        data = ExperimentDataModule(query, **SIZES)
+        train_ids = ExperimentDataModule(query, **SIZES).train_ids
+        snapshot = Snapshot.create(tmp_path / "snapshot", query, progress=False)
     ranks = seen(folder)
     for steps in ranks:
         # Steps that were taken twice were given the same rows, and had the same loss.
@@ -139,19 +132,13 @@ def test_a_run_whose_worker_was_killed_goes_on_from_its_checkpoint_within_the_ep
         # What came before the last checkpoint of the epoch was not taken again.
         assert [[epoch, step] for epoch, step, _, _ in steps].count([1, 0]) == 1
     for epoch in range(2):
-        rows = {row for steps in ranks for at, _, rows, _ in steps if at == epoch for row in rows}
-        assert sorted(rows) == data.train_ids.obs_joinids.tolist()
+        taken = {row for steps in ranks for at, _, rows, _ in steps if at == epoch for row in rows}
+        assert sorted(taken) == train_ids.obs_joinids.tolist()
 
-
-def test_a_run_goes_on_from_the_checkpoint_of_another_with_more_workers(
-    store: Store, recovered: tuple[Path, ray.train.Result], tmp_path: Path
-) -> None:
-    _, result = recovered
+    # Another run, from a snapshot and with one worker, goes on with the third epoch.
     assert result.checkpoint is not None
-    with store.query(slice(0, N_ROWS - 1)) as query:
-        snapshot = Snapshot.create(tmp_path / "snapshot", query, progress=False)
     with pytest.warns(UserWarning, match="use_gpu=True, but the Ray cluster has no GPU: training on CPUs"):
-        runner(tmp_path).train(
+        runner(tmp_path / "second").train(
             snapshot,
             **SIZES,
             max_epochs=3,
@@ -159,8 +146,9 @@ def test_a_run_goes_on_from_the_checkpoint_of_another_with_more_workers(
             storage_path=tmp_path / "results",
             ckpt_path=result.checkpoint.path,
         )
-    [steps] = seen(tmp_path)
+    [steps] = seen(tmp_path / "second")
     assert [(epoch, step) for epoch, step, _, _ in steps] == [(2, step) for step in range(16)]
+    assert sorted(row for _, _, rows, _ in steps for row in rows) == train_ids.obs_joinids.tolist()
 
 
 def test_h5ad_files_are_ingested_and_an_error_in_a_worker_tells_its_rank_and_cause(
@@ -186,5 +174,5 @@ def test_h5ad_files_are_ingested_and_an_error_in_a_worker_tells_its_rank_and_cau
             max_failures=0,
         )
     assert set(error.value.worker_failures) == {0}
-    assert (tmp_path / "rows").read_text() == "10"  # the validation part of 100 rows
+    assert (tmp_path / "rows").read_text() == "80"  # the train part of 100 rows
     assert len(list((tmp_path / "experiments").glob("*.soma"))) == 1

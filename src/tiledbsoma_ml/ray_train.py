@@ -295,8 +295,10 @@ def _naming_ranks() -> Iterator[None]:
 
 
 def _cause(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines() or [repr(failure)]
-    return lines[-1] if lines[0].startswith("Traceback") else " ".join(lines)
+    text = str(failure).strip()
+    if text.startswith("Traceback"):
+        return text.splitlines()[-1]
+    return f"{type(failure).__name__}: {' '.join(text.split())}"
 
 
 def _scaling(
