@@ -56,6 +56,7 @@ LAYOUT = [
     "_reader",
     "_io_batch_iterable",
     "_reading",
+    "_options",
     "_snapshot_format",
     "_snapshot_progress",
     "_snapshot_kernels",

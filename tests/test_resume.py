@@ -19,13 +19,17 @@ import tiledbsoma as soma
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stores import MEASUREMENT, N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, _reader, experiment_dataloader
 from tiledbsoma_ml._plan import EpochPart, Layout, Plan
 from tiledbsoma_ml._query_ids import Partition
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata calls it
+]
 
 SCOPES, TAILS = ("partition", "global"), ("drop", "pad")
 
@@ -518,6 +522,38 @@ def test_in_global_scope_a_loader_resumes_with_another_number_of_workers(whole: 
         rest = batches_of(resumed)
         assert sorted(np.concatenate(before + rest).tolist()) == list(range(130))
         assert sorted(np.concatenate(batches_of(resumed)).tolist()) == list(range(130))
+
+
+# With torchdata -------------------------------------------------------------------------------------------
+
+
+def stateful_loader_of(snapshot: Snapshot, n_workers: int) -> Any:
+    kept = {"multiprocessing_context": "fork", "persistent_workers": True} if n_workers else {}
+    dataset = dataset_of(snapshot, 100)
+    return StatefulDataLoader(
+        dataset, batch_size=None, num_workers=n_workers, collate_fn=lambda batch: batch, **kept
+    )
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_dataset_alone_resumes_in_a_stateful_data_loader(whole: Snapshot, n_workers: int) -> None:
+    loader = stateful_loader_of(whole, n_workers)
+    expected = [batches_of(loader) for _ in range(2)]
+    n_batches = len(expected[0])
+    for n_yielded in (1, 4, n_batches - 1):
+        loader = stateful_loader_of(whole, n_workers)
+        iterator = iter(loader)
+        for _ in range(n_yielded):
+            next(iterator)
+        resumed = stateful_loader_of(whole, n_workers)
+        resumed.load_state_dict(loader.state_dict())
+        assert batches_of(resumed) == expected[0][n_yielded:]
+        assert batches_of(resumed) == expected[1]
+    loader = stateful_loader_of(whole, n_workers)
+    batches_of(loader)
+    resumed = stateful_loader_of(whole, n_workers)
+    resumed.load_state_dict(loader.state_dict())
+    assert batches_of(resumed) == expected[1]
 
 
 def test_joinids_and_X_stay_together_after_a_resume(store: Store) -> None:
