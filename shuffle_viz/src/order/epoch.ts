@@ -57,6 +57,8 @@ export interface Epoch {
   scope: Scope;
   ranks: number;
   workers: number;
+  /** Chunks of the whole epoch, over all ranks and workers. */
+  nChunks: number;
 }
 
 /** Return the order of an epoch. */
@@ -70,6 +72,7 @@ export function orderOf(setup: Setup): Epoch {
     scope: setup.scope,
     ranks: setup.ranks,
     workers: setup.workers,
+    nChunks: setup.scope === "global" ? Math.ceil(setup.rows / setup.chunk) : dealt.chunks.rank.length,
   };
 }
 

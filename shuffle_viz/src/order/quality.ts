@@ -1,6 +1,6 @@
 /** What an order is worth, in numbers. */
 
-import { EVERY, NOBODY, type Epoch, type Step } from "./epoch";
+import { NOBODY, type Epoch, type Step } from "./epoch";
 import { Generator } from "./random";
 import { labelShares } from "./tradeoff";
 
@@ -128,33 +128,27 @@ function countLeftOut(step: Step): number {
  * The M chunks that are shuffled together can be dealt to IO batches of k chunks in M! / (k1! k2! …) ways, and
  * the rows of each IO batch can come in any order. Exact where chunks are of equal size.
  */
-function orderBitsOf({ steps: { chunks, ioBatches }, scope }: Epoch): number {
+function orderBitsOf({ steps: { chunks, ioBatches }, scope, nChunks }: Epoch): number {
   const isGlobal = scope === "global";
-  const key = (step: Step, group: number) => (isGlobal ? 0 : step.rank[group] * 1024 + step.worker[group] - EVERY);
-  const parts = new Map<number, { chunks: number; rows: number }>();
+  const key = (step: Step, group: number) => (isGlobal ? "all" : `${step.rank[group]} ${step.worker[group]}`);
+  const size = (step: Step, group: number) => step.starts[group + 1] - step.starts[group];
+  const parts = new Map<string, { chunks: number; rows: number }>();
   chunks.rank.forEach((rank, group) => {
     if (rank === NOBODY && !isGlobal) return;
     const part = parts.get(key(chunks, group)) ?? { chunks: 0, rows: 0 };
-    parts.set(key(chunks, group), part);
-    part.rows += chunks.starts[group + 1] - chunks.starts[group];
-    part.chunks += startsChunk(chunks, group) ? 1 : 0;
+    parts.set(key(chunks, group), { chunks: part.chunks + 1, rows: part.rows + size(chunks, group) });
   });
+  if (isGlobal) parts.forEach((part) => (part.chunks = nChunks)); // some are cut between two ranks
   let nats = 0;
   for (const part of parts.values()) nats += logFactorial(part.chunks);
   ioBatches.rank.forEach((rank, group) => {
     const part = parts.get(key(ioBatches, group));
     if (!part) return;
-    const nRows = ioBatches.starts[group + 1] - ioBatches.starts[group];
+    const nRows = size(ioBatches, group);
     if (rank !== NOBODY) nats += logFactorial(nRows);
     nats -= logFactorial((nRows * part.chunks) / part.rows);
   });
   return Math.max(0, nats / Math.LN2);
-}
-
-/** Whether a group is not the rest of the chunk before it, which was cut between two ranks. */
-function startsChunk({ rows, starts }: Step, group: number): boolean {
-  const first = starts[group];
-  return first === 0 || rows[first] !== rows[first - 1] + 1 || starts[group] - starts[group - 1] > 1;
 }
 
 /** Return ln x!, also between whole numbers (Stirling's series). */
