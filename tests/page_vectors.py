@@ -1,7 +1,7 @@
 """What the page `shuffle_viz` must compute as Python does: `python tests/page_vectors.py` writes it anew.
 
-The page draws orders that it computes itself. `shuffle_viz/src/golden/vectors.json` holds what Python computes, as
-hashes where it is long; the tests of the page compare.
+The page draws orders that it computes itself. `shuffle_viz/src/golden/vectors.json` holds what Python
+computes, as hashes where it is long; the tests of the page compare.
 """
 
 from __future__ import annotations

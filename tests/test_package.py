@@ -67,6 +67,7 @@ LAYOUT = [
     "dataloader",
     "simulate",
     "demo",
+    "_epoch_plan",
     "cli",
 ]
 

@@ -85,6 +85,9 @@ export function App() {
           </p>
         </div>
         <div className="tools">
+          <button type="button" onClick={() => document.getElementById("tradeoff")?.scrollIntoView({ block: "start" })}>
+            Which chunk size?
+          </button>
           <CopyLink />
           <button type="button" onClick={() => setTheme(theme === "dark" ? "light" : "dark")}>
             {theme === "dark" ? "Light" : "Dark"}

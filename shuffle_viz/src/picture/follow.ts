@@ -31,6 +31,7 @@ export function groupAt(step: Step, place: number): number {
 export function bandName(step: Step, band: number, isShort: boolean): string {
   const { rank, worker } = step.bands[band];
   if (rank === NOBODY) return step.bands.length < 2 ? "" : isShort ? "left out" : "left out of this epoch";
+  if (isShort && !step.bands.some((band) => band.rank > 0 || band.worker > 0)) return "";
   const ofWorker = worker === EVERY ? "" : isShort ? ` w${worker}` : `, worker ${worker}`;
   return isShort ? `r${rank}${ofWorker}` : `rank ${rank}${ofWorker}`;
 }

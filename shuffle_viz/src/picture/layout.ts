@@ -67,7 +67,7 @@ function laidOut(step: Step, width: number, gutter: number, cell: number): Layou
   const lines: number[] = [];
   const bands: Layout["bands"] = [];
   const nGroups = step.rank.length;
-  const gap = gapOf(cell, n / Math.max(1, nGroups));
+  const gap = gapOf(cell, n / Math.max(1, nGroups), width - gutter);
   const lineGap = cell >= 8 ? Math.round(cell / 4) : 0;
   let y = 0;
   step.bands.forEach((band, k) => {
@@ -103,9 +103,9 @@ function laidOut(step: Step, width: number, gutter: number, cell: number): Layou
   return { width, height, cell, x: xs, y: ys, lines: Int32Array.from(lines), bands };
 }
 
-/** Room before a group: none where groups are too small to be seen apart. */
-function gapOf(cell: number, rowsPerGroup: number): number {
+/** Room before a group: none where groups are too small to be seen apart, or longer than a line. */
+function gapOf(cell: number, rowsPerGroup: number, width: number): number {
   if (cell >= 8) return Math.round(cell / 2.5);
-  if (cell * rowsPerGroup < 8) return 0;
+  if (cell * rowsPerGroup < 8 || cell * rowsPerGroup > width) return 0;
   return cell >= 4 ? 3 : cell >= 2 ? 2 : 1;
 }

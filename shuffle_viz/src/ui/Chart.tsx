@@ -1,6 +1,6 @@
 import { useEffect, useRef, useState } from "react";
 import type { Way } from "../predict";
-import { decimal, percent, rate, whole } from "./format";
+import { decimal, percent, rate, times, whole } from "./format";
 
 interface Props {
   yours: Way;
@@ -11,6 +11,7 @@ interface Props {
   tile: number;
 }
 
+// In units of a fifteenth of the root font size, as the page is drawn larger on very large screens.
 const MARGIN = { left: 62, right: 14, top: 24, bottom: 34 };
 const HIGH = 210;
 
@@ -71,7 +72,7 @@ export function Chart(props: Props) {
               {autoCurve.map((way, k) => (
                 <tr key={way.chunk}>
                   <th scope="row">{whole(way.chunk)}</th>
-                  <td>{curve[k] ? `${decimal(curve[k].amplification)} ×` : "–"}</td>
+                  <td>{curve[k] ? `${times(curve[k].amplification)} ×` : "–"}</td>
                   <td>{curve[k] ? rate(curve[k].rowsPerS) : "–"}</td>
                   <td>{curve[k] ? percent(curve[k].mixing) : "–"}</td>
                   <td>{rate(way.rowsPerS)}</td>
@@ -107,7 +108,7 @@ function Panel({ yours, auto, curve, autoCurve, tile, width, title, scale, of, t
   const chunks = Array.from({ length: Math.floor(Math.log2(most)) + 1 }, (_, k) => k).filter((k) => k % every === 0);
   const summary = `${title} against chunk size. As set, chunks of ${whole(yours.chunk)}: ${name(of(yours))}; auto, chunks of ${whole(auto.chunk)}: ${name(of(auto))}.`;
   return (
-    <svg width={width} height={HIGH} role="img" aria-label={summary}>
+    <svg viewBox={`0 0 ${width} ${HIGH}`} role="img" aria-label={summary}>
       <text className="title" x={0} y={12}>
         {title}
       </text>
@@ -167,9 +168,13 @@ function short(value: number): string {
 function useWidth(box: React.RefObject<HTMLElement | null>): number {
   const [width, setWidth] = useState(0);
   useEffect(() => {
-    const observer = new ResizeObserver(([entry]) => setWidth(Math.floor(entry.contentRect.width)));
+    const observer = new ResizeObserver(([entry]) => setWidth(Math.floor((entry.contentRect.width * 15) / rootSize())));
     observer.observe(box.current!);
     return () => observer.disconnect();
   }, [box]);
   return width;
+}
+
+function rootSize(): number {
+  return parseFloat(getComputedStyle(document.documentElement).fontSize);
 }

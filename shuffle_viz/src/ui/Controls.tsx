@@ -12,7 +12,7 @@ const WORDS: Record<ChoiceKey, { label: string; help: string; words: Record<stri
   scope: {
     label: "Scope",
     help: "shuffle_scope: among which rows chunks are shuffled",
-    words: { partition: "partition: each rank and worker its own", global: "global: the whole query" },
+    words: { partition: "partition (parts apart)", global: "global (whole query)" },
   },
   labelOrder: {
     label: "Labels are stored",

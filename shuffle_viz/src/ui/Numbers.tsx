@@ -1,5 +1,5 @@
 import type { Mix, Quality } from "../order/quality";
-import { decimal, percent, plural, whole } from "./format";
+import { decimal, percent, plural, times, whole } from "./format";
 
 interface Props {
   quality: Quality;
@@ -33,7 +33,7 @@ export function Numbers({ quality, now, nRows, isWhole }: Props) {
         )}
         <Figure
           title="Tiles decoded"
-          value={`${decimal(tilesDecoded / Math.max(1, nTiles))} ×`}
+          value={`${times(tilesDecoded / Math.max(1, nTiles))} ×`}
           text={`${plural(tilesDecoded, "decoding")} of ${plural(nTiles, "tile")} in this epoch: read amplification, as drawn`}
         />
       </div>

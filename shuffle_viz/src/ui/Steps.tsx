@@ -22,7 +22,7 @@ const TITLES: Record<StepName, { title: string; text: string; unit: string }> = 
   ioBatches: { title: "IO batches", text: "read together, then permuted row by row", unit: "IO batch" },
   miniBatches: { title: "Mini-batches", text: "what each rank yields, from left to right", unit: "mini-batch" },
 };
-const MOST_HIGH = 170;
+
 
 /** The four steps, one above the other; the row that is followed is ringed in each. */
 export function Steps(props: Props) {
@@ -140,9 +140,10 @@ function layoutsOf(epoch: Epoch, width: number, ratio: number): Record<StepName,
   const names = STEP_NAMES.flatMap((name) => epoch.steps[name].bands.map((_, k) => bandName(epoch.steps[name], k, true)));
   const longest = Math.max(...names.map((name) => name.length));
   const gutter = longest === 0 ? 0 : Math.round((longest * 6.4 + 8) * ratio);
+  const mostHigh = Math.max(170, width / 12);
   const layouts = {} as Record<StepName, Layout>;
   for (const name of STEP_NAMES) {
-    layouts[name] = layoutOf(epoch.steps[name], Math.floor(width * ratio), gutter, MOST_HIGH * ratio, ratio);
+    layouts[name] = layoutOf(epoch.steps[name], Math.floor(width * ratio), gutter, mostHigh * ratio, ratio);
   }
   return layouts;
 }

@@ -2,7 +2,7 @@ import { bytesPerRow, chunkSizes, predict, predictAuto, SNAPSHOT_NS, type Query,
 import type { Settings } from "../settings";
 import { Chart } from "./Chart";
 import { NumberInput } from "./Controls";
-import { decimal, percent, rate, whole } from "./format";
+import { bytes, decimal, percent, rate, times, whole } from "./format";
 
 interface Props {
   settings: Settings;
@@ -17,7 +17,7 @@ export function TradeOff({ settings, onChange }: Props) {
   const snapshotRate = 1e9 / (settings.nonZeros * SNAPSHOT_NS);
   const curve = (window: number) => chunkSizes(query, window).map((chunk) => predict(query, chunk, window));
   return (
-    <section className="card" aria-labelledby="tradeoff">
+    <section className="card tradeoff" aria-labelledby="tradeoff">
       <h2 id="tradeoff">Which chunk size, and why</h2>
       <Advice {...{ settings, yours, auto, snapshotRate }} />
       <div className="fields assumptions">
@@ -51,16 +51,16 @@ function Advice({ settings, yours, auto, snapshotRate }: Figures) {
   const mixes = auto.mixing >= yours.mixing - 0.01 ? "mixes as well or better" : `mixes less (${percent(auto.mixing)})`;
   const verdict =
     gain > 1.1
-      ? `is ${decimal(gain)} times as fast and ${mixes}`
+      ? `is ${times(gain)} times as fast and ${mixes}`
       : gain < 0.9
-        ? `is slower (${decimal(1 / gain)} times), because it ${auto.mixing > yours.mixing + 0.01 ? `mixes better: ${percent(auto.mixing)}` : "keeps mixing up"}`
+        ? `is slower (${times(1 / gain)} times), because it ${auto.mixing > yours.mixing + 0.01 ? `mixes better: ${percent(auto.mixing)}` : "keeps mixing up"}`
         : `is about as fast and ${mixes}`;
   return (
     <div className="advice">
       <p>
         TileDB decodes whole tiles of {whole(settings.tile)} rows. With chunks of <b>{whole(yours.chunk)}</b> in windows of{" "}
         <b>{whole(yours.window)}</b> rows, every tile of a query of {whole(settings.query)} rows is decoded{" "}
-        <b>{decimal(yours.amplification)} times</b> an epoch: <b>{rate(yours.rowsPerS)} rows/s</b> at most, mixed to{" "}
+        <b>{times(yours.amplification)} times</b> an epoch: <b>{rate(yours.rowsPerS)} rows/s</b> at most, mixed to{" "}
         <b>{percent(yours.mixing)}</b> of a full shuffle.
       </p>
       <ul>
@@ -82,34 +82,33 @@ function Advice({ settings, yours, auto, snapshotRate }: Figures) {
 }
 
 function Comparison({ settings, yours, auto, snapshotRate }: Figures) {
-  const memory = (window: number) => `${decimal((window * bytesPerRow(settings.nonZeros)) / 2 ** 30)} GiB`;
-  const rows: [string, Way | null, number][] = [
-    ["As set", yours, yours.rowsPerS],
-    ["“auto”", auto, auto.rowsPerS],
-    ["Snapshot", null, snapshotRate],
+  const memory = ({ window }: Way) => bytes(window * bytesPerRow(settings.nonZeros));
+  const rows: [string, (way: Way) => string, string][] = [
+    ["Rows/s", (way) => rate(way.rowsPerS), rate(snapshotRate)],
+    ["Mixing", (way) => percent(way.mixing), "100 %"],
+    ["Tiles decoded", (way) => `${times(way.amplification)} ×`, "none"],
+    ["Chunk", (way) => whole(way.chunk), "any"],
+    ["Window, rows", (way) => whole(way.window), "any"],
+    ["Memory", memory, "page cache"],
   ];
   return (
     <div className="scroll" tabIndex={0} role="region" aria-label="Ways to read, compared">
       <table>
         <thead>
           <tr>
-            {["", "Chunk", "Window", "Memory", "Tiles decoded", "Rows/s", "Mixing"].map((title) => (
-              <th key={title} scope="col">
-                {title || <span className="hidden">Way</span>}
-              </th>
-            ))}
+            <td />
+            <th scope="col">As set</th>
+            <th scope="col">“auto”</th>
+            <th scope="col">Snapshot</th>
           </tr>
         </thead>
         <tbody>
-          {rows.map(([title, way, rowsPerS]) => (
+          {rows.map(([title, of, ofSnapshot]) => (
             <tr key={title}>
               <th scope="row">{title}</th>
-              <td>{way ? whole(way.chunk) : "any"}</td>
-              <td>{way ? whole(way.window) : "any"}</td>
-              <td>{way ? memory(way.window) : "page cache"}</td>
-              <td>{way ? `${decimal(way.amplification)} ×` : "none"}</td>
-              <td>{rate(rowsPerS)}</td>
-              <td>{way ? percent(way.mixing) : "100 %, in memory"}</td>
+              <td>{of(yours)}</td>
+              <td>{of(auto)}</td>
+              <td>{ofSnapshot}</td>
             </tr>
           ))}
         </tbody>

@@ -10,6 +10,11 @@ export function decimal(value: number): string {
   return value.toLocaleString("en", { maximumFractionDigits: value >= 100 ? 0 : value >= 10 ? 1 : 2 });
 }
 
+/** How many times, with one decimal where that tells something. */
+export function times(value: number): string {
+  return value.toLocaleString("en", { maximumFractionDigits: value < 100 ? 1 : 0 });
+}
+
 /** A number of rows a second: two digits of it are predicted. */
 export function rate(value: number): string {
   const unit = 10 ** Math.max(0, Math.floor(Math.log10(value)) - 1);
@@ -23,4 +28,9 @@ export function percent(share: number): string {
 
 export function plural(n: number, word: string): string {
   return `${whole(n)} ${word}${n === 1 ? "" : word.endsWith("ch") ? "es" : "s"}`;
+}
+
+export function bytes(n: number): string {
+  const [unit, name] = n >= 2 ** 30 ? [2 ** 30, "GiB"] : n >= 2 ** 20 ? [2 ** 20, "MiB"] : [2 ** 10, "KiB"];
+  return `${decimal(n / unit)} ${name}`;
 }
