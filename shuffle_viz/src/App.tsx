@@ -152,7 +152,7 @@ function Legend({ colour, isMoment }: { colour: Settings["colour"]; isMoment: bo
     <p className="legend">
       {colour === "position" ? (
         <>
-          first row <span className="gradient" style={{ background: gradientCss() }} aria-hidden="true" /> last row of the query
+          first row <span className="gradient" style={{ background: gradientCss() }} aria-hidden="true" /> last row of the query.
         </>
       ) : (
         `Neighbouring ${colour}s have different colours.`

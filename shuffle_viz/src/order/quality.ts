@@ -28,20 +28,26 @@ export interface Quality {
   nLeftOut: number;
 }
 
+/** Rows of full shuffles that are looked at, so that few rows are shuffled many times. */
+const ROWS_TO_SHUFFLE = 50_000;
+
 /** Return what an epoch is worth, given the label of each row. */
 export function qualityOf(epoch: Epoch, labels: Int32Array): Quality {
   const tiles = tileOfRows(epoch.steps.query);
   const nTiles = epoch.steps.query.rank.length;
   const { miniBatches, ioBatches } = epoch.steps;
   const mixes = mixOf(miniBatches, tiles, labels);
-  const shuffled = new Generator([0n]).permutation(miniBatches.rows.length).map((place) => miniBatches.rows[place]);
-  const random = mixOf({ ...miniBatches, rows: shuffled }, tiles, labels);
   const isRead = (_: Mix, group: number) => miniBatches.rank[group] !== NOBODY;
+  const generator = new Generator([0n]);
+  const shuffles = Array.from({ length: Math.ceil(ROWS_TO_SHUFFLE / Math.max(1, miniBatches.rows.length)) }, () => {
+    const rows = generator.permutation(miniBatches.rows.length).map((place) => miniBatches.rows[place]);
+    return meanOf(mixOf({ ...miniBatches, rows }, tiles, labels).filter(isRead));
+  });
   const nRead = miniBatches.rows.length - countLeftOut(miniBatches);
   return {
     mixes,
     mean: meanOf(mixes.filter(isRead)),
-    random: meanOf(random.filter(isRead)),
+    random: meanOf(shuffles),
     orderBits: orderBitsOf(epoch),
     fullOrderBits: logFactorial(nRead) / Math.LN2,
     nTiles,
