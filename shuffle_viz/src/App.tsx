@@ -54,8 +54,11 @@ export function App() {
     setHovered(null);
     setPlan(null);
   }, []);
-  const changeTradeOff = ({ query, nonZeros, budget, scanNs }: Settings) =>
-    setSettings((old) => ({ ...old, query, nonZeros, budget, scanNs }));
+  const changeTradeOff = useCallback(
+    ({ query, nonZeros, budget, scanNs }: Settings) =>
+      setSettings((old) => ({ ...old, query, nonZeros, budget, scanNs })),
+    [],
+  );
   useAddress(toAddress(settings, moment, plan ? null : pinned), (hash) => {
     const found = fromAddress(hash);
     setSettings(found.settings);
@@ -72,8 +75,11 @@ export function App() {
     setHovered(null);
   });
 
-  const now = moment > 0 ? mixNow(quality, epoch.steps.miniBatches, moment) : null;
-  const shown = plan ? { ...settings, ...shownOf(plan) } : settings;
+  const now = useMemo(
+    () => (moment > 0 ? mixNow(quality, epoch.steps.miniBatches, moment) : null),
+    [quality, epoch, moment],
+  );
+  const shown = useMemo(() => (plan ? { ...settings, ...shownOf(plan) } : settings), [plan, settings]);
   return (
     <div className={drop.isOver ? "page over" : "page"} {...drop.handlers}>
       <header>

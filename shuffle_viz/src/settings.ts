@@ -43,7 +43,7 @@ export const NUMBERS = {
   tile: whole("Tile", 1, MOST_ROWS, 2048, "Neighbouring rows that TileDB decodes together"),
   ranks: whole("Ranks", 1, 64, 1, "Training processes, one for each GPU", "world_size"),
   workers: whole("Workers", 0, 16, 0, "Reading processes of each rank; 0: it reads itself", "num_workers"),
-  epoch: whole("Epoch", 0, 1_000_000, 0, "Every epoch has a new order"),
+  epoch: whole("Epoch", 0, 1e12, 0, "Every epoch has a new order"),
   labels: whole("Labels", 1, 900, 900, "Data sets, donors or cell types, of very different sizes"),
   query: whole("Rows of your query", 1, 1e9, 20_000_000, "In the trade-off below"),
   nonZeros: whole("Non-zeros a row", 1, 100_000, 1560, "Stored values of a cell"),

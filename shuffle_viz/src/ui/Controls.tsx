@@ -1,4 +1,4 @@
-import { useEffect, useId, useState } from "react";
+import { memo, useEffect, useId, useState } from "react";
 import { CHOICES, conflicts, NUMBERS, parseField, PRESETS, type ChoiceKey, type NumberKey, type Settings } from "../settings";
 
 interface Props {
@@ -27,7 +27,7 @@ const WORDS: Record<ChoiceKey, { label: string; help: string; words: Record<stri
 };
 
 /** Presets, and a field for everything that decides about the order. */
-export function Controls({ settings, onChange }: Props) {
+export const Controls = memo(function Controls({ settings, onChange }: Props) {
   return (
     <form className="controls" aria-label="Settings" onSubmit={(event) => event.preventDefault()}>
       <div className="presets" role="group" aria-label="Presets">
@@ -50,7 +50,7 @@ export function Controls({ settings, onChange }: Props) {
       </div>
     </form>
   );
-}
+});
 
 /** A number: what is typed stays as it is, and counts as soon as it is valid. */
 export function NumberInput({ name, settings, onChange }: Props & { name: NumberKey | "seed" }) {

@@ -1,3 +1,4 @@
+import { memo } from "react";
 import type { Mix, Quality } from "../order/quality";
 import { decimal, percent, plural, times, whole } from "./format";
 
@@ -10,7 +11,7 @@ interface Props {
 }
 
 /** What the order that is drawn is worth. */
-export function Numbers({ quality, now, nRows, isWhole }: Props) {
+export const Numbers = memo(function Numbers({ quality, now, nRows, isWhole }: Props) {
   const { mean, random, orderBits, fullOrderBits, nTiles, tilesDecoded, nLeftOut } = quality;
   const share = (value: number, of: number) => (of > 0 ? value / of : 1);
   return (
@@ -61,7 +62,7 @@ export function Numbers({ quality, now, nRows, isWhole }: Props) {
       )}
     </section>
   );
-}
+});
 
 function Figure({ title, value, share, text }: { title: string; value: string; share?: number; text: string }) {
   return (

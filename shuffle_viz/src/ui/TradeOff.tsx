@@ -1,3 +1,4 @@
+import { memo } from "react";
 import { bytesPerRow, chunkSizes, predict, predictAuto, SNAPSHOT_NS, type Query, type Way } from "../predict";
 import type { Settings } from "../settings";
 import { Chart } from "./Chart";
@@ -10,7 +11,7 @@ interface Props {
 }
 
 /** What a chunk size costs at the size of the user's own query, and which one to take. */
-export function TradeOff({ settings, onChange }: Props) {
+export const TradeOff = memo(function TradeOff({ settings, onChange }: Props) {
   const query: Query = { ...settings, rows: settings.query };
   const yours = predict(query, settings.chunk, settings.ioBatch);
   const auto = predictAuto(query, settings.budget);
@@ -36,7 +37,7 @@ export function TradeOff({ settings, onChange }: Props) {
       </p>
     </section>
   );
-}
+});
 
 interface Figures {
   settings: Settings;

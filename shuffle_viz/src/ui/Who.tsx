@@ -1,3 +1,4 @@
+import { memo } from "react";
 import { NOBODY, type Epoch, type Step } from "../order/epoch";
 import { yieldedAt } from "../picture/follow";
 import { whole } from "./format";
@@ -8,7 +9,7 @@ interface Props {
 }
 
 /** Which worker of which rank reads and yields how much, and whose turn it is. */
-export function Who({ epoch, at }: Props) {
+export const Who = memo(function Who({ epoch, at }: Props) {
   const { ioBatches, miniBatches } = epoch.steps;
   const now = new Set(at > 0 ? yieldedAt(miniBatches, at).map((group) => key(miniBatches, group)) : []);
   const nWorkers = Math.max(1, epoch.workers);
@@ -18,7 +19,7 @@ export function Who({ epoch, at }: Props) {
   return (
     <section className="card" aria-labelledby="who">
       <h2 id="who">Ranks and workers</h2>
-      <div className="scroll who" tabIndex={0} role="region" aria-label="Ranks and workers">
+      <div className="scroll who" tabIndex={0} role="region" aria-label="Who reads how much">
         <table>
           <thead>
             <tr>
@@ -52,7 +53,7 @@ export function Who({ epoch, at }: Props) {
       <p className="note">{SCOPES[epoch.scope]}</p>
     </section>
   );
-}
+});
 
 const SCOPES = {
   partition:
