@@ -6,7 +6,7 @@ import { levelsAt, nYielded, placesOf, wayOf, yieldedAt } from "./picture/follow
 import { readPlan, type PlanFile } from "./planFile";
 import { fromAddress, toAddress, type Settings } from "./settings";
 import { Controls } from "./ui/Controls";
-import { decimal, percent, whole } from "./ui/format";
+import { decimal, whole } from "./ui/format";
 import { Numbers } from "./ui/Numbers";
 import { Player } from "./ui/Player";
 import { Steps } from "./ui/Steps";
@@ -138,9 +138,9 @@ function mixNow(quality: Quality, step: Parameters<typeof yieldedAt>[0], at: num
 
 function momentText(quality: Quality, now: Mix | null): string {
   const { tiles, labels, entropyBits } = now ?? quality.mean;
-  const share = quality.random.entropyBits > 0 ? entropyBits / quality.random.entropyBits : 1;
-  const who = now ? "" : "a mini-batch mixes ";
-  return `${who}${decimal(tiles)} tiles and ${decimal(labels)} labels: ${percent(share)} of the entropy of a full shuffle`;
+  const who = now ? "mixes" : "a mini-batch mixes";
+  const bits = `${decimal(entropyBits)} bits of label entropy, ${decimal(quality.random.entropyBits)} in a full shuffle`;
+  return `${who} ${decimal(tiles)} tiles and ${decimal(labels)} labels: ${bits}`;
 }
 
 /** What of a plan the trade-off takes over. */

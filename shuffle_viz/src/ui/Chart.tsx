@@ -12,8 +12,8 @@ interface Props {
 }
 
 // In units of a fifteenth of the root font size, as the page is drawn larger on very large screens.
-const MARGIN = { left: 62, right: 14, top: 24, bottom: 34 };
-const HIGH = 210;
+const MARGIN = { left: 62, right: 14, top: 40, bottom: 34 };
+const HIGH = 226;
 
 /** Speed and mixing against chunk size: a curve for the window that is set, one for that of "auto". */
 export function Chart(props: Props) {

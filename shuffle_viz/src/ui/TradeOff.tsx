@@ -32,7 +32,7 @@ export const TradeOff = memo(function TradeOff({ settings, onChange }: Props) {
         Predicted: rows/s = 1 / (non-zeros a row × {decimal(settings.scanNs)} ns × tiles decoded). 19 ns is what TileDB took for a
         non-zero on two cores, reading aligned runs of whole tiles of {whole(2048)} × {whole(2048)} (zstd, page cache warm); a
         snapshot took {SNAPSHOT_NS} ns. Measured on 500,000 simulated cells with 490 non-zeros each. Remote storage, dense
-        mini-batches and your model take their own time. Mixing is predicted for labels stored one after the other, 900 of
+        mini-batches and your model take their own time; ranks share the rows. Mixing is predicted for labels stored one after the other, 900 of
         log-normal size, like the data sets of the Census. “auto” counts 3 bytes a non-zero while a row waits.
       </p>
     </section>
@@ -90,7 +90,7 @@ function Comparison({ settings, yours, auto, snapshotRate }: Figures) {
     ["Tiles decoded", (way) => `${times(way.amplification)} ×`, "none"],
     ["Chunk", (way) => whole(way.chunk), "any"],
     ["Window, rows", (way) => whole(way.window), "any"],
-    ["Memory", memory, "page cache"],
+    ["Memory", memory, "cache"],
   ];
   return (
     <div className="scroll" tabIndex={0} role="region" aria-label="Ways to read, compared">
