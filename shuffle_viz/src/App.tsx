@@ -140,7 +140,8 @@ function momentText(quality: Quality, now: Mix | null): string {
   const { tiles, labels, entropyBits } = now ?? quality.mean;
   const who = now ? "mixes" : "a mini-batch mixes";
   const bits = `${decimal(entropyBits)} bits of label entropy, ${decimal(quality.random.entropyBits)} in a full shuffle`;
-  return `${who} ${decimal(tiles)} tiles and ${decimal(labels)} labels: ${bits}`;
+  const counted = (n: number, word: string) => `${decimal(n)} ${word}${n === 1 ? "" : "s"}`;
+  return `${who} ${counted(tiles, "tile")} and ${counted(labels, "label")}: ${bits}`;
 }
 
 /** What of a plan the trade-off takes over. */
