@@ -74,6 +74,7 @@ LAYOUT = [
     "ray_train",
     "simulate",
     "demo",
+    "_epoch_plan",
     "cli",
 ]
 

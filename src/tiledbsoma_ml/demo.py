@@ -25,7 +25,17 @@ from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment
 
-__all__ = ["History", "Task", "build_simulated", "ingest_h5ad", "load_task", "normalise", "train_classifier"]
+__all__ = [
+    "History",
+    "Task",
+    "build_simulated",
+    "choose_measurement",
+    "ingest_h5ad",
+    "load_task",
+    "normalise",
+    "open_experiment",
+    "train_classifier",
+]
 
 # Names under which h5ad files keep their classes, most telling first.
 _LABEL_NAMES = ("cell_type", "celltype", "label", "cluster", "leiden", "louvain")
@@ -177,8 +187,8 @@ def load_task(
     Raises:
         ValueError: If there is nothing to learn there; the message tells why.
     """
-    with _open_experiment(uri) as experiment:
-        measurement = _choose_measurement(measurement, experiment)
+    with open_experiment(uri) as experiment:
+        measurement = choose_measurement(measurement, experiment)
         labels = _read_labels(experiment, label, obs_filter)
         if n_missing := int(labels.isna().sum()):
             say(f"{n_missing:,} of {len(labels):,} cells have no {label} and are left out")
@@ -203,7 +213,8 @@ def load_task(
 
 
 @contextmanager
-def _open_experiment(uri: str) -> Iterator[soma.Experiment]:
+def open_experiment(uri: str) -> Iterator[soma.Experiment]:
+    """Open an experiment; raise a ValueError if there is none."""
     try:
         experiment = soma.Experiment.open(uri)
     except (soma.SOMAError, TypeError, ValueError) as err:
@@ -215,7 +226,8 @@ def _open_experiment(uri: str) -> Iterator[soma.Experiment]:
         yield experiment
 
 
-def _choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
+def choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
+    """Return the measurement of this name; without a name "RNA" if there is one, else the only one."""
     known: list[str] = list(experiment.ms)
     if name is None and len(known) == 1:
         return known[0]
