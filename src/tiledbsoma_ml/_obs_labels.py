@@ -98,21 +98,22 @@ class Labels:
             known_names = set(known)
             names = np.array([n if n in known_names else unseen.get(n, n) for n in names], dtype=object)
         categories = pd.Index(known, dtype=object)
-        absent = present & (categories.get_indexer(names) < 0)
+        absent = present & (categories.get_indexer(pd.Index(names)) < 0)
         if absent.any():
             if unseen != "extend":
                 raise ValueError(self._says_unseen(absent, list(known), what))
             categories = categories.append(pd.Index(names[absent], dtype=object))
-        codes = categories.get_indexer(names).clip(min=0)[self.codes]
+        codes = categories.get_indexer(pd.Index(names)).clip(min=0)[self.codes]
         return Labels(categories.to_numpy(), _narrow(codes, len(categories)), self.column_names)
 
     def _says_unseen(self, absent: NDArray[np.bool_], known: list[str], what: str) -> str:
         names, n_rows = self.categories[absent], int(self.counts()[absent].sum())
-        listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        instead = {names[0]: known[0] if known else ""}
         return (
-            f"the {what} of every cell (column {self.name!r}) must be one of the {len(known):,} known ones, but "
-            f"{n_rows:,} of {len(self.codes):,} cells have {listed}; {nearest_names(names[0], known, 3)} "
-            f"See unseen='extend' and unseen={{{names[0]!r}: {known[0] if known else ''!r}}}."
+            f"the {what} of each cell (column {self.name!r}) must be one of the {len(known):,} known ones, "
+            f"but {n_rows:,} of {len(self.codes):,} cells have {', '.join(map(repr, names[:3]))}{more}; "
+            f"{nearest_names(names[0], known, 3)} For new batches try unseen='extend' or unseen={instead!r}."
         )
 
 

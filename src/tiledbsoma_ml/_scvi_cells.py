@@ -76,7 +76,7 @@ class Cells:
     unlabeled_code: int | None
     categorical: tuple[Labels, ...]
     continuous: NDArray[np.float32] | None
-    sample: Labels | None
+    sample: Labels
 
     @classmethod
     def read(
@@ -94,7 +94,7 @@ class Cells:
         Raises:
             ValueError: If a column does not exist or does not fit.
         """
-        if is_inference and fields.label not in query.experiment.obs.keys():
+        if is_inference and fields.label not in set(query.experiment.obs.keys()):
             fields = attrs.evolve(fields, label=None)
         fields.check(query)
         rows = np.unique(obs_joinids)
@@ -129,9 +129,11 @@ class Cells:
                 for covariate, categories in zip(covariates, known_covariates, strict=True)
             ),
             continuous=_read_continuous(query, fields, rows),
-            sample=among(read("sample_column_name", fields.sample), known.sample, "sample")
-            if fields.sample
-            else None,
+            sample=among(
+                read("sample_column_name", *fields.by_parameter()["sample_column_name"]),
+                known.sample,
+                "sample",
+            ),
         )
 
     @property
@@ -158,7 +160,7 @@ class Cells:
             "labels": _column(self.labels, places),
             "extra_categorical_covs": torch.from_numpy(np.column_stack(categorical)) if categorical else None,
             "extra_continuous_covs": continuous,
-            "sample": torch.empty(0) if self.sample is None else _column(self.sample, places),
+            "sample": _column(self.sample, places),
         }
 
 
@@ -209,8 +211,8 @@ def _without_unseen(labels: Labels, unlabeled: str | None, classes: set[str]) ->
         return labels
     warnings.warn(
         f"the labels {labels.categories[unseen][:3].tolist()} of column {labels.name!r} are not among the "
-        f"{len(classes):,} known ones; the {int(labels.counts()[unseen].sum()):,} cells that have them count as "
-        f"{unlabeled!r}.",
+        f"{len(classes):,} known ones; the {int(labels.counts()[unseen].sum()):,} cells that have them count "
+        f"as {unlabeled!r}.",
         stacklevel=2,
     )
     names = np.where(unseen, unlabeled, labels.categories).astype(object)
@@ -276,8 +278,8 @@ class Genes:
         if not len(places):
             raise ValueError(
                 f"var_column_name={name!r} must share genes with the model's {len(known):,} ones "
-                f"({known[0]!r}, …), but the query has none of them ({', '.join(map(repr, ids[:2]))}, …); choose "
-                "the column that has the same kind of id."
+                f"({known[0]!r}, …), but the query has none of them ({', '.join(map(repr, ids[:2]))}, …); "
+                "choose the column that has the same kind of id."
             )
         if n_missing:
             warnings.warn(
@@ -315,6 +317,6 @@ class Genes:
 def _var_id_column(var: soma.DataFrame, name: str | None) -> str:
     if name is not None:
         return check_name("var_column_name", name, var.keys(), of="a column of var")
-    found = next((column for column in VAR_ID_COLUMNS if column in var.keys()), "soma_joinid")
+    found = next((column for column in VAR_ID_COLUMNS if column in var), "soma_joinid")
     logger.info("genes are known by the column %r of var.", found)
     return found

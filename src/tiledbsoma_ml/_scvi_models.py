@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,10 +21,10 @@ def load_scvi_model(
 ) -> Any:
     """Return a model that `model.save(dir_path, datamodule=…)` has saved, exactly as it was.
 
-    scvi-tools' own `load` builds the network from a few numbers that were saved beside it, and so goes wrong, or
-    silently builds another one, where the model has several categorical covariates, options of the network
-    (`encode_covariates`, `use_layer_norm`, …), or began as a model of another class. Here it is built from the
-    registry and the options that it was built from, and needs no data module.
+    scvi-tools' own `load` builds the network from a few numbers that were saved beside it. It goes wrong, or
+    silently builds another network, where the model has several categorical covariates or options of the
+    network (`encode_covariates`, `use_layer_norm`, …). Here it is built from the registry and the options
+    that it was built from at first, and needs no data module.
 
     Args:
         model_class: `SCVI`, `SCANVI` or another class that takes a registry.
@@ -61,11 +61,11 @@ def load_query_model(
 ) -> Any:
     """Return a copy of a trained model with room for the new batches of a data module, to be trained on it.
 
-    This is scArches (Lotfollahi et al. 2021): only what the new batches add is trained, unless `unfrozen`. Until
-    then cells of the old batches have the latent space that they had.
+    This is scArches (Lotfollahi et al. 2021): only what the new batches add is trained, unless `unfrozen`.
+    Until then, cells of the old batches have the latent space that they had.
 
-    scvi-tools' own `load_query_data` adds no batches for a data module, and where there are covariates as well it
-    would put the weights of new batches behind those of the covariates.
+    scvi-tools' own `load_query_data` adds no batches for a data module. For AnnData, where there are
+    covariates as well, it puts the weights of new batches behind those of the covariates.
 
     Args:
         model_class: `SCVI` or `SCANVI`.
@@ -127,35 +127,28 @@ def registry_of(reference: Any) -> Mapping[str, Any]:
     if isinstance(reference, str | os.PathLike):
         registry: Mapping[str, Any] = read_saved(reference)["attr_dict"]["registry_"]
         return registry
-    registry = reference.registry
-    return registry
+    return cast("Mapping[str, Any]", reference.registry)
 
 
 def check_goes_on(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise a ValueError unless genes are the same, and every category has the code that it had."""
-    for name, key in (
-        ("X", "column_names"),
-        *((field, "categorical_mapping") for field in ("batch", "labels")),
-    ):
-        before, after = (
-            list(registry["field_registries"][name]["state_registry"][key]) for registry in (old, new)
-        )
-        if name == "labels":
-            before, after = (
-                [label for label in labels if label != _unlabeled(registry)]
-                for labels, registry in ((before, old), (after, new))
-            )
-        if after[: len(before)] != before or (name != "batch" and len(after) > len(before)):
-            what = {"X": "genes", "batch": "batches", "labels": "labels"}[name]
+    for what in ("genes", "batches", "labels"):
+        before, after = _names(old, what), _names(new, what)
+        if after[: len(before)] != before or (what != "batches" and len(after) > len(before)):
             raise ValueError(
-                f"the {what} of the data module ({len(after):,}) must begin like those of the model "
-                f"({len(before):,}), in the same order; make it with SCVIDataModule(query, reference=model)."
+                f"the {what} of the data module ({len(after):,}) must be the model's ({len(before):,}), "
+                "in the same order, new batches last; make it with SCVIDataModule(query, reference=model)."
             )
 
 
-def _unlabeled(registry: Mapping[str, Any]) -> str | None:
-    unlabeled: str | None = registry["field_registries"]["labels"]["state_registry"]["unlabeled_category"]
-    return unlabeled
+def _names(registry: Mapping[str, Any], what: str) -> list[str]:
+    state = {name: field["state_registry"] for name, field in registry["field_registries"].items()}
+    if what == "genes":
+        return list(state["X"]["column_names"])
+    if what == "batches":
+        return list(state["batch"]["categorical_mapping"])
+    labels = state["labels"]
+    return [label for label in labels["categorical_mapping"] if label != labels["unlabeled_category"]]
 
 
 class _LabelsOnly:
@@ -203,7 +196,7 @@ def _load_weights(model: Any, weights: Mapping[str, Any]) -> None:
 def _extended(old: Any, new: Any, n_batch: int) -> dict[str, torch.Tensor]:
     """Return the weights of `old` in the shapes of `new`, which knows more batches.
 
-    Where covariates are one-hot inputs of a layer, those of the batches come first and other categories behind
+    Where categories are inputs of a layer, those of the batches come first and those of covariates behind
     them, so that new columns belong in between. Everywhere else batches are the end of a dimension.
     """
     from scvi.nn import FCLayers

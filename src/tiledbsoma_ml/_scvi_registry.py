@@ -19,8 +19,8 @@ def make_registry(
 ) -> dict[str, Any]:
     """Return what scvi-tools' own data modules call their registry, for these cells and genes.
 
-    It holds nothing but plain values and arrays. Beyond what scvi-tools reads, `column_names` say which columns
-    of `obs` a category was made of.
+    It holds plain values and arrays only. Beyond what scvi-tools reads, `column_names` say which columns of
+    `obs` a category was made of.
     """
     n_obs, n_vars = len(cells.obs_joinids), len(gene_ids)
     return {
@@ -61,8 +61,8 @@ def fields_of(registry: Mapping[str, Any]) -> Fields:
     state = {name: field["state_registry"] for name, field in registry["field_registries"].items()}
     if "column_names" not in state.get("batch", {}):
         raise ValueError(
-            "reference must be a model that was trained with an SCVIDataModule, but its registry does not say "
-            "which columns of obs it was made of; name these columns and batch_labels instead."
+            "reference must be a model that was trained with an SCVIDataModule, but its registry does not "
+            "say which columns of obs it was made of; name these columns and batch_labels instead."
         )
     return Fields(
         batch=tuple(state["batch"]["column_names"]),
@@ -115,10 +115,9 @@ def _labels(cells: Cells, fields: Fields) -> dict[str, Any]:
     return field
 
 
-def _sample(labels: Labels | None) -> dict[str, Any]:
-    counts = [] if labels is None else labels.counts()
-    field = _categorical("sample", "sample", labels or Labels.constant(0))
-    return {**field, "n_obs_per_sample": {"n_obs_per_sample": torch.tensor(counts, dtype=torch.float32)}}
+def _sample(labels: Labels) -> dict[str, Any]:
+    counts = torch.tensor(labels.counts(), dtype=torch.float32)
+    return {**_categorical("sample", "sample", labels), "n_obs_per_sample": {"n_obs_per_sample": counts}}
 
 
 def _categorical_covariates(covariates: Sequence[Labels]) -> dict[str, Any]:

@@ -64,16 +64,17 @@ class SCVIDataModule(LightningDataModule):
     embedding = datamodule.embed(model)
     ```
 
-    Everything scvi-tools asks for is there after construction: nothing needs `setup()`. While `SCANVI` trains,
-    batches are pairs of all cells and those with a label, so that the others never reach the classification loss.
+    Everything scvi-tools asks for is there after construction: nothing needs `setup()`. While
+    `SCANVI` trains, batches are pairs of all cells and those with a label: others never reach the
+    classification loss.
 
     Cells with a missing value in a batch, label, covariate or sample column are the category "nan".
 
     Args:
         query: The cells and genes; its experiment must be open.
         args: For `ExperimentDataset`, after the query.
-        batch_column_names: Columns of `obs` whose values together ("a//b") are the batch that a model corrects
-            for. If None, those of the CELLxGENE Census where `obs` has them all, else all cells are one batch.
+        batch_column_names: Columns of `obs` whose values together ("a//b") are the batch that is corrected
+            for. If None, those of the CELLxGENE Census if `obs` has them all, else all cells are one batch.
         batch_labels: The batches, in the order of their codes, where another model has them already. If None,
             those that occur, sorted as text.
         dataloader_kwargs: For `experiment_dataloader`. Without workers, threads of this process read ahead.
@@ -84,10 +85,10 @@ class SCVIDataModule(LightningDataModule):
         categorical_covariate_column_names: Further columns to correct for, each with its own categories.
         continuous_covariate_column_names: Numeric columns to correct for.
         sample_column_name: Column of the samples, for `MRVI`.
-        var_column_name: Column of `var` that names genes; if None, the first of "feature_id", "var_id", "gene_id",
-            "feature_name" and "gene_name" that there is.
-        reference: A trained model, its registry, or the folder where it was saved. Then columns, categories and
-            their codes, and genes are those of the model: genes that the query lacks are zero.
+        var_column_name: Column of `var` that names genes; if None, the first of "feature_id", "var_id",
+            "gene_id", "feature_name" and "gene_name" that there is.
+        reference: A trained model, its registry, or the folder where it was saved. Then columns, categories
+            with their codes, and genes are those of the model: genes that the query lacks are zero.
         unseen: What to do about batches that are not among `batch_labels` or those of `reference`: "error",
             "extend" to give them codes of their own (see `load_query_model`), or a mapping to known ones.
         model_name: What the registry calls the model; scvi-tools' `load` refuses models of another name. With
@@ -95,8 +96,7 @@ class SCVIDataModule(LightningDataModule):
         kwargs: For `ExperimentDataset`: `layer_name`, `batch_size` (128), `snapshot`, …
 
     Raises:
-        ValueError: If a column does not exist, or its values do not fit; no model is built on data that are not
-            what they seem.
+        ValueError: If a column does not exist, or its values do not fit.
     """
 
     def __init__(
@@ -187,7 +187,8 @@ class SCVIDataModule(LightningDataModule):
     def labels_(self) -> NDArray[np.object_]:
         """The label of each cell, in the order of the query."""
         labels = self._cells.labels
-        return labels.categories[labels.codes[self._cells.places(self._obs_joinids)]]
+        names: NDArray[np.object_] = labels.categories[labels.codes[self._cells.places(self._obs_joinids)]]
+        return names
 
     @property
     def label_keys(self) -> list[str] | None:
@@ -202,7 +203,7 @@ class SCVIDataModule(LightningDataModule):
     @property
     def n_samples(self) -> int:
         """Number of samples."""
-        return 1 if self._cells.sample is None else len(self._cells.sample.categories)
+        return len(self._cells.sample.categories)
 
     @property
     def n_continuous_cov(self) -> int:
@@ -244,11 +245,11 @@ class SCVIDataModule(LightningDataModule):
         return self._dataloader(self.train_dataset)
 
     def val_dataloader(self) -> ExperimentDataLoader | None:
-        """Return the loader of the cells for validation, in the order of the query; None if there are none."""
+        """Return the loader of the cells for validation, sorted by joinid; None if there are none."""
         return None if self.val_dataset is None else self._dataloader(self.val_dataset)
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Batch:
-        """Return a mini-batch as scvi-tools takes it; `X` is still sparse if it is made dense on the device."""
+        """Return a mini-batch as scvi-tools takes it; `X` is sparse still if the device makes it dense."""
         X, obs = batch
         self._check_counts(X)
         places = self._cells.places(obs["soma_joinid"].to_numpy())
@@ -262,7 +263,8 @@ class SCVIDataModule(LightningDataModule):
         return made
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch | tuple[Batch, Batch]:
-        """Return the batch with dense `X`; a pair of all cells and those with a label while `SCANVI` trains."""
+        """Return the batch with dense `X`; while `SCANVI` trains, a pair: all cells, and labelled ones."""
+        assert batch["X"] is not None
         batch["X"] = _dense(batch["X"])
         if not self._trains_semi_supervised():
             return batch
@@ -303,11 +305,12 @@ class SCVIDataModule(LightningDataModule):
             options = dict(self._inference_options)
         else:
             ids = _check_not_empty(QueryIDs.create(query))
+            known = known_of(self.registry)
             cells = Cells.read(
                 query,
                 ids.obs_joinids,
                 self._fields,
-                known_of(self.registry),
+                known,
                 unseen=unseen,
                 is_inference=True,
             )
@@ -334,8 +337,8 @@ class SCVIDataModule(LightningDataModule):
             model: Trained with this data module, or one of the same genes and categories.
             query: As for `inference_dataloader`, and so are `batch_size` and `unseen`.
             batch_size: See there.
-            unseen: See there. Cells of new batches can be embedded without training where the encoder does not
-                look at the batch (the default of `SCVI` and `SCANVI`).
+            unseen: See there. Cells of new batches can be embedded without training where the encoder does
+                not look at the batch (the default of `SCVI` and `SCANVI`).
             kwargs: For `model.get_latent_representation`.
 
         Raises:
@@ -424,8 +427,8 @@ class SCVIDataModule(LightningDataModule):
         ):
             self._n_rows_to_check = 0
             warnings.warn(
-                f"layer_name={self._layer_name!r} has negative or fractional values, but the models of scvi-tools "
-                "expect counts; choose the layer of raw counts.",
+                f"layer_name={self._layer_name!r} has negative or fractional values, but scvi-tools "
+                "expects counts; choose the layer of raw counts.",
                 stacklevel=2,
             )
 
@@ -433,12 +436,12 @@ class SCVIDataModule(LightningDataModule):
 class InferenceDataLoader:
     """Every cell of a query once, in its order, as batches for a model; made by `inference_dataloader`.
 
-    Batches have the keys that scvi-tools expects, and "soma_joinid" of shape (n, 1). It can be iterated again.
-    Every rank of a distributed job gets all cells.
+    Batches have the keys that scvi-tools expects, and "soma_joinid" of shape (n, 1). It can be iterated
+    many times. Every rank of a distributed job gets all cells.
 
     Attributes:
         soma_joinids: Of all cells, in the order in which they come.
-        batch_labels: The batches; the index of each is its code. Those that the model does not know come last.
+        batch_labels: The batches; the index of each is its code. Those that were not known come last.
     """
 
     def __init__(self, dataset: ExperimentDataset, cells: Cells, genes: Genes, device: torch.device) -> None:
@@ -465,8 +468,8 @@ class InferenceDataLoader:
 def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding: pd.DataFrame) -> None:
     """Store an embedding in the `obsm` of a measurement, where queries and `to_anndata` find it.
 
-    It becomes a sparse array of float32, like `tiledbsoma.io` writes them, with the rows of `obs`. What is there
-    already is never overwritten.
+    It becomes a sparse array of float32, as `tiledbsoma.io` writes them, with the rows of `obs`. What is
+    there already is never overwritten.
 
     Args:
         experiment_uri: The experiment.
@@ -500,7 +503,7 @@ def _batch_columns(
         raise TypeError(f"batch_column_names={names!r} must be a list of names; try [{names!r}].")
     if names is not None or reference is not None:
         return tuple(names or ())
-    is_census = all(name in query.experiment.obs.keys() for name in CENSUS_BATCH_COLUMNS)
+    is_census = all(name in query.experiment.obs for name in CENSUS_BATCH_COLUMNS)
     return CENSUS_BATCH_COLUMNS if is_census else ()
 
 
@@ -527,8 +530,8 @@ def _check_parts(train_size: float, n_train: int, n_val: int) -> None:
     for n, what in ((n_train, "to train on"), (n_val, "for validation")):
         if not n:
             raise ValueError(
-                f"train_size={train_size} must leave at least one of {n_train + n_val:,} cells {what}, but leaves "
-                "none; try 0.9, or train_size=1 for no validation."
+                f"train_size={train_size} must leave at least one of {n_train + n_val:,} cells {what}, but "
+                "leaves none; try 0.9, or train_size=1 for no validation."
             )
 
 
@@ -542,8 +545,8 @@ def _check_obsm(
     measurement = experiment.ms[measurement_name]
     if "obsm" in measurement and name in measurement.obsm:
         raise ValueError(
-            f"name={name!r} must be new, but obsm of measurement {measurement_name!r} has an array of that name, "
-            "which is never overwritten; choose another."
+            f"name={name!r} must be new, but obsm of measurement {measurement_name!r} has an array of that "
+            "name, which is never overwritten; choose another."
         )
     if embedding.index.name != "soma_joinid" or not embedding.index.is_unique:
         raise ValueError(
@@ -560,18 +563,16 @@ def _check_obsm(
     return int(known.max()) + 1
 
 
-def _dense(X: torch.Tensor | None) -> torch.Tensor | None:
-    return X if X is None or X.layout == torch.strided else X.to_dense()
+def _dense(X: torch.Tensor) -> torch.Tensor:
+    return X if X.layout == torch.strided else X.to_dense()
 
 
 def _rows(value: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
-    """Return rows of a tensor of a batch; what says nothing of cells stays as it is."""
-    return value if value is None or not len(value) else value[rows]
+    return None if value is None else value[rows]
 
 
 def _twice(value: torch.Tensor | None) -> torch.Tensor | None:
-    value = _dense(value)
-    return value if value is None or not len(value) else value.repeat(2, *[1] * (value.ndim - 1))
+    return None if value is None else _dense(value).repeat(2, 1)
 
 
 def _values(X: torch.Tensor) -> torch.Tensor:
