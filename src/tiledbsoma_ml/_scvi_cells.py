@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -296,13 +296,7 @@ class Genes:
             return self._widened_tensor(X.to(torch.float32))
         if isinstance(X, sparse.csr_matrix):
             indices = X.indices if self.places is None else self.places.astype(X.indices.dtype)[X.indices]
-            return torch.sparse_csr_tensor(
-                torch.from_numpy(X.indptr),
-                torch.from_numpy(indices),
-                torch.from_numpy(X.data.astype(np.float32, copy=False)),
-                (X.shape[0], len(self.ids)),
-                check_invariants=False,
-            )
+            return _sparse_tensor(X.indptr, indices, X.data, (X.shape[0], len(self.ids)))
         return self._widened_tensor(torch.from_numpy(np.atleast_2d(X)).to(torch.float32))
 
     def _widened_tensor(self, X: torch.Tensor) -> torch.Tensor:
@@ -314,9 +308,24 @@ class Genes:
         return wide
 
 
+def _sparse_tensor(
+    indptr: NDArray[np.integer[Any]],
+    indices: NDArray[np.integer[Any]],
+    data: NDArrayNumber,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """Return a `torch.sparse_csr` tensor of float32 that shares the memory of the arrays where it can."""
+    crow, col = torch.from_numpy(indptr), torch.from_numpy(indices)
+    values = torch.from_numpy(data.astype(np.float32, copy=False))
+    with warnings.catch_warnings():  # torch says once that such tensors are "in beta state"
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+
+
 def _var_id_column(var: soma.DataFrame, name: str | None) -> str:
     if name is not None:
         return check_name("var_column_name", name, var.keys(), of="a column of var")
-    found = next((column for column in VAR_ID_COLUMNS if column in var), "soma_joinid")
+    known = set(var.keys())
+    found = next((column for column in VAR_ID_COLUMNS if column in known), "soma_joinid")
     logger.info("genes are known by the column %r of var.", found)
     return found

@@ -244,9 +244,9 @@ class SCVIDataModule(LightningDataModule):
         """Return the loader of the cells to train on, shuffled anew every epoch."""
         return self._dataloader(self.train_dataset)
 
-    def val_dataloader(self) -> ExperimentDataLoader | None:
-        """Return the loader of the cells for validation, sorted by joinid; None if there are none."""
-        return None if self.val_dataset is None else self._dataloader(self.val_dataset)
+    def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
+        """Return the loader of the cells for validation, sorted by joinid; an empty list without any."""
+        return [] if self.val_dataset is None else self._dataloader(self.val_dataset)
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Batch:
         """Return a mini-batch as scvi-tools takes it; `X` is sparse still if the device makes it dense."""
@@ -503,7 +503,7 @@ def _batch_columns(
         raise TypeError(f"batch_column_names={names!r} must be a list of names; try [{names!r}].")
     if names is not None or reference is not None:
         return tuple(names or ())
-    is_census = all(name in query.experiment.obs for name in CENSUS_BATCH_COLUMNS)
+    is_census = set(CENSUS_BATCH_COLUMNS) <= set(query.experiment.obs.keys())
     return CENSUS_BATCH_COLUMNS if is_census else ()
 
 
