@@ -87,7 +87,12 @@ def load_query_model(
 
     saved = _saved_of(reference)
     attributes = saved["attr_dict"]
-    check_goes_on(attributes["registry_"], datamodule.registry)
+    check_fits(attributes["registry_"], datamodule.registry)
+    if datamodule.n_batch < len(_names(attributes["registry_"], "batches")):
+        raise ValueError(
+            f"the data module must know all batches of the model, but knows {datamodule.n_batch:,} only; "
+            "make it with SCVIDataModule(query, reference=model)."
+        )
     model = _build(model_class, datamodule.registry, attributes, datamodule.labels_)
     old = _build(model_class, attributes["registry_"], attributes, attributes.get("labels_"))
     _load_weights(old, saved["model_state_dict"])
@@ -130,14 +135,18 @@ def registry_of(reference: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", reference.registry)
 
 
-def check_goes_on(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless genes are the same, and every category has the code that it had."""
+def check_fits(model: Mapping[str, Any], module: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the registries of a model and a data module have the same genes and codes.
+
+    One of them may know more batches than the other.
+    """
     for what in ("genes", "batches", "labels"):
-        before, after = _names(old, what), _names(new, what)
-        if after[: len(before)] != before or (what != "batches" and len(after) > len(before)):
+        ours, theirs = _names(module, what), _names(model, what)
+        n_common = min(len(ours), len(theirs)) if what == "batches" else None
+        if ours[:n_common] != theirs[:n_common]:
             raise ValueError(
-                f"the {what} of the data module ({len(after):,}) must be the model's ({len(before):,}), "
-                "in the same order, new batches last; make it with SCVIDataModule(query, reference=model)."
+                f"the {what} of the data module ({len(ours):,}) must be the model's ({len(theirs):,}), in "
+                "the same order, new batches last; make it with SCVIDataModule(query, reference=model)."
             )
 
 

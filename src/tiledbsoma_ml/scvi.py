@@ -22,7 +22,7 @@ from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, check_count, check_n
 from tiledbsoma_ml._obs_labels import Unseen
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._scvi_cells import Batch, Cells, Fields, Genes, Known
-from tiledbsoma_ml._scvi_models import check_goes_on, load_query_model, load_scvi_model, registry_of
+from tiledbsoma_ml._scvi_models import check_fits, load_query_model, load_scvi_model, registry_of
 from tiledbsoma_ml._scvi_registry import fields_of, gene_ids_of, known_of, make_registry
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
@@ -145,6 +145,7 @@ class SCVIDataModule(LightningDataModule):
         self._dataloader_kwargs = dataloader_kwargs or {}
         self._make_datasets(query, args, kwargs, train_size, seed)
         self._n_rows_to_check = ROWS_TO_CHECK
+        self._waiting: Batch | None = None
 
     # What scvi-tools reads --------------------------------------------------------------------------------
 
@@ -254,8 +255,7 @@ class SCVIDataModule(LightningDataModule):
         self._check_counts(X)
         places = self._cells.places(obs["soma_joinid"].to_numpy())
         made = self._cells.batch_of(self._genes.widened(X), places)
-        if len(places) == 1 and self.trainer is not None and self.trainer.training:
-            # Batch normalization cannot train on one row: two equal ones have the same loss.
+        if len(places) == 1 and self._is_training():
             made = {key: _twice(value) for key, value in made.items()}
             places = places.repeat(2)
         if self._fields.unlabeled is not None and self._trains_semi_supervised():
@@ -268,13 +268,13 @@ class SCVIDataModule(LightningDataModule):
         batch["X"] = _dense(batch["X"])
         if not self._trains_semi_supervised():
             return batch
-        labeled = batch.pop("labeled", None)
-        if labeled is None:
+        if "labeled" not in batch:
             return batch, batch
-        if len(labeled) < 2:  # too few for batch normalization
+        labeled = self._labeled(batch, batch.pop("labeled"))
+        if labeled is None:
             # Another order of keys tells the training plan of scvi-tools that there is nothing to classify.
             return {"labels": batch.pop("labels"), **batch}
-        return batch, {key: _rows(value, labeled) for key, value in batch.items()}
+        return batch, labeled
 
     # Embedding --------------------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ class SCVIDataModule(LightningDataModule):
         Raises:
             ValueError: If the model does not know the genes or batches.
         """
-        check_goes_on(self.registry, model.registry)
+        check_fits(model.registry, self.registry)
         loader = self.inference_dataloader(query, batch_size, unseen=unseen, device=model.device)
         n_known = model.summary_stats.n_batch
         if len(loader.batch_labels) > n_known and getattr(model.module, "encode_covariates", True):
@@ -414,6 +414,23 @@ class SCVIDataModule(LightningDataModule):
         from scvi.train import SemiSupervisedTrainingPlan
 
         return isinstance(self.trainer.lightning_module, SemiSupervisedTrainingPlan)
+
+    def _labeled(self, batch: Batch, rows: torch.Tensor | None) -> Batch | None:
+        """Return these rows, if any. In training a single one waits for the next: see `_twice`."""
+        labeled = {key: _rows(value, rows) for key, value in batch.items()}
+        if not self._is_training():
+            return labeled if rows is not None and len(rows) else None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            labeled = {key: _joined(waiting[key], value) for key, value in labeled.items()}
+        codes = labeled["labels"]
+        if codes is not None and len(codes) > 1:
+            return labeled
+        self._waiting = labeled if codes is not None and len(codes) else None
+        return None
+
+    def _is_training(self) -> bool:
+        return self.trainer is not None and self.trainer.training
 
     def _check_counts(self, X: Any) -> None:
         """Warn, once, if what comes first are no counts."""
@@ -567,11 +584,16 @@ def _dense(X: torch.Tensor) -> torch.Tensor:
     return X if X.layout == torch.strided else X.to_dense()
 
 
-def _rows(value: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+def _rows(value: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
     return None if value is None else value[rows]
 
 
+def _joined(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    return None if first is None or second is None else torch.cat([first.to(second.device), second])
+
+
 def _twice(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a row twice: batch normalization cannot train on one, and two equal ones have the same loss."""
     return None if value is None else _dense(value).repeat(2, 1)
 
 
