@@ -238,6 +238,10 @@ if __name__ == "__main__":
     rank = torch.distributed.get_rank()
     weights = torch.cat([weight.flatten() for weight in model.module.parameters()]).detach().numpy()
     embedded = datamodule.embed(model)
+    one = soma.AxisQuery(coords=([7],))
+    with soma.Experiment.open(uri) as experiment, experiment.axis_query("RNA", obs_query=one) as query:
+        if rank == 0:  # needs nothing of the others
+            np.testing.assert_allclose(datamodule.embed(model, query), embedded.loc[[7]], atol=1e-5)
     np.savez(
         Path(folder) / f"rank{rank}.npz", joinids=datamodule.joinids, ends=datamodule.ends, weights=weights,
         embedded=embedded.index.to_numpy(),
