@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -207,6 +208,20 @@ def test_sparse_rows_stay_sparse_until_they_are_on_the_device(counts: Store) -> 
     assert datamodule.on_after_batch_transfer(batch, 0)["X"].layout == torch.strided
 
 
+@pytest.mark.parametrize("options", [{}, {"return_sparse_X": True}, {"device": "cpu"}])
+def test_batches_of_one_row_are_batches(counts: Store, options: dict[str, Any]) -> None:
+    batch, obs = next(epoch_of(module(counts, batch_size=1, **options)))
+    np.testing.assert_array_equal(batch["X"].numpy(), expected_X(obs["soma_joinid"], range(N_VARS)))
+
+
+def test_a_pickled_data_module_yields_the_same(counts: Store) -> None:
+    datamodule = module(counts, label_column_name="cell_type", train_size=0.9)
+    copy = pickle.loads(pickle.dumps(datamodule))
+    for (ours, _), (theirs, _) in zip(epoch_of(copy), epoch_of(datamodule), strict=True):
+        assert torch.equal(ours["X"], theirs["X"])
+        assert torch.equal(ours["labels"], theirs["labels"])
+
+
 def test_options_reach_the_dataset_by_position_and_by_name(counts: Store) -> None:
     with counts.query() as query:
         datamodule = SCVIDataModule(
@@ -307,6 +322,7 @@ def test_the_query_to_embed_needs_no_labels(counts: Store, tmp_path: Path) -> No
         ({"label_column_name": "celltype"}, "label_column_name='celltype' .* did you mean 'cell_type'"),
         ({"sample_column_name": "x"}, "sample_column_name='x' must be a column of obs"),
         ({"var_column_name": "gene"}, "var_column_name='gene' must be a column of var"),
+        ({"batch_labels": ["old", "young", "old"]}, "batch_labels must name each batch once, but has 'old'"),
         ({"batch_labels": ["old"]}, "column 'stage'.* 156 of 311 cells have 'young'"),
         ({"unlabeled_category": "x"}, "unlabeled_category='x' must come with label_column_name"),
         ({"train_size": 0.9999}, "train_size=0.9999 must leave at least one of 311 cells for validation"),
@@ -391,7 +407,8 @@ def test_an_embedding_is_found_by_queries_and_never_overwritten(tmp_path: Path) 
     embedding = pd.DataFrame(
         rng.normal(size=(4, 3)).astype(np.float32), pd.Index([4, 0, 2, 3], name="soma_joinid")
     )
-    write_obsm(uri, "RNA", "X_scvi", embedding)
+    for name in ("X_scvi", "X_other"):
+        write_obsm(uri, "RNA", name, embedding)
     with soma.Experiment.open(uri) as experiment:
         with experiment.axis_query("RNA", obs_query=soma.AxisQuery(coords=([0, 2, 3, 4],))) as query:
             found = query.to_anndata("raw", obsm_layers=["X_scvi"]).obsm["X_scvi"]

@@ -385,7 +385,8 @@ def test_new_batches_leave_the_cells_of_old_ones_where_they_were(
     before, after = reconstruction(model, reference), reconstruction(extended, reference)
     np.testing.assert_allclose(before, after, rtol=1e-4)
     trained(extended, new, plan_kwargs={"weight_decay": 0.0})
-    assert distance(reference.embed(extended), reference.embed(model)) < (1e9 if encodes else 1e-5)
+    if not encodes:
+        assert distance(reference.embed(extended), reference.embed(model)) < 1e-5
     extended.save(tmp_path / "extended", datamodule=new)
     loaded = load_scvi_model(model_class, tmp_path / "extended")
     assert distance(new.embed(loaded), new.embed(extended)) < 1e-5

@@ -293,7 +293,7 @@ class Genes:
     def widened(self, X: NDArrayNumber | sparse.csr_matrix | torch.Tensor) -> torch.Tensor:
         """Return `X` as a tensor of float32 with a column for each of `ids`."""
         if isinstance(X, torch.Tensor):
-            return self._widened_tensor(X.to(torch.float32))
+            return self._widened_tensor((X if X.ndim == 2 else X.unsqueeze(0)).to(torch.float32))
         if isinstance(X, sparse.csr_matrix):
             indices = X.indices if self.places is None else self.places.astype(X.indices.dtype)[X.indices]
             return _sparse_tensor(X.indptr, indices, X.data, (X.shape[0], len(self.ids)))

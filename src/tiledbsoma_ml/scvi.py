@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -128,7 +129,7 @@ class SCVIDataModule(LightningDataModule):
             continuous=tuple(continuous_covariate_column_names),
             sample=sample_column_name,
         )
-        known, gene_ids = Known(batch=batch_labels), None
+        known, gene_ids = Known(batch=_check_batch_labels(batch_labels)), None
         if reference is not None:
             registry = registry_of(reference)
             _check_only_reference(fields, batch_labels)
@@ -234,12 +235,12 @@ class SCVIDataModule(LightningDataModule):
     @property
     def n_train(self) -> int:
         """Number of cells to train on."""
-        return len(self.train_idx)
+        return len(self.train_dataset.query_ids.obs_joinids)
 
     @property
     def n_val(self) -> int:
         """Number of cells for validation."""
-        return len(self.val_idx)
+        return 0 if self.val_dataset is None else len(self.val_dataset.query_ids.obs_joinids)
 
     def train_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of the cells to train on, shuffled anew every epoch."""
@@ -382,7 +383,8 @@ class SCVIDataModule(LightningDataModule):
         make = partial(ExperimentDataset, x_locator=self._x_locator, query_ids=self._ids)
         in_order = {**options, "shuffle": False, "shuffle_mode": "cpu"}
         keep = ("snapshot", "memory_budget", "use_eager_fetch")
-        self._inference_options = {"shuffle": False, **{k: v for k, v in options.items() if k in keep}}
+        kept = {name: value for name, value in options.items() if name in keep}
+        self._inference_options = {**DATASET_DEFAULTS, "shuffle": False, **kept}
         self.train_dataset = make(**options)
         self.val_dataset: ExperimentDataset | None = None
         if train_size != 1:
@@ -522,6 +524,15 @@ def _batch_columns(
         return tuple(names or ())
     is_census = set(CENSUS_BATCH_COLUMNS) <= set(query.experiment.obs.keys())
     return CENSUS_BATCH_COLUMNS if is_census else ()
+
+
+def _check_batch_labels(labels: Sequence[str] | None) -> list[str] | None:
+    if labels is None:
+        return None
+    names = [str(label) for label in labels]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"batch_labels must name each batch once, but has {twice[0]!r} twice; name it once.")
+    return names
 
 
 def _check_only_reference(fields: Fields, batch_labels: Sequence[str] | None) -> None:
