@@ -42,6 +42,7 @@ CENSUS_BATCH_COLUMNS = ("dataset_id", "assay", "suspension_type", "donor_id")
 """What together is a batch in the CELLxGENE Census."""
 
 DATASET_DEFAULTS: Mapping[str, Any] = {
+    "shuffle_scope": "global",
     "batch_size": 128,
     "shuffle_chunk_size": "auto",
     "io_batch_size": "auto",
