@@ -6,8 +6,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+PAGE   := shuffle_viz
+HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench viz lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -15,11 +17,15 @@ help:  ## List the targets
 demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_ARGS="--h5ad FILE" for your own
 	$(BIN)/tiledbsoma-ml demo $(DEMO_ARGS)
 
-test: $(VENV)/test.installed  ## Run the whole test suite
+test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+viz: $(PAGE)/node_modules/.package-lock.json  ## Build the page that shows how rows are shuffled: shuffle_viz/dist
+	@$(HAS_NODE) || { echo "make viz needs Node.js 20.19 or later"; exit 1; }
+	cd $(PAGE) && npm run build
 
 lint: $(VENV)/test.installed  ## Run every linter
 	$(BIN)/ruff check .
@@ -32,6 +38,7 @@ format: $(VENV)/test.installed  ## Mend what the linters can mend
 	$(BIN)/ruff format .
 
 clean:  ## Remove what the other targets made
+	rm -rf $(PAGE)/node_modules $(PAGE)/dist $(PAGE)/test-results
 	rm -rf $(VENV) demo_output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file says that its set of packages is installed; editing either list installs again.
@@ -48,3 +55,9 @@ $(VENV)/demo.installed: $(VENV)/pip.installed pyproject.toml
 $(VENV)/test.installed: $(VENV)/pip.installed pyproject.toml
 	$(PIP) --editable '.[test]' --group lint
 	@touch $@
+
+# npm writes this file last. Without Node.js the tests of the page are skipped.
+$(PAGE)/node_modules/.package-lock.json: $(PAGE)/package-lock.json
+	@if $(HAS_NODE); then \
+	  cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --no-audit --no-fund && touch node_modules/.package-lock.json; \
+	else echo "Node.js 20.19 or later is not installed: the page is neither built nor tested"; fi

@@ -71,6 +71,7 @@ LAYOUT = [
     "dataloader",
     "simulate",
     "demo",
+    "_epoch_plan",
     "cli",
 ]
 

@@ -1,12 +1,13 @@
-"""The command line, `tiledbsoma-ml demo`. It needs the extra `cli`, and imports it when it is used."""
+"""The command line, `tiledbsoma-ml …`. It needs the extra `cli`, and imports it when it is used."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
 import numpy as np
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from tiledbsoma_ml.demo import History, Task
 
 __all__ = ["build_app", "main"]
+
+MOST_SHOWN = 32
+"""Workers that `tiledbsoma-ml plan` shows without --json."""
 
 
 def main() -> None:
@@ -58,6 +62,7 @@ def build_app() -> "typer.Typer":
     )
     _add_version(app)
     _add_demo(app)
+    _add_plan(app)
     return app
 
 
@@ -163,6 +168,118 @@ def _add_demo(app: "typer.Typer") -> None:
                 output_dir=output_dir,
             )
         )
+
+
+def _add_plan(app: "typer.Typer") -> None:
+    import typer
+    from typer import Option
+
+    rows, reading = "Which rows", "How they are read"
+
+    @app.command()
+    def plan(
+        uri: Annotated[str, typer.Argument(help="A SOMA Experiment, local or on S3.", metavar="URI")],
+        as_json: Annotated[
+            bool, Option("--json", help="Print the plan as JSON, with the rows of every batch.")
+        ] = False,
+        measurement: Annotated[
+            str | None,
+            Option(help="Measurement. Without it: RNA, or the only one.", rich_help_panel=rows),
+        ] = None,
+        layer: Annotated[
+            str | None, Option(help="Layer of X. Without it: raw, or the only one.", rich_help_panel=rows)
+        ] = None,
+        obs_filter: Annotated[
+            str | None,
+            Option(metavar="FILTER", help="Which rows, as a SOMA value filter.", rich_help_panel=rows),
+        ] = None,
+        shuffle_chunk_size: Annotated[
+            str,
+            Option(metavar="ROWS", help="Neighbours that stay together, or auto.", rich_help_panel=reading),
+        ] = "64",
+        io_batch_size: Annotated[
+            str, Option(metavar="ROWS", help="Rows read together, or auto.", rich_help_panel=reading)
+        ] = "65536",
+        batch_size: Annotated[int, Option(help="Rows per mini-batch.", rich_help_panel=reading)] = 1024,
+        seed: Annotated[int, Option(help="Of the order.", rich_help_panel=reading)] = 0,
+        epoch: Annotated[int, Option(help="Which epoch, from 0.", rich_help_panel=reading)] = 0,
+        world_size: Annotated[int, Option(help="Ranks.", rich_help_panel=reading)] = 1,
+        num_workers: Annotated[
+            int, Option(help="Workers of each rank; 0: it reads itself.", rich_help_panel=reading)
+        ] = 0,
+        limit: Annotated[
+            int, Option(help="Rows that --json lists at most: those that come first.")
+        ] = 100_000,
+    ) -> None:
+        """Show which rows are read together and who yields which, without reading X.
+
+        The page `shuffle_viz` draws what `--json` prints.
+
+        **Examples**
+
+        - `tiledbsoma-ml plan lung.soma`
+        - `tiledbsoma-ml plan lung.soma --shuffle-chunk-size auto --io-batch-size auto`
+        - `tiledbsoma-ml plan lung.soma --world-size 8 --json > plan.json`
+        """
+        from tiledbsoma_ml._epoch_plan import PlanOptions, plan_epoch
+
+        with _errors_in_one_line():
+            found = plan_epoch(
+                PlanOptions(
+                    uri=uri,
+                    measurement=measurement,
+                    layer=layer,
+                    obs_filter=obs_filter,
+                    shuffle_chunk_size=_size(shuffle_chunk_size),
+                    io_batch_size=_size(io_batch_size),
+                    batch_size=batch_size,
+                    seed=seed,
+                    epoch=epoch,
+                    world_size=world_size,
+                    num_workers=num_workers,
+                    limit=limit,
+                )
+            )
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            _show_plan(found)
+
+
+def _size(text: str) -> int | str:
+    """Return the number that an option holds, or what else it holds."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    """Print a plan as tables: what is read together, and who reads and yields how much."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    sizes, predicted, settings = plan["sizes"], plan["predicted"], plan["settings"]
+    parts: list[dict[str, Any]] = plan["parts"]
+    table = Table("", "", "", box=box.SIMPLE, show_header=False)
+    table.add_row("rows", f"{plan['n_rows']:,}", f"in tiles of {plan['row_tile']:,}")
+    table.add_row(
+        "chunks", f"{sum(part['n_chunks'] for part in parts):,}", f"of {sizes['chunk_rows']:,} rows"
+    )
+    n_io_batches = sum(part["n_io_batches"] for part in parts)
+    table.add_row("IO batches", f"{n_io_batches:,}", f"of {sizes['io_batch_rows']:,} rows")
+    n_mini_batches = sum(part["n_mini_batches"] for part in parts)
+    table.add_row("mini-batches", f"{n_mini_batches:,}", f"of {settings['batch_size']:,} rows")
+    times = f"{predicted['read_amplification']:.1f}"
+    table.add_row("tiles decoded", times, "times each, in an epoch; predicted")
+    table.add_row("mixing", f"{predicted['mixing']:.2f}", "of a true shuffle; predicted")
+    console.print(table)
+    table = Table("rank", "worker", "rows", "chunks", "IO batches", "mini-batches", box=box.SIMPLE)
+    for part in parts[:MOST_SHOWN]:
+        names = ("rank", "worker", "n_rows", "n_chunks", "n_io_batches", "n_mini_batches")
+        table.add_row(*(f"{part[name]:,}" for name in names))
+    console.print(table)
+    if len(parts) > MOST_SHOWN:
+        console.print(f"and {len(parts) - MOST_SHOWN:,} more; --json lists all of them")
 
 
 @attrs.frozen(kw_only=True)

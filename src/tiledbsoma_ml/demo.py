@@ -28,7 +28,18 @@ from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment
 
-__all__ = ["History", "Task", "build_simulated", "ingest_h5ad", "load_task", "normalise", "train_classifier"]
+__all__ = [
+    "History",
+    "Task",
+    "build_simulated",
+    "choose_measurement",
+    "first_line",
+    "ingest_h5ad",
+    "load_task",
+    "normalise",
+    "open_experiment",
+    "train_classifier",
+]
 
 Say: TypeAlias = Callable[[str], None]
 """Takes a line of text on something that the user may want to know."""
@@ -126,7 +137,7 @@ def _open_h5ad(path: Path) -> anndata.AnnData:
             return anndata.read_h5ad(path, backed="r")
     except Exception as err:  # whatever h5py and anndata raise on bytes of another kind
         raise ValueError(
-            f"h5ad={str(path)!r} must be an AnnData file, and cannot be read as one ({_first_line(err)}); "
+            f"h5ad={str(path)!r} must be an AnnData file, and cannot be read as one ({first_line(err)}); "
             "write one with `adata.write_h5ad(path)`."
         ) from err
 
@@ -242,8 +253,8 @@ def load_task(
     Raises:
         ValueError: If there is nothing to learn there; the message tells why.
     """
-    with _open_experiment(uri) as experiment:
-        measurement = _choose_measurement(measurement, experiment)
+    with open_experiment(uri) as experiment:
+        measurement = choose_measurement(measurement, experiment)
         labels = _read_labels(experiment, label, obs_filter)
         if n_missing := int(labels.isna().sum()):
             say(f"{n_missing:,} of {len(labels):,} cells have no {label} and are left out")
@@ -268,19 +279,21 @@ def load_task(
 
 
 @contextmanager
-def _open_experiment(uri: str) -> Iterator[soma.Experiment]:
+def open_experiment(uri: str) -> Iterator[soma.Experiment]:
+    """Open an experiment; raise a ValueError if there is none."""
     try:
         experiment = soma.Experiment.open(uri)
     except (soma.SOMAError, TypeError, ValueError) as err:
         raise ValueError(
-            f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({_first_line(err)}); "
+            f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({first_line(err)}); "
             "check the path and your access to it."
         ) from err
     with experiment:
         yield experiment
 
 
-def _choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
+def choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
+    """Return the measurement of this name; without a name "RNA" if there is one, else the only one."""
     known: list[str] = list(experiment.ms)
     if name is None and len(known) == 1:
         return known[0]
@@ -297,7 +310,7 @@ def _read_labels(experiment: soma.Experiment, label: str, obs_filter: str | None
         obs = experiment.obs.read(column_names=["soma_joinid", label], value_filter=obs_filter).concat()
     except soma.SOMAError as err:
         raise ValueError(
-            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({_first_line(err)}); "
+            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({first_line(err)}); "
             "try one like \"assay == 'Smart-seq2' and donor_id != 'D1'\"."
         ) from err
     labels: pd.Series[Any] = obs.to_pandas().set_index("soma_joinid")[label]
@@ -325,7 +338,7 @@ def _check_classes(label: str, labels: pd.Series[Any]) -> None:
         )
 
 
-def _first_line(err: Exception) -> str:
+def first_line(err: Exception) -> str:
     """Return what an error says, without the call stack that TileDB adds."""
     return str(err).strip().partition("\n")[0].removeprefix("SOMAError: ").strip("'")
 

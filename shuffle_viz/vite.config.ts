@@ -1,0 +1,23 @@
+import react from "@vitejs/plugin-react";
+import { defineConfig, type Plugin } from "vite";
+
+/** Browsers refuse modules and `crossorigin` from file://: one classic script instead, run after the page. */
+function opensFromFile(): Plugin {
+  return {
+    name: "opens-from-file",
+    enforce: "post",
+    apply: "build",
+    transformIndexHtml: (html) =>
+      html.replace(/<script type="module" crossorigin/g, "<script defer").replace(/ crossorigin/g, ""),
+  };
+}
+
+export default defineConfig({
+  base: "./",
+  plugins: [react(), opensFromFile()],
+  build: {
+    modulePreload: false,
+    rollupOptions: { output: { format: "iife" } },
+  },
+  test: { include: ["tests/*.test.ts"] },
+} as Parameters<typeof defineConfig>[0]);

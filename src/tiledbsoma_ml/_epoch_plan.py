@@ -1,0 +1,214 @@
+"""The plan of an epoch: which rows are read together and who yields which, for `tiledbsoma-ml plan`.
+
+`docs/plan_format.md` specifies it. The page `shuffle_viz` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+import tiledbsoma as soma
+
+from tiledbsoma_ml._common import NDArrayJoinId, check_count
+from tiledbsoma_ml._plan import Plan, predicted_mixing, read_amplification
+from tiledbsoma_ml._query_ids import Partition, QueryIDs
+from tiledbsoma_ml._reader import row_tile
+from tiledbsoma_ml._reading import Reading
+from tiledbsoma_ml.dataset import ExperimentDataset
+from tiledbsoma_ml.demo import choose_measurement, first_line, open_experiment
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "PlanOptions", "plan_epoch"]
+
+FORMAT = "tiledbsoma-ml plan"
+FORMAT_VERSION = 1
+
+Json: TypeAlias = dict[str, Any]
+
+
+@attrs.frozen(kw_only=True)
+class PlanOptions:
+    """What to plan: a query, and how it is read.
+
+    Attributes:
+        uri: Where the experiment is.
+        measurement: If None, "RNA" if there is one, else the only one.
+        layer: If None, "raw" if there is one, else the only one.
+        obs_filter: Which rows, as a SOMA value filter; all if None.
+        shuffle_chunk_size: As `ExperimentDataset` has it, and so are the others.
+        io_batch_size: A number, or "auto".
+        batch_size: Rows per mini-batch.
+        seed: Of the order.
+        epoch: Which epoch.
+        world_size: Number of ranks.
+        num_workers: Workers of each rank; 0 where the training process reads.
+        limit: Rows that are listed, at most.
+    """
+
+    uri: str
+    measurement: str | None = None
+    layer: str | None = None
+    obs_filter: str | None = None
+    shuffle_chunk_size: int | str = 64
+    io_batch_size: int | str = 65_536
+    batch_size: int = 1024
+    seed: int = 0
+    epoch: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    limit: int = 100_000
+
+    def __attrs_post_init__(self) -> None:
+        check_count("epoch", self.epoch, suggestion=0, minimum=0)
+        check_count("world_size", self.world_size, suggestion=1)
+        check_count("num_workers", self.num_workers, suggestion=0, minimum=0)
+        check_count("limit", self.limit, suggestion=100_000)
+        smallest = self.world_size * max(1, self.num_workers) * self.batch_size
+        if self.limit < smallest:
+            raise ValueError(
+                f"limit={self.limit} must hold a mini-batch of every worker, {smallest} rows; try {smallest}."
+            )
+
+
+def plan_epoch(options: PlanOptions) -> Json:
+    """Return the plan of an epoch, without reading `X`.
+
+    Raises:
+        ValueError: If there is no such query, or an option breaks a rule.
+    """
+    with open_experiment(options.uri) as experiment:
+        measurement = choose_measurement(options.measurement, experiment)
+        obs_query = soma.AxisQuery(value_filter=options.obs_filter)
+        with experiment.axis_query(measurement, obs_query=obs_query) as query:
+            _check_filter(options.obs_filter, query)
+            dataset = ExperimentDataset(
+                query,
+                layer_name=options.layer,
+                batch_size=options.batch_size,
+                shuffle_chunk_size=options.shuffle_chunk_size,  # type: ignore[arg-type]  # it checks them
+                io_batch_size=options.io_batch_size,  # type: ignore[arg-type]
+                seed=options.seed,
+            )
+    assert dataset.x_locator is not None
+    with dataset.x_locator.open() as (X, _):
+        tile = row_tile(X)
+    assert isinstance(dataset._reading, Reading)
+    plan, ids = dataset._reading.plan, dataset.query_ids
+    places = [
+        Partition(rank, options.world_size, worker, max(1, options.num_workers))
+        for rank in range(options.world_size)
+        for worker in range(max(1, options.num_workers))
+    ]
+    chunk_rows, io_batch_rows, mixing = _sizes(plan, ids.partitioned(places[0]))
+    n_rows = len(ids.obs_joinids)
+    parts = [
+        _part(plan, ids.partitioned(place), options, chunk_rows, options.limit // len(places))
+        for place in places
+    ]
+    times = read_amplification(chunk_rows, io_batch_rows, tile, parts[0]["n_rows"])
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "n_rows": n_rows,
+        "row_tile": tile,
+        "settings": {
+            "uri": options.uri,
+            "measurement_name": measurement,
+            "layer_name": dataset.x_locator.layer_name,
+            "obs_filter": options.obs_filter,
+            "shuffle_chunk_size": dataset.shuffle_chunk_size,
+            "io_batch_size": dataset.io_batch_size,
+            "batch_size": dataset.batch_size,
+            "seed": options.seed,
+            "epoch": options.epoch,
+            "world_size": options.world_size,
+            "num_workers": options.num_workers,
+            "shuffle_scope": "partition",
+        },
+        "sizes": {"chunk_rows": chunk_rows, "io_batch_rows": io_batch_rows},
+        "predicted": {"mixing": mixing, "read_amplification": times},
+        "is_whole": all(_n_listed(part) == part["n_rows"] for part in parts),
+        "parts": parts,
+    }
+
+
+def _check_filter(obs_filter: str | None, query: soma.ExperimentAxisQuery) -> None:
+    try:
+        n_rows = query.n_obs
+    except soma.SOMAError as err:
+        raise ValueError(
+            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({first_line(err)}); "
+            "try one like \"assay == 'Smart-seq2' and donor_id != 'D1'\"."
+        ) from err
+    if not n_rows:
+        raise ValueError(f"obs_filter={obs_filter!r} must select cells, and selects none; loosen it.")
+
+
+def _sizes(plan: Plan, ids: QueryIDs) -> tuple[int, int, float]:
+    """Return the rows of a chunk and of an IO batch, and the mixing that is predicted for them."""
+    n_rows = max(1, len(ids.obs_joinids))
+    if isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
+        chunk, window = plan.shuffle_chunk_size, plan.io_batch_size
+    else:
+        sizes = plan.sizes(ids)
+        chunk, window = sizes.run_length, sizes.window_rows
+        if isinstance(plan.shuffle_chunk_size, int):
+            chunk = plan.shuffle_chunk_size
+            window = -(-window // chunk) * chunk
+    n_chunks = min(window, n_rows) / min(chunk, n_rows)
+    return chunk, window, 1.0 if window >= n_rows else predicted_mixing(n_chunks, plan.batch_size)
+
+
+def _part(plan: Plan, ids: QueryIDs, options: PlanOptions, chunk_rows: int, limit: int) -> Json:
+    """Return what one worker reads and yields; of chunks and IO batches, the rows that mini-batches list."""
+    order = {"seed": options.seed, "epoch": options.epoch}
+    io_batches = list(plan.id_batches(ids, **order))
+    yielded = np.concatenate([ids.obs_joinids[:0], *io_batches])
+    in_chunks = np.concatenate(
+        [ids.obs_joinids[:0], *attrs.evolve(plan, permutes=False).id_batches(ids, **order)]
+    )
+    chunks = np.split(in_chunks, _chunk_starts(plan, ids, in_chunks, chunk_rows)) if len(in_chunks) else []
+    n_listed = len(yielded) if len(yielded) <= limit else limit // plan.batch_size * plan.batch_size
+    listed = np.sort(yielded[:n_listed])
+    assert ids.partition is not None
+    return {
+        "rank": ids.partition.rank,
+        "worker": ids.partition.worker_id,
+        "n_rows": len(yielded),
+        "n_chunks": len(chunks),
+        "n_io_batches": len(io_batches),
+        "n_mini_batches": -(-len(yielded) // plan.batch_size),
+        "chunks": _pieces(chunks, listed),
+        "io_batches": _pieces(io_batches, listed),
+        "mini_batches": [
+            yielded[k : min(k + plan.batch_size, n_listed)].tolist()
+            for k in range(0, n_listed, plan.batch_size)
+        ],
+    }
+
+
+def _chunk_starts(plan: Plan, ids: QueryIDs, in_chunks: NDArrayJoinId, chunk_rows: int) -> NDArrayJoinId:
+    """Return where a chunk follows another one: they are slices of the query, or runs of the layer."""
+    if plan.shuffle_chunk_size == "auto":
+        number = in_chunks // chunk_rows
+    else:
+        by_joinid = np.argsort(ids.obs_joinids, kind="stable")
+        number = by_joinid[np.searchsorted(ids.obs_joinids, in_chunks, sorter=by_joinid)] // chunk_rows
+    return np.flatnonzero(np.diff(number)) + 1
+
+
+def _pieces(batches: Iterable[NDArrayJoinId], listed: NDArrayJoinId) -> list[Json]:
+    """Return batches that have listed rows: these rows, and how many there are in all."""
+    pieces = []
+    for batch in batches:
+        place = np.minimum(np.searchsorted(listed, batch), max(0, len(listed) - 1))
+        found = batch[listed[place] == batch] if len(listed) else batch[:0]
+        if len(found):
+            pieces.append({"n_rows": len(batch), "obs_joinids": found.tolist()})
+    return pieces
+
+
+def _n_listed(part: Json) -> int:
+    return sum(map(len, part["mini_batches"]))

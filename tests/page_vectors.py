@@ -1,0 +1,198 @@
+"""What the page `shuffle_viz` must compute as Python does: `python tests/page_vectors.py` writes it anew.
+
+The page draws orders that it computes itself. `shuffle_viz/src/golden/vectors.json` holds what Python
+computes, as hashes where it is long; the tests of the page compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml import QueryIDs
+from tiledbsoma_ml._common import seeded_rng
+from tiledbsoma_ml._plan import Layout, Plan, predicted_mixing, read_amplification
+from tiledbsoma_ml._query_ids import Partition
+
+PATH = Path(__file__).parents[1] / "shuffle_viz" / "src" / "golden" / "vectors.json"
+
+Setup: TypeAlias = dict[str, Any]
+Rows: TypeAlias = NDArray[np.int64]
+
+# Seeds on both sides of where SeedSequence takes one more word, and of what a JavaScript number holds.
+SEEDS = [0, 1, 5, 2**32 - 1, 2**32, 2**53 + 1, 2**64 + 3, 2**128 + 2**70, 2**200 + 9]
+
+BY_HAND: Setup = {
+    "rows": 8, "chunk": 2, "ioBatch": 2, "miniBatch": 1, "ranks": 2, "workers": 2,
+    "scope": "partition", "seed": 5, "epoch": 0,
+}  # fmt: skip
+"""The example of `docs/how_it_works.md`."""
+
+
+def vectors() -> dict[str, Any]:
+    """Return all that is compared."""
+    return {
+        "permutations": [permutations(seed, epoch) for seed in SEEDS for epoch in (0, 1, 2**33)],
+        "orders": [{"setup": printable(setup), **order(setup)} for setup in setups()],
+        "mixing": [
+            [n_chunks, batch_size, predicted_mixing(n_chunks, batch_size)]
+            for n_chunks in (2, 7.5, 32, 1024, 65_536)
+            for batch_size in (64, 100, 1024, 4096, 100_000)
+        ],
+        "amplification": [
+            [*sizes, read_amplification(*sizes)]
+            for sizes in [
+                (64, 65_536, 2048, 20_000_000),
+                (2048, 65_536, 2048, 20_000_000),
+                (4096, 65_536, 2048, 500_000),
+                (64, 65_536, 2048, 500_000),
+                (1, 16, 8, 64),
+                (4, 100, 8, 64),
+            ]
+        ],
+        "sizes": [
+            chosen(*case)
+            for case in [
+                (500_000, 2048, 340_000, 1024),
+                (1_000_000, 2048, 340_000, 1024),
+                (5_000_000, 2048, 340_000, 1024),
+                (5_000_000, 2048, 65_536, 64),
+                (3_000_000, 1000, 300_000, 1024),
+                (100_000, 64, 100_001, 128),
+            ]
+        ],
+    }
+
+
+def permutations(seed: int, epoch: int) -> dict[str, Any]:
+    """Return permutations drawn one after the other, hashed together."""
+    sizes = [0, 1, 2, 3, 4, 5, 17, 64, 255, 256, 257, 1023, 4097, 65_536, 70_000, 2]
+    rng = np.random.default_rng([seed, epoch])
+    drawn = [rng.permutation(size) for size in sizes]
+    return {"entropy": [str(seed), str(epoch)], "sizes": sizes, "sha256": sha256(*drawn)}
+
+
+def setups() -> Iterator[Setup]:
+    """Yield settings of all kinds: the example, small ones with many ranks and workers, and large ones."""
+    yield BY_HAND
+    yield {**BY_HAND, "epoch": 1}
+    yield {**BY_HAND, "scope": "global"}
+    rng = np.random.default_rng(0)
+    for k in range(160):
+        most = [12, 100, 3000, 70_000][(k // 2) % 4]
+        chunk = int(rng.choice([1, 2, 3, 4, 7, 64, 100])) if most > 12 else int(rng.integers(1, 4))
+        rows = int(rng.integers(1, most + 1))
+        yield {
+            "rows": rows,
+            "chunk": chunk,
+            "ioBatch": chunk * int(rng.integers(1, max(2, rows // chunk + 2))),
+            "miniBatch": int(rng.integers(1, max(2, min(rows + 2, 1500)))),
+            "ranks": int(rng.choice([1, 1, 2, 3, 8])),
+            "workers": int(rng.choice([0, 0, 1, 2, 3, 5])),
+            "scope": ["partition", "global"][k % 2],
+            "seed": SEEDS[int(rng.integers(len(SEEDS)))],
+            "epoch": int(rng.choice([0, 1, 2, 10, 2**31])),
+        }
+
+
+def printable(setup: Setup) -> Setup:
+    return {**setup, "seed": str(setup["seed"])}
+
+
+def order(setup: Setup) -> dict[str, Any]:
+    """Return what is read and yielded, rank after rank: sizes of batches, and rows."""
+    io_batches: list[Rows] = []
+    mini_batches: list[Rows] = []
+    for rank in range(setup["ranks"]):
+        read, of_workers = (read_globally if setup["scope"] == "global" else read_by_part)(setup, rank)
+        io_batches += read
+        in_turn = chain.from_iterable(zip_longest(*of_workers))
+        mini_batches += [rows for rows in in_turn if rows is not None]
+    found = {"ioBatches": digest(io_batches), "miniBatches": digest(mini_batches)}
+    return found if setup["rows"] > 8 else {**found, "rows": [rows.tolist() for rows in mini_batches]}
+
+
+def read_by_part(setup: Setup, rank: int) -> tuple[list[Rows], list[list[Rows]]]:
+    """Return the IO batches of a rank, worker after worker, and the mini-batches of each of its workers."""
+    plan = Plan(
+        shuffle_chunk_size=setup["chunk"],
+        io_batch_size=setup["ioBatch"],
+        batch_size=setup["miniBatch"],
+        permutes=True,
+    )
+    ids = QueryIDs(obs_joinids=np.arange(setup["rows"]), var_joinids=[0])
+    n_workers = max(1, setup["workers"])
+    of_workers = [
+        list(
+            plan.id_batches(
+                ids.partitioned(Partition(rank, setup["ranks"], worker, n_workers)),
+                seed=setup["seed"],
+                epoch=setup["epoch"],
+            )
+        )
+        for worker in range(n_workers)
+    ]
+    yielded = [cut(concatenated(batches), setup["miniBatch"]) for batches in of_workers]
+    return list(chain.from_iterable(of_workers)), yielded
+
+
+def read_globally(setup: Setup, rank: int) -> tuple[list[Rows], list[list[Rows]]]:
+    """Do the same where chunks of the whole query are shuffled and then dealt."""
+    rows, batch_size, ranks = np.arange(setup["rows"]), setup["miniBatch"], setup["ranks"]
+    chunks = cut(rows, setup["chunk"])
+    shuffled = seeded_rng(setup["seed"], setup["epoch"]).permutation(len(chunks))
+    dealt = np.array_split(concatenated([chunks[k] for k in shuffled.tolist()]), ranks)[rank]
+    window = max(batch_size, setup["ioBatch"] // batch_size * batch_size)
+    rng = seeded_rng(setup["seed"], setup["epoch"])
+    batches = [batch[rng.permutation(len(batch))] for batch in cut(dealt[: len(rows) // ranks], window)]
+    yielded = cut(concatenated(batches), batch_size)
+    numbers = np.array_split(np.arange(len(yielded)), max(1, setup["workers"]))
+    return batches, [[yielded[k] for k in of_worker.tolist()] for of_worker in numbers]
+
+
+def chosen(n_rows: int, row_tile: int, window_rows: int, batch_size: int) -> list[float]:
+    """Return what "auto" stands for, after what it is chosen from."""
+    plan = Plan(
+        shuffle_chunk_size="auto",
+        io_batch_size="auto",
+        batch_size=batch_size,
+        permutes=True,
+        layout=Layout(row_tile, 1.0),
+        window_bytes=window_rows,
+    )
+    sizes = plan.sizes(QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=[0]))
+    return [n_rows, row_tile, window_rows, batch_size, sizes.run_length, sizes.window_rows, sizes.mixing]
+
+
+def cut(rows: Rows, size: int) -> list[Rows]:
+    return [rows[k : k + size] for k in range(0, len(rows), size)]
+
+
+def concatenated(parts: list[Rows]) -> Rows:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+def digest(batches: list[Rows]) -> str:
+    return sha256(np.array([len(batch) for batch in batches], dtype=np.int64), *batches)
+
+
+def sha256(*arrays: Rows) -> str:
+    return hashlib.sha256(b"".join(array.astype("<i4").tobytes() for array in arrays)).hexdigest()
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Return JSON with an item a line."""
+    lists = [f'"{name}": [\n' + ",\n".join(map(json.dumps, items)) + "\n]" for name, items in found.items()]
+    return "{\n" + ",\n".join(lists) + "\n}\n"
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    PATH.write_text(as_text(vectors()))
