@@ -39,14 +39,15 @@ def test_what_is_planned_is_what_a_dataset_yields(store: Store, sizes: Any, opti
     assert plan["is_whole"]
 
 
+@pytest.mark.parametrize("scope", ["partition", "global"])
 def test_what_is_planned_for_a_rank_is_what_its_loader_yields_from_workers_in_turn(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, scope: Any
 ) -> None:
-    plan = plan_epoch(PlanOptions(uri=store.uri, **SMALL, world_size=2, num_workers=2))
+    plan = plan_epoch(PlanOptions(uri=store.uri, **SMALL, world_size=2, num_workers=2, shuffle_scope=scope))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with store.query() as query:
-        loader = experiment_dataloader(ExperimentDataset(query, **SMALL), num_workers=2)
+        loader = experiment_dataloader(ExperimentDataset(query, **SMALL, shuffle_scope=scope), num_workers=2)
     of_workers = [part["mini_batches"] for part in plan["parts"] if part["rank"] == 1]
     in_turn = [of_workers[k % 2][k // 2] for k in range(len(loader))]
     assert rows_of(in_turn) == joinids_of(loader).tolist()
@@ -65,6 +66,17 @@ def test_chunks_are_neighbours_and_io_batches_are_made_of_them(store: Store) -> 
         assert len(joinids) == io_batch["n_rows"]
         n_read += len(joinids)
     assert rows_of(part["io_batches"]) == rows_of(part["mini_batches"])
+
+
+@pytest.mark.parametrize("chunk", [8, "auto"])
+def test_in_global_scope_chunks_are_those_of_the_query(store: Store, chunk: Any) -> None:
+    options = {**SMALL, "shuffle_chunk_size": chunk, "world_size": 2, "num_workers": 2}
+    plan = plan_epoch(PlanOptions(uri=store.uri, **options, shuffle_scope="global"))
+    assert plan["settings"]["shuffle_scope"] == "global"
+    for part in plan["parts"]:
+        assert sorted(rows_of(part["chunks"])) == sorted(rows_of(part["mini_batches"]))
+        for piece in part["chunks"]:
+            assert len({joinid // plan["sizes"]["chunk_rows"] for joinid in piece["obs_joinids"]}) == 1
 
 
 def test_chunks_under_auto_are_runs_of_the_layer(store: Store) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, check_count
-from tiledbsoma_ml._plan import Plan, predicted_mixing, read_amplification
+from tiledbsoma_ml._plan import EpochPart, Plan, predicted_mixing, read_amplification
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
 from tiledbsoma_ml._reader import row_tile
 from tiledbsoma_ml._reading import Reading
@@ -44,6 +44,7 @@ class PlanOptions:
         epoch: Which epoch.
         world_size: Number of ranks.
         num_workers: Workers of each rank; 0 where the training process reads.
+        shuffle_scope: "partition" or "global".
         limit: Rows that are listed, at most.
     """
 
@@ -58,6 +59,7 @@ class PlanOptions:
     epoch: int = 0
     world_size: int = 1
     num_workers: int = 0
+    shuffle_scope: str = "partition"
     limit: int = 100_000
 
     def __attrs_post_init__(self) -> None:
@@ -90,6 +92,7 @@ def plan_epoch(options: PlanOptions) -> Json:
                 shuffle_chunk_size=options.shuffle_chunk_size,  # type: ignore[arg-type]  # it checks them
                 io_batch_size=options.io_batch_size,  # type: ignore[arg-type]
                 seed=options.seed,
+                shuffle_scope=options.shuffle_scope,  # type: ignore[arg-type]
             )
     assert dataset.x_locator is not None
     with dataset.x_locator.open() as (X, _):
@@ -101,10 +104,16 @@ def plan_epoch(options: PlanOptions) -> Json:
         for rank in range(options.world_size)
         for worker in range(max(1, options.num_workers))
     ]
-    chunk_rows, io_batch_rows, mixing = _sizes(plan, ids.partitioned(places[0]))
+    first = ids if plan.scope == "global" else ids.partitioned(places[0])
+    chunk_rows, io_batch_rows, mixing = _sizes(plan, first, options.world_size)
     n_rows = len(ids.obs_joinids)
     parts = [
-        _part(plan, ids.partitioned(place), options, chunk_rows, options.limit // len(places))
+        _part(
+            plan,
+            EpochPart(ids=ids, place=place, seed=options.seed, epoch=options.epoch),
+            chunk_rows,
+            options.limit // len(places),
+        )
         for place in places
     ]
     times = read_amplification(chunk_rows, io_batch_rows, tile, parts[0]["n_rows"])
@@ -125,7 +134,7 @@ def plan_epoch(options: PlanOptions) -> Json:
             "epoch": options.epoch,
             "world_size": options.world_size,
             "num_workers": options.num_workers,
-            "shuffle_scope": "partition",
+            "shuffle_scope": plan.scope,
         },
         "sizes": {"chunk_rows": chunk_rows, "io_batch_rows": io_batch_rows},
         "predicted": {"mixing": mixing, "read_amplification": times},
@@ -146,36 +155,42 @@ def _check_filter(obs_filter: str | None, query: soma.ExperimentAxisQuery) -> No
         raise ValueError(f"obs_filter={obs_filter!r} must select cells, and selects none; loosen it.")
 
 
-def _sizes(plan: Plan, ids: QueryIDs) -> tuple[int, int, float]:
+def _sizes(plan: Plan, ids: QueryIDs, world_size: int) -> tuple[int, int, float]:
     """Return the rows of a chunk and of an IO batch, and the mixing that is predicted for them."""
-    n_rows = max(1, len(ids.obs_joinids))
+    is_global = plan.scope == "global"
+    n_rows = max(1, len(ids.obs_joinids) // (world_size if is_global else 1))
     if isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
         chunk, window = plan.shuffle_chunk_size, plan.io_batch_size
+        if is_global:
+            window = max(plan.batch_size, window // plan.batch_size * plan.batch_size)
     else:
-        sizes = plan.sizes(ids)
+        sizes = plan.sizes(ids, world_size if is_global else 1)
         chunk, window = sizes.run_length, sizes.window_rows
         if isinstance(plan.shuffle_chunk_size, int):
             chunk = plan.shuffle_chunk_size
-            window = -(-window // chunk) * chunk
+            window = window if is_global else -(-window // chunk) * chunk
     n_chunks = min(window, n_rows) / min(chunk, n_rows)
     return chunk, window, 1.0 if window >= n_rows else predicted_mixing(n_chunks, plan.batch_size)
 
 
-def _part(plan: Plan, ids: QueryIDs, options: PlanOptions, chunk_rows: int, limit: int) -> Json:
+def _part(plan: Plan, part: EpochPart, chunk_rows: int, limit: int) -> Json:
     """Return what one worker reads and yields; of chunks and IO batches, the rows that mini-batches list."""
-    order = {"seed": options.seed, "epoch": options.epoch}
-    io_batches = list(plan.id_batches(ids, **order))
+    ids, place = part.ids, part.place
+    io_batches = list(plan.batches_of(part))
     yielded = np.concatenate([ids.obs_joinids[:0], *io_batches])
-    in_chunks = np.concatenate(
-        [ids.obs_joinids[:0], *attrs.evolve(plan, permutes=False).id_batches(ids, **order)]
-    )
+    if plan.scope == "global":
+        shuffled = plan.shuffled(part)
+        in_chunks = shuffled[np.isin(shuffled, yielded)]
+    else:
+        mine, unpermuted = ids.partitioned(place), attrs.evolve(plan, permutes=False)
+        batches = unpermuted.id_batches(mine, seed=part.seed, epoch=part.epoch)
+        ids, in_chunks = mine, np.concatenate([ids.obs_joinids[:0], *batches])
     chunks = np.split(in_chunks, _chunk_starts(plan, ids, in_chunks, chunk_rows)) if len(in_chunks) else []
     n_listed = len(yielded) if len(yielded) <= limit else limit // plan.batch_size * plan.batch_size
     listed = np.sort(yielded[:n_listed])
-    assert ids.partition is not None
     return {
-        "rank": ids.partition.rank,
-        "worker": ids.partition.worker_id,
+        "rank": place.rank,
+        "worker": place.worker_id,
         "n_rows": len(yielded),
         "n_chunks": len(chunks),
         "n_io_batches": len(io_batches),

@@ -223,6 +223,12 @@ class Plan:
                 yield found[start - begin :] if order is None else found[order[start - begin : last - begin]]
                 start = last
 
+    def shuffled(self, part: EpochPart) -> NDArrayJoinId:
+        """Return the joinids of the query with its chunks in the order of the epoch."""
+        is_sized = self.layout is not None
+        run_length = self.sizes(part.ids, part.place.world_size).run_length if is_sized else 0
+        return self._sequence(part, run_length)(0, len(part.ids.obs_joinids))
+
     def _windows(self, part: EpochPart, world_size: int, sizes: Sizes | None) -> _Windows:
         n_rows = len(part.ids.obs_joinids)
         size = rows_per_rank(n_rows, world_size, self.tail)

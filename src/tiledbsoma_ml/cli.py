@@ -207,6 +207,10 @@ def _add_plan(app: "typer.Typer") -> None:
         num_workers: Annotated[
             int, Option(help="Workers of each rank; 0: it reads itself.", rich_help_panel=reading)
         ] = 0,
+        shuffle_scope: Annotated[
+            str,
+            Option(metavar="SCOPE", help="Shuffle by partition, or global: all.", rich_help_panel=reading),
+        ] = "partition",
         limit: Annotated[
             int, Option(help="Rows that --json lists at most: those that come first.")
         ] = 100_000,
@@ -237,6 +241,7 @@ def _add_plan(app: "typer.Typer") -> None:
                     epoch=epoch,
                     world_size=world_size,
                     num_workers=num_workers,
+                    shuffle_scope=shuffle_scope,
                     limit=limit,
                 )
             )

@@ -33,10 +33,10 @@ export function readAmplification(chunk: number, ioBatch: number, tile: number, 
  * Return the mean entropy of labels in a mini-batch as a share of that in a truly random one.
  *
  * The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
- * the other. Mini-batches of fewer than 64 rows are judged by 64 that follow each other.
+ * the other. Mini-batches of fewer than 16 rows are judged by 16 that follow each other.
  */
 export function predictedMixing(nChunks: number, miniBatch: number): number {
-  const size = Math.min(Math.max(miniBatch, 64), 4096);
+  const size = Math.min(Math.max(miniBatch, 16), 4096);
   return Math.max(0, entropy(1 / (1 / nChunks + 1 / size)) / entropy(size));
 }
 
