@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import tiledbsoma as soma
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -68,6 +68,7 @@ def test_every_row_comes_once_with_its_own_values_in_equal_batches_for_every_ran
     sparse_X: bool,
     eager: bool,
 ) -> None:
+    assume(n_rows == 0 or n_rows >= world_size)
     dataset = store.dataset(
         range(n_rows),
         batch_size=batch_size,

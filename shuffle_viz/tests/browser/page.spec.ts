@@ -176,7 +176,7 @@ test("it plays, pauses, and goes step by step with the keyboard", async ({ page 
   const told = page.locator(".player output");
   const whole = await picture(page);
   await page.getByRole("button", { name: "Play" }).click();
-  await expect(told).toContainText("Mini-batch 2 of 16");
+  await expect(told).toContainText(/Mini-batch \d+ of 16/); // which one, a busy machine decides
   await page.getByRole("button", { name: "Pause" }).click();
   expect(await picture(page)).not.toBe(whole);
   await slider.focus();
