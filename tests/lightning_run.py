@@ -44,6 +44,9 @@ class Model(LightningModule):
     def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
         self._note("test", batch, batch["X"].sum())
 
+    def predict_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return batch["joinids"]
+
     def _note(self, part: str, batch: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:
         rows = batch["joinids"][~batch["is_padding"]].tolist()
         self.seen[part].append([self.trainer.current_epoch, rows, loss.item()])

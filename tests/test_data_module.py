@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from lightning_run import Model, for_the_model
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
 from tiledbsoma_ml import ExperimentDataModule, Snapshot
 
@@ -336,6 +338,40 @@ def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninte
     resumed = run(store, tmp_path, ckpt_path=str(folder / checkpoint))
     for rank, again in zip(ranks, resumed, strict=True):
         assert again["train"] == rank["train"][n_done:]
+
+
+def in_this_process(folder: Path, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_epoch_that_was_limited_to_some_batches_is_followed_by_the_next_one_after_resuming(
+    store: Store, tmp_path: Path
+) -> None:
+    def rows_of(max_epochs: int, ckpt_path: Path | None = None) -> list[Any]:
+        model, data = Model(N_VARS), make(store, transform=for_the_model)
+        trainer = in_this_process(tmp_path, max_epochs=max_epochs, limit_train_batches=3)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{max_epochs}.ckpt")
+        return [step[1] for step in model.seen["train"]]
+
+    whole = rows_of(3)
+    assert rows_of(1) == whole[:3]
+    assert rows_of(3, tmp_path / "1.ckpt") == whole[3:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_trainer_predicts_is_in_the_order_of_the_query(store: Store, tmp_path: Path) -> None:
+    data = make(store, slice(5, 104), transform=for_the_model)
+    predicted = in_this_process(tmp_path).predict(Model(N_VARS), datamodule=data)
+    assert torch.cat(predicted).tolist() == list(range(5, 105))
 
 
 # Interrupted ----------------------------------------------------------------------------------------------
