@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench docs lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -21,6 +21,9 @@ test: $(VENV)/test.installed  ## Run the whole test suite
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
+docs: $(VENV)/docs.installed  ## Build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -n -W --keep-going -b html docs docs/_build/html
+
 lint: $(VENV)/test.installed  ## Run every linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,7 +35,7 @@ format: $(VENV)/test.installed  ## Mend what the linters can mend
 	$(BIN)/ruff format .
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) demo_output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_output docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file says that its set of packages is installed; editing either list installs again.
 $(VENV)/pip.installed: constraints.txt
@@ -47,4 +50,8 @@ $(VENV)/demo.installed: $(VENV)/pip.installed pyproject.toml
 
 $(VENV)/test.installed: $(VENV)/pip.installed pyproject.toml
 	$(PIP) --editable '.[test]' --group lint
+	@touch $@
+
+$(VENV)/docs.installed: $(VENV)/pip.installed pyproject.toml
+	$(PIP) --editable '.[cli]' --group docs
 	@touch $@
