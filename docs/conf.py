@@ -19,7 +19,11 @@ import plots  # noqa: E402
 # What other tools make is put where Sphinx finds it; git ignores these folders.
 plots.write_all(DOCS / "_generated")
 shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
-shutil.copytree(ROOT / "notebooks", DOCS / "notebooks", ignore=lambda _, names: {n for n in names if not n.endswith(".ipynb")})
+shutil.copytree(
+    ROOT / "notebooks",
+    DOCS / "notebooks",
+    ignore=lambda _, names: {n for n in names if not n.endswith(".ipynb")},
+)
 _extra = DOCS / "_generated" / "extra"
 shutil.rmtree(_extra, ignore_errors=True)
 _extra.mkdir()
@@ -64,9 +68,7 @@ pygments_dark_style = "monokai"
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def fences_to_directives(
-    app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]
-) -> None:
+def fences_to_directives(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
     """Turn Markdown code in docstrings into what Sphinx takes there."""
 
     def directive(match: re.Match[str]) -> str:

@@ -70,7 +70,7 @@ class Results:
         on, data = self.content["machine"], self.content["data"]
         return (
             f"`{COMMAND}`, {self.content['date'][:10]}, {on['cores']} cores of {on['cpu']}, "
-            f"{on['memory_gib']:g} GiB, {data['rows']:,} cells × {data['genes']:,} genes, "
+            f"{on['memory_gib']:g} GiB, {data['rows']:,} cells of {data['genes']:,} genes, "
             f"{data['nnz_per_row']:g} values a cell, mini-batches of {self.content['batch_size']:,}, page "
             "cache warm."
         )
@@ -111,7 +111,7 @@ def _style(colours: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
-# Tables -------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------------
 
 
 def paths_table(results: Results) -> str:
@@ -124,7 +124,7 @@ def paths_table(results: Results) -> str:
         rows.append(
             [
                 title,
-                f"{results.cases[before]['seconds']:.0f} s" if before and results.has(before) else "–",
+                f"{results.cases[before]['seconds']:.0f} s" if before and results.has(before) else "-",
                 f"{_epoch_s(results, name):.1f} s",
                 f"{case['rows_per_s']:,.0f}",
                 f"{case['first_s']:.1f} s",
@@ -140,7 +140,7 @@ def _epoch_s(results: Results, name: str) -> float:
     return results.content["data"]["rows"] / results.cases[name]["rows_per_s"]
 
 
-# Plots --------------------------------------------------------------------------------------------------------
+# Plots ----------------------------------------------------------------------------------------------
 
 
 def draw_speed(results: Results, colours: Mapping[str, str]) -> Figure:
@@ -186,7 +186,9 @@ def _dots(
     for place, (_, kind, case) in enumerate(rows):
         axes.plot([min(values) / 1.5, case[key]], [place, place], color=colours["grid"], linewidth=1)
         axes.plot(case[key], place, MARKERS[kind], color=colours[kind], markersize=7)
-        axes.annotate(form.format(case[key]), (case[key], place), (8, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            form.format(case[key]), (case[key], place), (8, 0), textcoords="offset points", va="center"
+        )
     axes.set(xscale="log", xlabel=label, xlim=(min(values) / 1.5, max(values) * 3))
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     _plain(axes.xaxis)
@@ -214,7 +216,9 @@ def draw_budgets(results: Results, colours: Mapping[str, str]) -> Figure:
     axes.plot(*zip(*points, strict=True), "o-", color=colours["ours"], label="window in memory")
     if results.has("auto 256MiB, window on disk"):
         value = results.cases["auto 256MiB, window on disk"]["rows_per_s"]
-        axes.plot(256, value, "s", color=colours["ours"], fillstyle="none", markersize=8, label="window on disk")
+        axes.plot(
+            256, value, "s", color=colours["ours"], fillstyle="none", markersize=8, label="window on disk"
+        )
     if results.has("raw scan"):
         raw = results.cases["raw scan"]["rows_per_s"]
         axes.axhline(raw, color=colours["raw"], linestyle="--", label="TileDB alone: scan of X")
