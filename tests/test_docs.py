@@ -1,7 +1,7 @@
 """What README.md and the pages of docs/ show works: their code runs, their links lead somewhere.
 
 A page's Python blocks run one after the other, in one process, in a folder that holds `cells.soma` and
-`cells.h5ad`: simulated cells, with a column "tissue" added. Comments, which no reader of a page sees, add to it:
+`cells.h5ad`: simulated cells, with a column "tissue" added. Comments, which no reader sees, add to it:
 
     <!-- run               code of a test, at this place
     assert …
