@@ -49,6 +49,11 @@ def _epoch(name: str, *, dense: bool = False, against: str = "raw scan", **chang
     return Case(name=name, options=options, against=against, **changes)
 
 
+def _scvi(name: str, *, dense: bool = False, **changes: Any) -> Case:
+    options = {"return_sparse_X": not dense, **changes.pop("options", {})}
+    return Case(name=name, kind="scvi", options=options, against="raw scan", **changes)
+
+
 def _old(name: str, **changes: Any) -> Case:
     return replace(_epoch(name, **changes), kind="peer", peer="tiledbsoma_ml_010")
 
@@ -112,6 +117,10 @@ CASES = (
     _epoch("snapshot, chunk 64, sparse", options={"snapshot": SNAPSHOT}),
     _epoch("snapshot, single rows, sparse", options=TRUE_SHUFFLE),
     _epoch("snapshot, single rows, dense", dense=True, options=TRUE_SHUFFLE, task={"fill": True}),
+    # Batches for scVI
+    _scvi("scVI batches, snapshot, sparse", options=TRUE_SHUFFLE),
+    _scvi("scVI batches, snapshot, dense", dense=True, options=TRUE_SHUFFLE),
+    _scvi("scVI batches, SOMA, dense", dense=True, options=AUTO),
     # Planning and starting
     Case(name="plan 100M ids, chunk 64", kind="plan", task={"n_ids": N_IDS, "chunk": 64}),
     Case(name="plan 100M ids, chunk 2048", kind="plan", task={"n_ids": N_IDS, "chunk": 2048}, quick=False),
@@ -125,6 +134,12 @@ CASES = (
     _peer("protoplast", "protoplast, sequential"),
     _peer("protoplast", "protoplast, sequential, 2 workers", options={"num_workers": 2}),
     _peer("scdataset", "scDataset, backed h5ad, blocks of 64"),
+    Case(
+        name="scvi-tools TileDBDataModule, 0.1.0",
+        kind="peer",
+        peer="scvi_tools_tiledb",
+        against="raw scan",
+    ),
     _peer("scvi_tools", "scvi-tools AnnDataLoader, sparse", options={"sparse": True}),
     _peer("scvi_tools", "scvi-tools AnnDataLoader, dense", options={"sparse": False}),
 )

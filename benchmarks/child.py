@@ -61,6 +61,15 @@ class _Probe(ExperimentDataset):
         yield anonymous_bytes(), len(own)
 
 
+def scvi(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure batches for scVI, where Lightning is installed."""
+    try:
+        from scvi_epoch import scvi_epoch
+    except ImportError as err:
+        return {"status": "not installed", "why": str(err)}
+    return scvi_epoch(task)
+
+
 def create_snapshot(task: dict[str, Any]) -> dict[str, Any]:
     """Make a snapshot of all rows."""
     with Usage() as usage:
@@ -84,6 +93,7 @@ if __name__ == "__main__":
         "plan": plan,
         "start_workers": start_workers,
         "create_snapshot": create_snapshot,
+        "scvi": scvi,
         "warm": warm,
     }
     task = request()

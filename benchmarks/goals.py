@@ -161,5 +161,20 @@ GOALS = (
         at_most=300,
         unit="MiB",
     ),
+    Goal(
+        "scVI batches, snapshot, dense, against AnnDataLoader in memory",
+        _faster("scVI batches, snapshot, dense", "scvi-tools AnnDataLoader, dense"),
+        at_least=3,
+    ),
+    Goal(
+        "scVI batches, snapshot, sparse, against AnnDataLoader in memory",
+        _faster("scVI batches, snapshot, sparse", "scvi-tools AnnDataLoader, sparse"),
+        at_least=1,
+    ),
+    Goal(
+        "scVI batches, SOMA, against TileDBDataModule on 0.1.0",
+        _faster("scVI batches, SOMA, dense", "scvi-tools TileDBDataModule, 0.1.0"),
+        at_least=5,
+    ),
     Goal("mixing of datasets, auto 2GiB", _field("auto 2GiB", "mixing"), at_least=0.95, unit="of random"),
 )

@@ -35,6 +35,7 @@ SCRIPTS = {
     "scan": "raw.py",
     "start_workers": "child.py",
     "create_snapshot": "child.py",
+    "scvi": "child.py",
 }
 QUICK = {"rows": 32_768, "repetitions": 1, "peers": "none"}
 
@@ -144,7 +145,7 @@ class Bench:
                 self._pythons[peer] = peer_python(peer, self._options.envs_dir)
             except NotInstalledError as err:
                 self._not_installed[peer] = str(err)
-        if any(case.kind == "epoch" for case in cases):
+        if any(case.kind in ("epoch", "scvi") for case in cases):
             progress("kernels")
             self._compile_kernels()
         for case in cases:

@@ -29,7 +29,7 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     """
     if missing := missing_options(task["options"]):
         return {"status": "not available", "why": f"ExperimentDataset has no {', '.join(missing)} yet"}
-    kernels_s = _load_kernels(task)
+    kernels_s = load_kernels(task)
     batches: list[NDArray[np.int64]] = []
     with ExitStack() as stack:
         datasets: list[ExperimentDataset] = []
@@ -53,7 +53,7 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _load_kernels(task: dict[str, Any]) -> float:
+def load_kernels(task: dict[str, Any]) -> float:
     """Load the compiled kernels, as an import does; return how long that took."""
     if "snapshot" in task["options"]:
         snapshot = make_snapshot(task, task["options"]["snapshot"])

@@ -68,6 +68,11 @@ LAYOUT = [
     "_snapshot_reading",
     "dataset",
     "dataloader",
+    "_obs_labels",
+    "_scvi_cells",
+    "_scvi_registry",
+    "_scvi_models",
+    "scvi",
     "simulate",
     "demo",
     "cli",
@@ -152,7 +157,7 @@ def test_importing_the_package_loads_no_extra_no_compiler_and_no_command_line(of
     assert not {"lightning", "ray", "rich", "numba", "matplotlib.pyplot"} & set(of_import["all"])
     own = {name.removeprefix("tiledbsoma_ml.") for name in of_import["modules"] if "tiledbsoma_ml." in name}
     assert {"dataset", "dataloader"} <= own
-    assert not {"cli", "demo", "simulate", "_kernels"} & own
+    assert not {"cli", "demo", "scvi", "simulate", "_kernels"} & own
 
 
 def test_importing_the_package_changes_no_global_state(of_import: Any) -> None:

@@ -1,0 +1,232 @@
+"""Models of scvi-tools that were trained with a data module: loaded, and given room for new batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+MODEL_FILE = "model.pt"
+
+
+def load_scvi_model(
+    model_class: Any,
+    dir_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    prefix: str = "",
+) -> Any:
+    """Return a model that `model.save(dir_path, datamodule=…)` has saved, exactly as it was.
+
+    scvi-tools' own `load` builds the network from a few numbers that were saved beside it. It goes wrong, or
+    silently builds another network, where the model has several categorical covariates or options of the
+    network (`encode_covariates`, `use_layer_norm`, …). Here it is built from the registry and the options
+    that it was built from at first, and needs no data module.
+
+    Args:
+        model_class: `SCVI`, `SCANVI` or another class that takes a registry.
+        dir_path: Where it was saved.
+        device: Where to put it.
+        prefix: As it was given to `save`.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    saved = read_saved(dir_path, prefix)
+    attributes = saved["attr_dict"]
+    model = _build(model_class, attributes["registry_"], attributes, attributes.get("labels_"))
+    _set_attributes(model, attributes)
+    _load_weights(model, saved["model_state_dict"])
+    model.to_device(torch.device(device))
+    model.module.eval()
+    return model
+
+
+def load_query_model(
+    model_class: Any,
+    reference: Any,
+    datamodule: Any,
+    *,
+    device: str | torch.device = "cpu",
+    unfrozen: bool = False,
+    freeze_dropout: bool = False,
+    freeze_expression: bool = True,
+    freeze_decoder_first_layer: bool = True,
+    freeze_batchnorm_encoder: bool = True,
+    freeze_batchnorm_decoder: bool = False,
+    freeze_classifier: bool = True,
+) -> Any:
+    """Return a copy of a trained model with room for the new batches of a data module, to be trained on it.
+
+    This is scArches (Lotfollahi et al. 2021): only what the new batches add is trained, unless `unfrozen`.
+    Until then, cells of the old batches have the latent space that they had.
+
+    scvi-tools' own `load_query_data` adds no batches for a data module. For AnnData, where there are
+    covariates as well, it puts the weights of new batches behind those of the covariates.
+
+    Args:
+        model_class: `SCVI` or `SCANVI`.
+        reference: The trained model, or the folder where it was saved.
+        datamodule: `SCVIDataModule(query, reference=reference, unseen="extend")`.
+        device: Where to put it.
+        unfrozen: Whether to train all weights. The other options are those of `load_query_data`.
+        freeze_dropout: See there.
+        freeze_expression: See there.
+        freeze_decoder_first_layer: See there.
+        freeze_batchnorm_encoder: See there.
+        freeze_batchnorm_decoder: See there.
+        freeze_classifier: See there.
+
+    Raises:
+        ValueError: If the genes or the categories of the data module do not go on from those of the model.
+    """
+    from scvi.model.base._archesmixin import _set_params_online_update
+
+    saved = _saved_of(reference)
+    attributes = saved["attr_dict"]
+    check_fits(attributes["registry_"], datamodule.registry)
+    if datamodule.n_batch < len(_names(attributes["registry_"], "batches")):
+        raise ValueError(
+            f"the data module must know all batches of the model, but knows {datamodule.n_batch:,} only; "
+            "make it with SCVIDataModule(query, reference=model)."
+        )
+    model = _build(model_class, datamodule.registry, attributes, datamodule.labels_)
+    old = _build(model_class, attributes["registry_"], attributes, attributes.get("labels_"))
+    _load_weights(old, saved["model_state_dict"])
+    model.module.load_state_dict(_extended(old.module, model.module, old.summary_stats.n_batch))
+    model.to_device(torch.device(device))
+    model.module.eval()
+    _set_params_online_update(
+        model.module,
+        unfrozen=unfrozen,
+        freeze_dropout=freeze_dropout,
+        freeze_expression=freeze_expression,
+        freeze_decoder_first_layer=freeze_decoder_first_layer,
+        freeze_batchnorm_encoder=freeze_batchnorm_encoder,
+        freeze_batchnorm_decoder=freeze_batchnorm_decoder,
+        freeze_classifier=freeze_classifier,
+    )
+    model.is_trained_ = False
+    return model
+
+
+def read_saved(dir_path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any]:
+    """Return what `model.save` wrote: "model_state_dict", "var_names" and "attr_dict"."""
+    path = Path(dir_path) / f"{prefix}{MODEL_FILE}"
+    if not path.is_file():
+        raise ValueError(
+            f"dir_path={str(dir_path)!r} must hold a model of scvi-tools, but there is no {path.name}; "
+            "give the folder that `model.save` was given."
+        )
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return saved
+
+
+def registry_of(reference: Any) -> Mapping[str, Any]:
+    """Return the registry of a model, of the folder where one was saved, or a registry as it is."""
+    if isinstance(reference, Mapping):
+        return reference
+    if isinstance(reference, str | os.PathLike):
+        registry: Mapping[str, Any] = read_saved(reference)["attr_dict"]["registry_"]
+        return registry
+    return cast("Mapping[str, Any]", reference.registry)
+
+
+def check_fits(model: Mapping[str, Any], module: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the registries of a model and a data module have the same genes and codes.
+
+    One of them may know more batches than the other.
+    """
+    for what in ("genes", "batches", "labels"):
+        ours, theirs = _names(module, what), _names(model, what)
+        n_common = min(len(ours), len(theirs)) if what == "batches" else None
+        if ours[:n_common] != theirs[:n_common]:
+            raise ValueError(
+                f"the {what} of the data module ({len(ours):,}) must be the model's ({len(theirs):,}), in "
+                "the same order, new batches last; make it with SCVIDataModule(query, reference=model)."
+            )
+
+
+def _names(registry: Mapping[str, Any], what: str) -> list[str]:
+    state = {name: field["state_registry"] for name, field in registry["field_registries"].items()}
+    if what == "genes":
+        return list(state["X"]["column_names"])
+    if what == "batches":
+        return list(state["batch"]["categorical_mapping"])
+    labels = state["labels"]
+    return [label for label in labels["categorical_mapping"] if label != labels["unlabeled_category"]]
+
+
+class _LabelsOnly:
+    """What a semi-supervised model asks of a data module when it is built."""
+
+    def __init__(self, registry: Mapping[str, Any], labels: Any) -> None:
+        self.registry = registry
+        self.labels_ = labels
+
+
+def _saved_of(reference: Any) -> dict[str, Any]:
+    if isinstance(reference, str | os.PathLike):
+        return read_saved(reference)
+    names = [name for name in vars(reference) if name.endswith("_") and not name.endswith("__")]
+    attributes = {name: getattr(reference, name) for name in names}
+    return {"model_state_dict": reference.module.state_dict(), "attr_dict": attributes}
+
+
+def _build(model_class: Any, registry: Mapping[str, Any], attributes: Mapping[str, Any], labels: Any) -> Any:
+    """Return a model with fresh weights, built from the options of `attributes`."""
+    options = attributes["init_params_"]
+    named, others = dict(options["non_kwargs"]), options["kwargs"]
+    if "datamodule" in named:
+        named["datamodule"] = _LabelsOnly(registry, labels)
+    for extra in others.values():
+        named |= extra
+    return model_class(registry=registry, **named)
+
+
+def _set_attributes(model: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if name.endswith("_") and name not in ("init_params_", "registry_"):
+            setattr(model, name, value)
+
+
+def _load_weights(model: Any, weights: Mapping[str, Any]) -> None:
+    model.module.load_state_dict(
+        {name: value for name, value in weights.items() if name != "pyro_param_store"}
+    )
+
+
+# Room for new batches -------------------------------------------------------------------------------------
+
+
+def _extended(old: Any, new: Any, n_batch: int) -> dict[str, torch.Tensor]:
+    """Return the weights of `old` in the shapes of `new`, which knows more batches.
+
+    Where categories are inputs of a layer, those of the batches come first and those of covariates behind
+    them, so that new columns belong in between. Everywhere else batches are the end of a dimension.
+    """
+    from scvi.nn import FCLayers
+
+    weights, fresh = dict(old.state_dict()), new.state_dict()
+    layers = {name: module for name, module in old.named_modules() if isinstance(module, FCLayers)}
+    for name, target in fresh.items():
+        layer = next((layer for prefix, layer in layers.items() if name.startswith(f"{prefix}.")), None)
+        behind = 0 if layer is None else sum(layer.n_cat_list[1:])
+        weights[name] = _padded(weights[name], target, behind, n_batch)
+    return weights
+
+
+def _padded(old: torch.Tensor, new: torch.Tensor, behind: int, n_batch: int) -> torch.Tensor:
+    """Return `old` in the shape of `new`, with what is new before the last `behind` places."""
+    for dim, (have, want) in enumerate(zip(old.shape, new.shape, strict=True)):
+        if have == want:
+            continue
+        place = have - behind
+        added = new.narrow(dim, place, want - have).clone()
+        if want - have > 1 and n_batch == 1:
+            added.narrow(dim, 0, 1).zero_()  # the one batch had no column: its cells stay where they were
+        old = torch.cat([old.narrow(dim, 0, place), added, old.narrow(dim, place, behind)], dim)
+    return old
