@@ -195,7 +195,7 @@ def test_where_the_window_holds_the_query_it_is_read_at_once(large: Store) -> No
 def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
     large: Store, scattered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Budget, "windows", 25_000 if scattered else 60_000)
+    monkeypatch.setattr(Budget, "windows", 25_000 if scattered else 120_000)
     rows = np.flatnonzero(np.random.default_rng(0).random(N_ROWS) < 0.3) if scattered else np.arange(N_ROWS)
     dataset = dataset_of(large, rows, batch_size=4, mixing=0.8)
     tiles = []

@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_experiment_is_left_alone(tmp_path: Path) -> None:
     folder = Path(build_simulated(tmp_path / "elsewhere", 20, 10, seed=0, say=print)).name
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="exists and is not an experiment; choose another --output-dir"):
+    with pytest.raises(ValueError, match="exists and is not an experiment; choose another folder"):
         build_simulated(tmp_path, 20, 10, seed=0, say=print)
     assert (tmp_path / folder / "thesis.txt").read_text() == "precious"
 

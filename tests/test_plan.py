@@ -161,8 +161,8 @@ def test_more_chunks_in_a_window_never_mix_worse_and_never_better_than_at_random
     assert more <= 1 + 1e-9
 
 
-def test_mini_batches_of_few_rows_are_judged_by_64_that_follow_each_other() -> None:
-    assert {predicted_mixing(32, batch_size) for batch_size in (1, 2, 64)} == {predicted_mixing(32, 64)}
+def test_mini_batches_of_few_rows_are_judged_by_16_that_follow_each_other() -> None:
+    assert {predicted_mixing(32, batch_size) for batch_size in (1, 2, 16)} == {predicted_mixing(32, 16)}
     assert 0 == predicted_mixing(1, 2) < predicted_mixing(32, 2) < 1
 
 

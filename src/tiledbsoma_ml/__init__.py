@@ -11,13 +11,17 @@ from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
 if TYPE_CHECKING:
+    from tiledbsoma_ml.data_module import ExperimentDataModule
+    from tiledbsoma_ml.ray_train import RayTrainRunner
     from tiledbsoma_ml.scvi import SCVIDataModule
 
 __version__ = version("tiledbsoma-ml")
 
 __all__ = [
+    "ExperimentDataModule",
     "ExperimentDataset",
     "QueryIDs",
+    "RayTrainRunner",
     "SCVIDataModule",
     "ShuffleMode",
     "Snapshot",
@@ -26,7 +30,11 @@ __all__ = [
 ]
 
 # What needs an extra is imported when it is asked for.
-_ON_FIRST_USE = {"SCVIDataModule": "scvi"}
+_ON_FIRST_USE = {
+    "ExperimentDataModule": "data_module",
+    "RayTrainRunner": "ray_train",
+    "SCVIDataModule": "scvi",
+}
 
 
 def __getattr__(name: str) -> Any:

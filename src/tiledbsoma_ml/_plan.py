@@ -355,9 +355,9 @@ def predicted_mixing(n_chunks: float, batch_size: int) -> float:
     The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
     the other, so that a chunk has one label. A mini-batch of `batch_size` rows drawn from a window of
     `n_chunks` chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from everywhere.
-    Few rows say little about that: 64 that follow each other are looked at where `batch_size` is smaller.
+    Few rows say little about that: 16 that follow each other are looked at where `batch_size` is smaller.
     """
-    size = min(max(batch_size, 64), 4096)
+    size = min(max(batch_size, 16), 4096)
     return max(0.0, float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)))
 
 

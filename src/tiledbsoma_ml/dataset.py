@@ -7,8 +7,6 @@ import multiprocessing.context
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from enum import StrEnum
-from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -23,10 +21,19 @@ from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_
 from tiledbsoma_ml._epoch import EpochCounter
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
+from tiledbsoma_ml._options import (
+    ShuffleMode,
+    check_mixing,
+    check_multiple,
+    check_padding,
+    check_seed,
+    check_size,
+    choose_device,
+    locate,
+)
 from tiledbsoma_ml._plan import EpochPart, Plan, Size
 from tiledbsoma_ml._quality import ShuffleQuality
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
-from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
@@ -35,37 +42,19 @@ from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
+__all__ = [
+    "DEFAULT_IO_BATCH_SIZE",
+    "DEFAULT_MEMORY_BUDGET",
+    "DEFAULT_OBS_COLUMN_NAMES",
+    "DEFAULT_SHUFFLE_CHUNK_SIZE",
+    "ExperimentDataset",
+    "ShuffleMode",
+]
+
 DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
 DEFAULT_SHUFFLE_CHUNK_SIZE = 64
 DEFAULT_IO_BATCH_SIZE = 65536
 DEFAULT_MEMORY_BUDGET = "2GiB"
-
-
-class ShuffleMode(StrEnum):
-    """Where rows are shuffled, and how far. Strings are accepted in its place.
-
-    The device changes where the work is done, never the order: `CPU` and `GPU_IOBATCH` yield the same rows
-    in the same order.
-    """
-
-    CPU = "cpu"
-    """Chunks are shuffled, then the rows of each IO batch, before they are read."""
-
-    GPU_IOBATCH = "gpu_iobatch"
-    """The same, but each IO batch goes to the device as it is read and is permuted and made dense there."""
-
-    GPU_MINIBATCH = "gpu_minibatch"
-    """Rows are read in the order of the query; those of each mini-batch are permuted on the device."""
-
-    GPU = "gpu_iobatch"
-    """Another name of `GPU_IOBATCH`."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> ShuffleMode:
-        if isinstance(value, str) and value.lower() in {"gpu", *cls}:
-            return cls.GPU if value.lower() == "gpu" else cls(value.lower())
-        listed = ", ".join(repr(str(mode)) for mode in cls)
-        raise ValueError(f"shuffle_mode={value!r} must be one of {listed} or 'gpu'.")
 
 
 class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
@@ -164,25 +153,26 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         padding_column_name: str | None = None,
     ) -> None:
         self.batch_size = check_count("batch_size", batch_size, suggestion=128)
-        self.io_batch_size = _check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
-        self.shuffle_chunk_size = _check_size(
+        self.io_batch_size = check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
+        self.shuffle_chunk_size = check_size(
             "shuffle_chunk_size", shuffle_chunk_size, DEFAULT_SHUFFLE_CHUNK_SIZE
         )
         self.shuffle = shuffle
         self.shuffle_mode = ShuffleMode(shuffle_mode)
-        self.device = _choose_device(self.shuffle_mode, device) if shuffle or device is not None else None
-        self.seed = _check_seed(seed)
+        self.device = choose_device(self.shuffle_mode, device) if shuffle or device is not None else None
+        self.seed = check_seed(seed)
         self.return_sparse_X = return_sparse_X
         self.use_eager_fetch = use_eager_fetch
         self.shuffle_scope = check_choice("shuffle_scope", shuffle_scope, get_args(ShuffleScope))
         self.tail = check_choice("tail", tail, get_args(Tail))
-        self.padding_column_name = _check_padding(padding_column_name, tail, obs_column_names)
-        self._check_sizes()
+        self.padding_column_name = check_padding(padding_column_name, tail, obs_column_names)
+        if self._shuffles_chunks and shuffle_scope == "partition":
+            check_multiple(self.io_batch_size, self.shuffle_chunk_size)
         memory_bytes = parse_bytes("memory_budget", memory_budget)
         window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
         folder = check_window_dir(window_dir, window_bytes)
-        mixing = _check_mixing(mixing)
-        self.x_locator, ids = _locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
+        mixing = check_mixing(mixing)
+        self.x_locator, ids = locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
         self.obs_column_names = obs_column_names
         self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epoch = EpochCounter()
@@ -451,20 +441,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             n_earlier=self._reading.plan.first_mini_batch(part),
         )
 
-    def _check_sizes(self) -> None:
-        chunk, io_batch = self.shuffle_chunk_size, self.io_batch_size
-        if (
-            self._shuffles_chunks
-            and self.shuffle_scope == "partition"
-            and isinstance(chunk, int)
-            and isinstance(io_batch, int)
-            and io_batch % chunk
-        ):
-            raise ValueError(
-                f"io_batch_size={io_batch} must be a multiple of shuffle_chunk_size={chunk}; "
-                f"try {-(-io_batch // chunk) * chunk}."
-            )
-
     @property
     def _shuffles_chunks(self) -> bool:
         return self.shuffle and self.shuffle_mode is not ShuffleMode.GPU_MINIBATCH
@@ -548,74 +524,3 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         finally:
             self._rank_and_world_size = self._resume = None
             self._epoch.take()
-
-
-def _locate(
-    query: soma.ExperimentAxisQuery | None,
-    layer_name: str | None,
-    x_locator: XLocator | None,
-    query_ids: QueryIDs | None,
-    obs_column_names: Sequence[str],
-    snapshot: object,
-) -> tuple[XLocator | None, QueryIDs | None]:
-    """Return where the layer is and which rows and columns are wanted, as far as a snapshot need not say."""
-    if query is not None and x_locator is None and query_ids is None:
-        locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
-        check_obs_column_names(obs_column_names, query.experiment.obs)
-        return locator, QueryIDs.create(query)
-    if query is None and layer_name is None and x_locator is not None and query_ids is not None:
-        with x_locator.open() as (_, obs):
-            check_obs_column_names(obs_column_names, obs)
-        return x_locator, query_ids
-    if query is None and x_locator is None and snapshot is not None:
-        return None, query_ids
-    given = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "query_ids": query_ids}
-    listed = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
-    raise ValueError(
-        "either query (and layer_name), or both x_locator and query_ids must be given, "
-        f"not {listed}; try ExperimentDataset(query, layer_name='raw')."
-    )
-
-
-def _check_size(name: str, value: object, suggestion: int) -> Size:
-    if isinstance(value, str):
-        if value != "auto":
-            raise ValueError(f"{name}={value!r} must be a positive integer or 'auto'; try 'auto'.")
-        return "auto"
-    return check_count(name, value, suggestion)
-
-
-def _check_padding(name: str | None, tail: Tail, obs_column_names: Sequence[str]) -> str | None:
-    if name is not None and tail != "pad":
-        raise ValueError(f"padding_column_name={name!r} needs rows that are repeated; add tail='pad'.")
-    if name is not None and name in obs_column_names:
-        raise ValueError(
-            f"padding_column_name={name!r} must not be one of obs_column_names; try 'is_padding'."
-        )
-    return name
-
-
-def _check_mixing(mixing: object) -> float | None:
-    if mixing is None:
-        return None
-    if isinstance(mixing, bool) or not isinstance(mixing, Real):
-        raise TypeError(f"mixing={mixing!r} must be a number from 0.8 to 1, or None; try 0.95.")
-    share = float(mixing)
-    if not 0.8 <= share <= 1:
-        raise ValueError(f"mixing={mixing!r} must lie from 0.8 to 1; try 0.95.")
-    return share
-
-
-def _check_seed(seed: int | None) -> int | None:
-    return None if seed is None else check_count("seed", seed, suggestion=42, minimum=0)
-
-
-def _choose_device(mode: ShuffleMode, device: torch.device | str | None) -> torch.device | None:
-    if device is not None or mode is ShuffleMode.CPU:
-        return None if device is None else torch.device(device)
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"device=None with shuffle_mode={str(mode)!r} must name a device where CUDA is not available; "
-            "try device='cpu'."
-        )
-    return torch.device("cuda", torch.cuda.current_device())

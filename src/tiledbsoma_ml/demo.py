@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import anndata
 import attrs
@@ -24,14 +20,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml._common import check_name
+from tiledbsoma_ml._h5ad import Say, build_once, clean, fingerprint, first_line, is_categorical, open_h5ad
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment
 
 __all__ = ["History", "Task", "build_simulated", "ingest_h5ad", "load_task", "normalise", "train_classifier"]
-
-Say: TypeAlias = Callable[[str], None]
-"""Takes a line of text on something that the user may want to know."""
 
 # Names under which h5ad files keep their classes, most telling first.
 _LABEL_NAMES = ("cell_type", "celltype", "label", "cluster", "leiden", "louvain")
@@ -90,8 +84,8 @@ class History:
 
 def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, say: Say) -> str:
     """Return the URI of an experiment in `output_dir` with the cells of `simulate_cells`."""
-    folder = output_dir.absolute() / f"simulated-{_fingerprint(n_cells, n_genes, seed)}.soma"
-    _build_once(folder, lambda uri: simulate_experiment(uri, n_cells, n_genes, seed), say)
+    folder = output_dir.absolute() / f"simulated-{fingerprint(n_cells, n_genes, seed)}.soma"
+    build_once(folder, lambda uri: simulate_experiment(uri, n_cells, n_genes, seed), say)
     return str(folder)
 
 
@@ -101,39 +95,24 @@ def ingest_h5ad(path: Path, label: str | None, output_dir: Path, say: Say) -> tu
     Raises:
         ValueError: If it is no h5ad file, has no such label, or no numbers to learn from.
     """
-    adata = _open_h5ad(path)
+    adata = open_h5ad(path)
     try:
         if label is None:
             label = _guess_label(adata.obs)
             say(f"no --label was given: learning {label!r}, the most telling column of obs")
         check_name("label", label, adata.obs.columns, of="a column of obs")
         stat = path.stat()
-        made_of = _fingerprint(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        made_of = fingerprint(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
         folder = output_dir.absolute() / f"{path.stem}-{made_of}.soma"
-        _build_once(folder, lambda uri: _write_experiment(uri, adata.to_memory(), say), say)
+        build_once(folder, lambda uri: _write_experiment(uri, adata.to_memory(), say), say)
     finally:
         adata.file.close()
     return str(folder), label
 
 
-def _open_h5ad(path: Path) -> anndata.AnnData:
-    """Open an h5ad file: `obs` is read, the matrices are not yet."""
-    if not path.is_file():
-        raise ValueError(f"h5ad={str(path)!r} must be an existing file; check the path.")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* names are not unique", category=UserWarning)
-            return anndata.read_h5ad(path, backed="r")
-    except Exception as err:  # whatever h5py and anndata raise on bytes of another kind
-        raise ValueError(
-            f"h5ad={str(path)!r} must be an AnnData file, and cannot be read as one ({_first_line(err)}); "
-            "write one with `adata.write_h5ad(path)`."
-        ) from err
-
-
 def _guess_label(obs: pd.DataFrame) -> str:
     """Return the first of `_LABEL_NAMES` that holds classes, else the only column that does."""
-    n_values = {str(name): column.nunique() for name, column in obs.items() if _is_categorical(column)}
+    n_values = {str(name): column.nunique() for name, column in obs.items() if is_categorical(column)}
     usable = [name for name, n in n_values.items() if 2 <= n <= _MAX_GUESSED_CLASSES]
     for name in [*_LABEL_NAMES, *(usable if len(usable) == 1 else [])]:
         if name in usable:
@@ -142,18 +121,11 @@ def _guess_label(obs: pd.DataFrame) -> str:
     raise ValueError(f"the column of obs to learn must be named with --label; categorical are: {listed}.")
 
 
-def _is_categorical(column: pd.Series[Any]) -> bool:
-    """Whether a column holds classes, kept as a pandas categorical, as strings or as true and false."""
-    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
-    kinds = {"string", "boolean", "integer", "empty"} if values is not column else {"string", "boolean"}
-    return pd.api.types.infer_dtype(values, skipna=True) in kinds
-
-
 def _write_experiment(uri: str, adata: anndata.AnnData, say: Say) -> None:
     """Write counts, `obs` and `var` to a new experiment, and nothing else that the file may hold."""
     X, var = _find_counts(adata, say)
-    clean = anndata.AnnData(X=X, obs=_clean(adata.obs), var=_clean(var))
-    tiledbsoma.io.from_anndata(uri, clean, "RNA", X_layer_name="raw")
+    counts = anndata.AnnData(X=X, obs=clean(adata.obs), var=clean(var))
+    tiledbsoma.io.from_anndata(uri, counts, "RNA", X_layer_name="raw")
 
 
 def _find_counts(adata: anndata.AnnData, say: Say) -> tuple[sp.csr_matrix, pd.DataFrame]:
@@ -172,43 +144,6 @@ def _find_counts(adata: anndata.AnnData, say: Say) -> tuple[sp.csr_matrix, pd.Da
         )
     say("no counts found in X, layers['counts'] or raw.X: X is taken as it is")
     return matrices[0]
-
-
-def _clean(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the columns that SOMA can hold, under unique row names."""
-    names = frame.index.astype(str)
-    if not names.is_unique:
-        names = pd.Index([f"{name}-{i}" for i, name in enumerate(names)])
-    kept = {
-        str(name): column.array
-        for name, column in frame.items()
-        if not str(name).startswith("soma_")
-        and (_is_categorical(column) or pd.api.types.is_numeric_dtype(column))
-    }
-    return pd.DataFrame(kept, index=names.rename(None))
-
-
-def _build_once(folder: Path, build: Callable[[str], None], say: Say) -> None:
-    """Let `build` write the experiment `folder`, unless it is there already.
-
-    It is written beside its place and moved there when it is complete: what has this name is complete, and
-    nothing that exists is changed or deleted.
-    """
-    if soma.Experiment.exists(str(folder)):
-        say(f"using the experiment built before: {folder}")
-        return
-    if folder.exists():
-        raise ValueError(f"{folder} exists and is not an experiment; choose another --output-dir.")
-    say(f"building the experiment {folder}")
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as building:
-        unfinished = Path(building) / folder.name
-        build(str(unfinished))
-        unfinished.rename(folder)
-
-
-def _fingerprint(*parts: object) -> str:
-    """Return eight letters that differ where the parts, or versions of this package, differ."""
-    return hashlib.blake2b(repr((*parts, version("tiledbsoma-ml"))).encode(), digest_size=4).hexdigest()
 
 
 # The query --------------------------------------------------------------------------------------------
@@ -273,7 +208,7 @@ def _open_experiment(uri: str) -> Iterator[soma.Experiment]:
         experiment = soma.Experiment.open(uri)
     except (soma.SOMAError, TypeError, ValueError) as err:
         raise ValueError(
-            f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({_first_line(err)}); "
+            f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({first_line(err)}); "
             "check the path and your access to it."
         ) from err
     with experiment:
@@ -297,7 +232,7 @@ def _read_labels(experiment: soma.Experiment, label: str, obs_filter: str | None
         obs = experiment.obs.read(column_names=["soma_joinid", label], value_filter=obs_filter).concat()
     except soma.SOMAError as err:
         raise ValueError(
-            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({_first_line(err)}); "
+            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({first_line(err)}); "
             "try one like \"assay == 'Smart-seq2' and donor_id != 'D1'\"."
         ) from err
     labels: pd.Series[Any] = obs.to_pandas().set_index("soma_joinid")[label]
@@ -323,11 +258,6 @@ def _check_classes(label: str, labels: pd.Series[Any]) -> None:
             f"label={label!r} must have classes of several cells, and has {n_classes:,} values in "
             f"{n_cells:,} cells; choose another column."
         )
-
-
-def _first_line(err: Exception) -> str:
-    """Return what an error says, without the call stack that TileDB adds."""
-    return str(err).strip().partition("\n")[0].removeprefix("SOMAError: ").strip("'")
 
 
 # Training ---------------------------------------------------------------------------------------------

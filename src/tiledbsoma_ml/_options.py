@@ -1,0 +1,130 @@
+"""What `ExperimentDataset` takes, checked where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from numbers import Real
+
+import tiledbsoma as soma
+import torch
+
+from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._plan import Size
+from tiledbsoma_ml._query_ids import QueryIDs, Tail
+from tiledbsoma_ml._reader import check_obs_column_names
+from tiledbsoma_ml.x_locator import XLocator
+
+
+class ShuffleMode(StrEnum):
+    """Where rows are shuffled, and how far. Strings are accepted in its place.
+
+    The device changes where the work is done, never the order: `CPU` and `GPU_IOBATCH` yield the same rows
+    in the same order.
+    """
+
+    CPU = "cpu"
+    """Chunks are shuffled, then the rows of each IO batch, before they are read."""
+
+    GPU_IOBATCH = "gpu_iobatch"
+    """The same, but each IO batch goes to the device as it is read and is permuted and made dense there."""
+
+    GPU_MINIBATCH = "gpu_minibatch"
+    """Rows are read in the order of the query; those of each mini-batch are permuted on the device."""
+
+    GPU = "gpu_iobatch"
+    """Another name of `GPU_IOBATCH`."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> ShuffleMode:
+        if isinstance(value, str) and value.lower() in {"gpu", *cls}:
+            return cls.GPU if value.lower() == "gpu" else cls(value.lower())
+        listed = ", ".join(repr(str(mode)) for mode in cls)
+        raise ValueError(f"shuffle_mode={value!r} must be one of {listed} or 'gpu'.")
+
+
+def locate(
+    query: soma.ExperimentAxisQuery | None,
+    layer_name: str | None,
+    x_locator: XLocator | None,
+    query_ids: QueryIDs | None,
+    obs_column_names: Sequence[str],
+    snapshot: object,
+) -> tuple[XLocator | None, QueryIDs | None]:
+    """Return where the layer is and which rows and columns are wanted, as far as a snapshot need not say."""
+    if query is not None and x_locator is None and query_ids is None:
+        locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
+        check_obs_column_names(obs_column_names, query.experiment.obs)
+        return locator, QueryIDs.create(query)
+    if query is None and layer_name is None and x_locator is not None and query_ids is not None:
+        with x_locator.open() as (_, obs):
+            check_obs_column_names(obs_column_names, obs)
+        return x_locator, query_ids
+    if query is None and x_locator is None and snapshot is not None:
+        return None, query_ids
+    given = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "query_ids": query_ids}
+    listed = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
+    raise ValueError(
+        "either query (and layer_name), or both x_locator and query_ids must be given, "
+        f"not {listed}; try ExperimentDataset(query, layer_name='raw')."
+    )
+
+
+def check_size(name: str, value: object, suggestion: int) -> Size:
+    """Return a number of rows, or "auto"."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{name}={value!r} must be a positive integer or 'auto'; try 'auto'.")
+        return "auto"
+    return check_count(name, value, suggestion)
+
+
+def check_multiple(io_batch_size: Size, shuffle_chunk_size: Size) -> None:
+    """Raise a ValueError unless an IO batch holds whole chunks, where both sizes are given."""
+    if isinstance(io_batch_size, str) or isinstance(shuffle_chunk_size, str):
+        return
+    if io_batch_size % shuffle_chunk_size:
+        raise ValueError(
+            f"io_batch_size={io_batch_size} must be a multiple of shuffle_chunk_size={shuffle_chunk_size}; "
+            f"try {-(-io_batch_size // shuffle_chunk_size) * shuffle_chunk_size}."
+        )
+
+
+def check_padding(name: str | None, tail: Tail, obs_column_names: Sequence[str]) -> str | None:
+    """Return the name of the column that marks padding, if there may be one."""
+    if name is not None and tail != "pad":
+        raise ValueError(f"padding_column_name={name!r} needs rows that are repeated; add tail='pad'.")
+    if name is not None and name in obs_column_names:
+        raise ValueError(
+            f"padding_column_name={name!r} must not be one of obs_column_names; try 'is_padding'."
+        )
+    return name
+
+
+def check_mixing(mixing: object) -> float | None:
+    """Return a share from 0.8 to 1, or None."""
+    if mixing is None:
+        return None
+    if isinstance(mixing, bool) or not isinstance(mixing, Real):
+        raise TypeError(f"mixing={mixing!r} must be a number from 0.8 to 1, or None; try 0.95.")
+    share = float(mixing)
+    if not 0.8 <= share <= 1:
+        raise ValueError(f"mixing={mixing!r} must lie from 0.8 to 1; try 0.95.")
+    return share
+
+
+def check_seed(seed: int | None) -> int | None:
+    """Return a seed, or None."""
+    return None if seed is None else check_count("seed", seed, suggestion=42, minimum=0)
+
+
+def choose_device(mode: ShuffleMode, device: torch.device | str | None) -> torch.device | None:
+    """Return the device that is given, or that a mode needs."""
+    if device is not None or mode is ShuffleMode.CPU:
+        return None if device is None else torch.device(device)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device=None with shuffle_mode={str(mode)!r} must name a device where CUDA is not available; "
+            "try device='cpu'."
+        )
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,239 @@
+"""`ExperimentDataModule`: the parts of a query for a Lightning `Trainer`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import pandas as pd
+import tiledbsoma as soma
+import torch
+from scipy import sparse
+
+from tiledbsoma_ml._common import MiniBatch, check_count
+from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size
+from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._reader import ObsColumns, check_obs_column_names
+from tiledbsoma_ml._snapshot_reading import SnapshotReading
+from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
+from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset
+from tiledbsoma_ml.snapshot import Snapshot
+
+try:
+    from lightning.pytorch import LightningDataModule
+except ImportError as err:
+    raise ImportError(
+        "ExperimentDataModule needs Lightning; run `pip install 'tiledbsoma-ml[lightning]'`."
+    ) from err
+
+__all__ = ["PADDING_COLUMN_NAME", "ExperimentDataModule", "Transform"]
+
+Transform: TypeAlias = Callable[[Any], Any]
+"""Takes a batch and returns a batch."""
+
+PADDING_COLUMN_NAME = "is_padding"
+"""Column of `obs` that is true for rows of evaluation batches that repeat others: not to be counted."""
+
+
+class ExperimentDataModule(LightningDataModule):
+    """Train, validation, test and predict loaders over the rows of a query, for a Lightning `Trainer`.
+
+    ```python
+    with tiledbsoma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
+        data = ExperimentDataModule(query, obs_column_names=["cell_type"], batch_size=1024, seed=1)
+    Trainer(strategy="ddp", devices=2).fit(model, datamodule=data)
+    ```
+
+    A batch is `(X, obs)`: `X` a `torch.Tensor` of shape (rows, n_vars), dense or (with
+    `return_sparse_X=True`) `torch.sparse_csr`, which Lightning moves to the device of the model; `obs` a
+    `DataFrame`, which stays where it is. `transform` makes of it what the model takes, labels as tensors
+    above all.
+
+    The split depends on the query, the sizes and the seed: not on the epoch, the number of ranks or of
+    workers.
+
+    - Train: shuffled anew every epoch; every rank has the same number of steps. A checkpoint of Lightning,
+      within an epoch or at its end, holds the place in the order; a resumed run goes on with the next batch.
+    - Validation and test: in the order of the query, rank after rank. So that all ranks have the same number
+      of steps, the last rows are repeated where the ranks do not divide them, and "is_padding" in `obs` is
+      true for those repeats: leave them out, and every row is counted once.
+    - Predict: all rows of the query, in its order, with the same marks. With several ranks, each has a
+      contiguous piece, rank after rank.
+
+    In these three, `obs` has "soma_joinid" and "is_padding" beside the columns asked for.
+
+    Args:
+        query: As for `ExperimentDataset`, whose options all others are.
+        layer_name: Layer of `X`.
+        train_size: Share of the rows.
+        val_size: Share of the rows; 0 for no validation.
+        test_size: Share of the rows; 0 for none. The three sum to 1.
+        seed: Of the split, and of the order of training batches. Every rank must have the same one.
+        snapshot: See `ExperimentDataset`. It holds the whole query; its parts are read from it.
+        batch_size: Rows per batch, on each rank.
+        transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs
+            in the training process, before the batch is moved.
+        device_transform: Takes what `transform` returned, when it is on the device.
+        loader_options: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one
+            worker at most, because several would mix the order.
+        dataset_options: For `ExperimentDataset`. `shuffle` is that of training batches.
+
+    Raises:
+        ValueError: If a size breaks its rule, or a part that was asked for is empty.
+    """
+
+    def __init__(
+        self,
+        query: soma.ExperimentAxisQuery | None = None,
+        layer_name: str | None = None,
+        *,
+        train_size: float = 0.8,
+        val_size: float = 0.1,
+        test_size: float = 0.1,
+        seed: int = 0,
+        snapshot: Snapshot | str | os.PathLike[str] | bool | None = None,
+        batch_size: int = 128,
+        transform: Transform | None = None,
+        device_transform: Transform | None = None,
+        loader_options: Mapping[str, Any] | None = None,
+        obs_column_names: Sequence[str] = DEFAULT_OBS_COLUMN_NAMES,
+        **dataset_options: Any,
+    ) -> None:
+        super().__init__()
+        seed = check_count("seed", seed, suggestion=0, minimum=0)
+        options = {"seed": seed, "batch_size": batch_size, "shuffle_scope": "global", **dataset_options}
+        train = ExperimentDataset(
+            query, layer_name, obs_column_names=obs_column_names, snapshot=snapshot, **options
+        )
+        self._reading = train._reading
+        self._predict = ExperimentDataset(
+            query,
+            layer_name,
+            obs_column_names=list(dict.fromkeys([*obs_column_names, "soma_joinid"])),
+            snapshot=self._reading.path if isinstance(self._reading, SnapshotReading) else None,
+            **options | {"shuffle": False, "tail": "pad", "padding_column_name": PADDING_COLUMN_NAME},
+        )
+        self.query_ids = train.query_ids
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        self.train_ids, self.val_ids, self.test_ids = _split(self.query_ids, sizes, seed)
+        self._train = train._over(self.train_ids)
+        self._val, self._test = self._predict._over(self.val_ids), self._predict._over(self.test_ids)
+        self._transform = transform
+        self._device_transform = device_transform
+        self._loader_options = dict(loader_options or {})
+        self._train_loader: ExperimentDataLoader | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    @property
+    def n_vars(self) -> int:
+        """Number of columns of `X`."""
+        return len(self.query_ids.var_joinids)
+
+    def read_obs(self, column_names: Sequence[str]) -> pd.DataFrame:
+        """Return columns of `obs` for all rows of the query, in its order: its labels, for instance."""
+        rows, locator = self.query_ids.obs_joinids, self._predict.x_locator
+        if locator is None:
+            return self._snapshot().reader(rows, None, column_names).obs(rows)
+        with locator.open() as (_, obs):
+            check_obs_column_names(column_names, obs)
+            return ObsColumns.read(obs, column_names, rows).take(rows)
+
+    def read_var(self, column_names: Sequence[str]) -> pd.DataFrame:
+        """Return columns of `var` for the columns of `X`, in their order: names of genes, for instance."""
+        columns, locator = self.query_ids.var_joinids, self._predict.x_locator
+        if locator is None:
+            return self._snapshot().var.set_index("soma_joinid", drop=False).loc[columns, list(column_names)]
+        with locator._open_experiment(locator.tiledb_config) as experiment:
+            var = experiment.ms[locator.measurement_name].var
+            return ObsColumns.read(var, column_names, columns).take(columns)
+
+    def _snapshot(self) -> Snapshot:
+        assert isinstance(self._reading, SnapshotReading)
+        return self._reading.prepare()
+
+    # Loaders ----------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> ExperimentDataLoader:
+        """Return the loader of the train part."""
+        state, self._resumed = self._resumed, None
+        if state is not None and self.trainer is not None and not self.trainer.fit_loop.restarting:
+            # To Lightning the epoch was over, if only because it was limited to fewer batches than there are.
+            self._train.set_epoch(state["epoch"] + bool(state["n_yielded"]))
+        self._train_loader = self._loader(self._train, "train_size")
+        return self._train_loader
+
+    def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
+        """Return the loader of the validation part; none, as an empty list, if its size is 0."""
+        return self._loader(self._val, "val_size") if len(self.val_ids.obs_joinids) else []
+
+    def test_dataloader(self) -> ExperimentDataLoader:
+        """Return the loader of the test part."""
+        return self._loader(self._test, "test_size")
+
+    def predict_dataloader(self) -> ExperimentDataLoader:
+        """Return the loader of all rows, in the order of the query."""
+        n_workers = min(self._loader_options.get("num_workers", 0), 1)
+        return self._loader(self._predict, "query", num_workers=n_workers)
+
+    def _loader(self, dataset: ExperimentDataset, part: str, **options: Any) -> ExperimentDataLoader:
+        if isinstance(self._reading, SnapshotReading):
+            self._snapshot()
+        loader = experiment_dataloader(dataset, **{**self._loader_options, **options})
+        if not len(loader):
+            n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), get_distributed_rank_and_world_size()
+            raise ValueError(
+                f"{part} must give each of {n_ranks} ranks at least one row, and gives {n_rows} rows in all; "
+                "make it larger, select more rows or take fewer ranks."
+            )
+        return loader
+
+    # Resuming ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where training stands, for a checkpoint; the same on every rank."""
+        return (self._train_loader or self._train).state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where training stood; see `ExperimentDataset.load_state_dict`."""
+        self._train.load_state_dict(state_dict)
+        self._resumed = state_dict
+
+    # Batches ----------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Any:
+        """Return what goes to the device; Lightning calls it in the training process."""
+        X, obs = batch
+        transformed = (_as_tensor(X), obs)
+        return transformed if self._transform is None else self._transform(transformed)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return what goes to the model, made on the device; called by Lightning."""
+        return batch if self._device_transform is None else self._device_transform(batch)
+
+
+def _split(ids: QueryIDs, sizes: Mapping[str, float], seed: int) -> tuple[QueryIDs, ...]:
+    """Return the parts of the rows, of the same sizes for every seed."""
+    listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    try:
+        parts = ids.random_split(*sizes.values(), seed=seed, method="deterministic")
+    except ValueError as err:
+        raise ValueError(
+            f"{listed} must be shares from 0 to 1 that sum to 1; "
+            "try train_size=0.8, val_size=0.1, test_size=0.1."
+        ) from err
+    for (name, size), part in zip(sizes.items(), parts, strict=True):
+        if size and not len(part.obs_joinids):
+            raise ValueError(
+                f"{name}={size} must give at least one row, and gives none of {len(ids.obs_joinids)}; "
+                f"make it larger, select more rows, or set {name}=0 and add its share to another."
+            )
+    return parts
+
+
+def _as_tensor(X: Any) -> torch.Tensor:
+    """Return `X` as a tensor of two dimensions; a dense one shares its memory."""
+    if isinstance(X, sparse.csr_matrix):
+        return torch.sparse_csr_tensor(X.indptr, X.indices, X.data, size=X.shape, check_invariants=False)
+    tensor = torch.as_tensor(X)
+    return tensor if tensor.ndim == 2 else tensor.view(1, -1)

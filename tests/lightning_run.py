@@ -1,0 +1,113 @@
+"""A run of Lightning for `test_data_module.py`, in processes of its own: each rank writes what it did.
+
+    python lightning_run.py '{"uri": …, "out": …}'
+
+With `strategy="ddp"` Lightning starts this file again for every further rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiledbsoma as soma
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tiledbsoma_ml import ExperimentDataModule
+
+
+class Model(LightningModule):
+    """A linear model that writes down which rows it was given, and its losses."""
+
+    def __init__(self, n_vars: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(n_vars, 2)
+        self.seen: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
+
+    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = torch.nn.functional.cross_entropy(self.linear(batch["X"]), batch["joinids"] % 2)
+        self._note("train", batch, loss)
+        sys.stdout.write("step\n")
+        sys.stdout.flush()
+        return loss
+
+    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self._note("val", batch, batch["X"].sum())
+
+    def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
+        self._note("test", batch, batch["X"].sum())
+
+    def _note(self, part: str, batch: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:
+        rows = batch["joinids"][~batch["is_padding"]].tolist()
+        self.seen[part].append([self.trainer.current_epoch, rows, loss.item()])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def for_the_model(batch: Any) -> dict[str, torch.Tensor]:
+    """Return tensors; the `transform` of the data module."""
+    X, obs = batch
+    is_padding = obs["is_padding"].to_numpy() if "is_padding" in obs else [False] * len(obs)
+    return {
+        "X": X / 3e5,
+        "joinids": torch.tensor(obs["soma_joinid"].to_numpy()),
+        "is_padding": torch.as_tensor(is_padding),
+    }
+
+
+def main(options: Mapping[str, Any]) -> None:
+    """Fit and test as the options say."""
+    with soma.Experiment.open(options["uri"]) as experiment:
+        rows = soma.AxisQuery(coords=(slice(0, options["n_rows"] - 1),))
+        with experiment.axis_query("RNA", obs_query=rows) as query:
+            data = ExperimentDataModule(
+                query,
+                batch_size=16,
+                io_batch_size=64,
+                shuffle_chunk_size=8,
+                seed=5,
+                train_size=0.9 - options.get("val_size", 0.1),
+                val_size=options.get("val_size", 0.1),
+                transform=for_the_model,
+                loader_options={"num_workers": options.get("num_workers", 0)},
+            )
+    out = Path(options["out"])
+    seed_everything(1, verbose=False)
+    model = Model(data.n_vars)
+    checkpoints = ModelCheckpoint(
+        out, filename="{epoch}-{step}", every_n_train_steps=options["every_n_steps"], save_top_k=-1
+    )
+    at_epoch_ends = ModelCheckpoint(out, filename="end-{epoch}", every_n_epochs=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        strategy=options.get("strategy", "ddp"),
+        devices=options.get("devices", 2),
+        max_epochs=options.get("max_epochs", 3),
+        callbacks=[checkpoints, at_epoch_ends],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+    )
+    trainer.fit(model, datamodule=data, ckpt_path=options.get("ckpt_path"))
+    n_train = len(model.seen["train"])
+    trainer.test(model, datamodule=data, verbose=False)
+    predicted = [
+        [batch["joinids"].tolist(), batch["is_padding"].tolist()]
+        for batch in map(for_the_model, data.predict_dataloader())
+    ]
+    (out / f"rank{trainer.global_rank}.json").write_text(
+        json.dumps({**model.seen, "predict": predicted, "n_train": n_train, "pid": os.getpid()})
+    )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pytest
+import torch
+
+from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
+from tiledbsoma_ml import ExperimentDataModule, Snapshot
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
+]
+
+SIZES = {"train_size": 0.6, "val_size": 0.3, "test_size": 0.1}
+
+
+def make(store: Store, obs: slice | None = None, **options: Any) -> ExperimentDataModule:
+    with store.query(obs) as query:
+        return ExperimentDataModule(query, **{"batch_size": 16, "seed": 3, **options})
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
+def batches(data: ExperimentDataModule, loader: Any) -> Iterator[Any]:
+    """Yield what Lightning gives to the model, on the CPU."""
+    for mini_batch in loader:
+        yield data.on_after_batch_transfer(data.on_before_batch_transfer(mini_batch, 0), 0)
+
+
+# Parts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_are_disjoint_and_together_the_query(store: Store) -> None:
+    data = make(store, slice(10, 109), **SIZES)
+    parts = [data.train_ids.obs_joinids, data.val_ids.obs_joinids, data.test_ids.obs_joinids]
+    assert [len(part) for part in parts] == [60, 30, 10]
+    assert sorted(np.concatenate(parts)) == list(range(10, 110))
+    np.testing.assert_array_equal(data.query_ids.obs_joinids, range(10, 110))
+    assert data.n_vars == N_VARS
+
+
+def test_the_split_depends_on_the_seed_and_on_neither_rank_nor_epoch(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(store)
+    train = data.train_ids.obs_joinids
+    for _ in range(2):
+        assert sorted(joinids_of(data.train_dataloader())) == train.tolist()
+    as_rank(monkeypatch, 1, 3)
+    np.testing.assert_array_equal(make(store).train_ids.obs_joinids, train)
+    assert set(make(store, seed=4).train_ids.obs_joinids) != set(train)
+
+
+def test_training_rows_come_in_a_new_order_every_epoch_and_others_in_that_of_the_query(store: Store) -> None:
+    data = make(store)
+    loader = data.train_dataloader()
+    first, second = joinids_of(loader), joinids_of(loader)
+    assert first.tolist() != second.tolist()
+    assert sorted(first) == sorted(second) == data.train_ids.obs_joinids.tolist()
+    for loader, ids in [(data.val_dataloader(), data.val_ids), (data.test_dataloader(), data.test_ids)]:
+        for _ in range(2):
+            np.testing.assert_array_equal(joinids_of(loader), ids.obs_joinids)
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_predict_yields_all_rows_in_the_order_of_the_query_with_their_joinids(
+    store: Store, n_workers: int
+) -> None:
+    data = make(store, obs_column_names=["cell_type"], loader_options={"num_workers": n_workers})
+    loader = data.predict_dataloader()
+    np.testing.assert_array_equal(joinids_of(loader), range(N_OBS))
+    assert data.val_dataloader().num_workers == n_workers
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 50])
+def test_every_row_that_is_not_marked_as_padding_is_evaluated_once_over_all_ranks(
+    store: Store, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    counted: dict[str, list[int]] = {"val": [], "test": [], "predict": []}
+    n_steps: dict[str, set[int]] = {"val": set(), "test": set(), "predict": set()}
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        data = make(store)
+        for part in counted:
+            loader = getattr(data, f"{part}_dataloader")()
+            mini_batches = list(loader)
+            n_steps[part].add(len(mini_batches))
+            assert len(loader) == len(mini_batches)
+            for _, obs in mini_batches:
+                counted[part] += obs["soma_joinid"][~obs["is_padding"]].tolist()
+    assert {part: len(steps) for part, steps in n_steps.items()} == {"val": 1, "test": 1, "predict": 1}
+    assert counted["predict"] == list(range(N_OBS))
+    assert counted["val"] == data.val_ids.obs_joinids.tolist()
+    assert counted["test"] == data.test_ids.obs_joinids.tolist()
+
+
+def test_every_rank_has_the_same_number_of_training_steps_and_other_rows(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        loader = make(store).train_dataloader()
+        rows.append(joinids_of(loader))
+        assert len(loader) == 6
+    assert [len(own) for own in rows] == [83, 83, 83]
+    assert sorted(np.concatenate(rows)) == make(store).train_ids.obs_joinids.tolist()
+    as_rank(monkeypatch, 0, 3)
+    assert make(store).train_dataloader().dataset.shuffle_scope == "global"
+
+
+# Batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "sparse"), [(16, False), (16, True), (1, False), (1, True)])
+def test_x_is_a_tensor_of_two_dimensions(store: Store, batch_size: int, sparse: bool) -> None:
+    data = make(store, slice(0, 29), batch_size=batch_size, return_sparse_X=sparse)
+    for X, obs in batches(data, data.predict_dataloader()):
+        assert X.layout is (torch.sparse_csr if sparse else torch.strided)
+        assert X.dtype is torch.float32
+        np.testing.assert_array_equal(X.to_dense(), expected_X(obs["soma_joinid"], range(N_VARS)))
+
+
+def test_the_transforms_are_applied_one_after_the_other_in_the_training_process(store: Store) -> None:
+    pids = set()
+
+    def transform(batch: Any) -> Any:
+        pids.add(os.getpid())
+        X, obs = batch
+        return X, torch.tensor(obs["cell_type"].cat.codes.to_numpy())
+
+    def device_transform(batch: Any) -> Any:
+        X, codes = batch
+        return {"X": X.to_dense(), "codes": codes}
+
+    data = make(
+        store,
+        slice(0, 29),
+        obs_column_names=["cell_type"],
+        return_sparse_X=True,
+        transform=transform,
+        device_transform=device_transform,
+        loader_options={"num_workers": 1},
+    )
+    codes = torch.cat([batch["codes"] for batch in batches(data, data.predict_dataloader())])
+    assert codes.tolist() == [row % 3 for row in range(30)]
+    assert pids == {os.getpid()}
+
+
+def test_columns_of_obs_and_var_can_be_read_before_training(store: Store, tmp_path: Path) -> None:
+    data = make(store, slice(5, 24))
+    assert data.read_obs(["n_genes"])["n_genes"].tolist() == list(range(5, 25))
+    assert data.read_var(["feature_id"])["feature_id"].tolist() == [f"gene{j}" for j in range(N_VARS)]
+    with pytest.raises(ValueError, match=r"obs_column_names='celltype' must be .* did you mean 'cell_type'"):
+        data.read_obs(["celltype"])
+    with store.query(slice(5, 24)) as query:
+        Snapshot.create(tmp_path / "s", query, obs_column_names=["n_genes"], progress=False)
+    data = ExperimentDataModule(snapshot=Snapshot.open(tmp_path / "s"))
+    assert data.read_obs(["n_genes"])["n_genes"].tolist() == list(range(5, 25))
+    assert data.read_var(["feature_id"])["feature_id"].tolist() == [f"gene{j}" for j in range(N_VARS)]
+
+
+# Snapshots ------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_made_once_of_the_whole_query_and_gives_the_same_batches(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    streamed, mapped = make(store), make(store, snapshot=True)
+    for loader in ("val_dataloader", "train_dataloader", "predict_dataloader"):
+        np.testing.assert_array_equal(
+            joinids_of(getattr(mapped, loader)()), joinids_of(getattr(streamed, loader)())
+        )
+    [folder] = (tmp_path / "tiledbsoma_ml").glob("*.snapshot")
+    snapshot = Snapshot.open(folder)
+    assert len(snapshot) == N_OBS
+    alone = ExperimentDataModule(snapshot=snapshot, batch_size=16, seed=3)
+    np.testing.assert_array_equal(alone.train_ids.obs_joinids, streamed.train_ids.obs_joinids)
+    np.testing.assert_array_equal(joinids_of(alone.test_dataloader()), joinids_of(streamed.test_dataloader()))
+
+
+# What is refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_size": 0.5}, r"train_size=0.5, val_size=0.1, test_size=0.1 must be shares .* sum to 1"),
+        (
+            {"train_size": 1.2, "val_size": -0.3},
+            r"train_size=1.2, val_size=-0.3, test_size=0.1 must",
+        ),
+        (
+            {"train_size": 0.899, "val_size": 0.001, "test_size": 0.1},
+            r"val_size=0.001 must give at least one row, and gives none of 311; make it larger, select",
+        ),
+        ({"seed": -1}, r"seed=-1 must be an integer of at least 0"),
+    ],
+)
+def test_sizes_that_make_no_parts_are_refused(store: Store, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(store, **options)
+
+
+def test_a_seed_must_be_given_because_ranks_share_it(store: Store) -> None:
+    with pytest.raises(TypeError, match=r"seed=None must be an integer of at least 0"):
+        make(store, seed=None)
+
+
+def test_a_part_of_size_0_has_no_loader_where_lightning_allows_it(store: Store) -> None:
+    data = make(store, train_size=1.0, val_size=0, test_size=0)
+    assert data.val_dataloader() == []
+    assert sorted(joinids_of(data.train_dataloader())) == list(range(N_OBS))
+    with pytest.raises(ValueError, match=r"test_size must give each of 1 ranks .* and gives 0"):
+        data.test_dataloader()
+
+
+def test_fewer_training_rows_than_ranks_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(store, slice(0, 2), train_size=1.0, val_size=0, test_size=0)
+    as_rank(monkeypatch, 0, 4)
+    with pytest.raises(ValueError, match=r"train_size must give each of 4 ranks .* and gives 3"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("ExperimentDataModule", "lightning"), ("RayTrainRunner", "ray")]
+)
+def test_a_missing_extra_is_named_with_how_to_install_it(name: str, extra: str) -> None:
+    code = f"""
+import sys
+sys.modules[{extra!r}] = None
+import tiledbsoma_ml
+try:
+    tiledbsoma_ml.{name}
+except ImportError as err:
+    print(err)
+"""
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert f"pip install 'tiledbsoma-ml[{extra}]'" in output
+
+
+# Under a Trainer ------------------------------------------------------------------------------------------
+
+N_ROWS = 310  # 248 train, 31 validation and 31 test rows: 124 of two ranks, and 16 with one row that fills up
+STEPS = 8  # of 16 rows of 124
+
+Uninterrupted: TypeAlias = tuple[Path, list[dict[str, Any]]]
+
+
+def start_run(store: Store, out: Path, **options: Any) -> subprocess.Popen[str]:
+    out.mkdir(exist_ok=True)
+    settings = {"uri": store.uri, "out": str(out), "n_rows": N_ROWS, "every_n_steps": 3, **options}
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("lightning_run.py")), json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def run(store: Store, out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Run `lightning_run.py`, and return what each rank wrote."""
+    process = start_run(store, out, **options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "not resumable" not in output
+    return [json.loads(file.read_text()) for file in sorted(out.glob("rank*.json"))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    store: Store, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of two ranks over three epochs: where its checkpoints are, and what each rank saw."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    return out, run(store, out)
+
+
+def test_two_ranks_train_the_same_number_of_steps_on_disjoint_rows_that_are_all_rows(
+    store: Store, uninterrupted: Uninterrupted
+) -> None:
+    _, ranks = uninterrupted
+    data = make(store, slice(0, N_ROWS - 1), seed=5)
+    orders = []
+    for epoch in range(3):
+        rows = [[step[1] for step in rank["train"] if step[0] == epoch] for rank in ranks]
+        assert [len(steps) for steps in rows] == [STEPS, STEPS]
+        orders.append([row for steps in rows for step in steps for row in step])
+        assert sorted(orders[-1]) == data.train_ids.obs_joinids.tolist()
+    assert orders[0] != orders[1] != orders[2]
+    of_rank_0 = [set(order[: len(order) // 2]) for order in orders]
+    assert of_rank_0[0] != of_rank_0[1]  # the global scope deals rows anew in each epoch
+
+
+def test_two_ranks_evaluate_every_row_once(store: Store, uninterrupted: Uninterrupted) -> None:
+    _, ranks = uninterrupted
+    data = make(store, slice(0, N_ROWS - 1), seed=5)
+    for part, ids in [("val", data.val_ids), ("test", data.test_ids)]:
+        last = max(step[0] for step in ranks[0][part])
+        rows = [[step[1] for step in rank[part] if step[0] == last] for rank in ranks]
+        assert len(rows[0]) == len(rows[1])
+        assert [row for steps in rows for step in steps for row in step] == ids.obs_joinids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "n_done"),
+    [("epoch=1-step=12.ckpt", 12), ("end-epoch=1.ckpt", 16)],
+)
+def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninterrupted_one(
+    store: Store,
+    uninterrupted: Uninterrupted,
+    tmp_path: Path,
+    checkpoint: str,
+    n_done: int,
+) -> None:
+    folder, ranks = uninterrupted
+    resumed = run(store, tmp_path, ckpt_path=str(folder / checkpoint))
+    for rank, again in zip(ranks, resumed, strict=True):
+        assert again["train"] == rank["train"][n_done:]
+
+
+# Interrupted ----------------------------------------------------------------------------------------------
+
+
+def processes_of(session: int) -> set[int]:
+    """Return the processes of a session that have not ended."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session and state != "Z":
+                found.add(int(stat.parent.name))
+    return found
+
+
+def shared_memory_of(processes: set[int]) -> set[Path]:
+    """Return the files of shared memory that processes have mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+            found |= {Path(line.split()[5]) for line in lines if " /dev/shm/" in line}
+    return {path for path in found if path.exists()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_in_the_middle_of_an_epoch_leaves_no_process_and_no_shared_memory(
+    store: Store, tmp_path: Path
+) -> None:
+    with start_run(store, tmp_path / "out", num_workers=1, val_size=0, max_epochs=10_000) as process:
+        assert process.stdout is not None
+        n_steps = 0
+        while n_steps < 20:
+            line = process.stdout.readline()
+            assert line, "the run ended by itself"
+            n_steps += line == "step\n"
+        running = processes_of(process.pid)
+        shared = shared_memory_of(running)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert len(running) >= 4  # two ranks with a worker each
+    assert shared
+    deadline = time.monotonic() + 30
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, output
+    assert not [path for path in shared if path.exists()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_dies_ends_the_run_which_says_which_one_and_why(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"devices": 1, "strategy": "auto", "num_workers": 1, "val_size": 0, "max_epochs": 10_000}
+    with start_run(store, out, **options) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "step\n":
+            pass
+        victim = max(pid for pid in processes_of(process.pid) if "spawn_main" in command_of(pid))
+        os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode
+    # As the loader tells it while it waits for a batch, or as torch does wherever training is.
+    assert re.search(rf"\(process {victim}\) died by signal 9|\(pid {victim}\) is killed by signal", output)
+
+
+def command_of(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
