@@ -23,6 +23,9 @@ from tiledbsoma_ml._snapshot_format import Layer, map_file
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""
 
+FILL_ROWS = 128
+"""Rows that are gathered before they are made dense: so few that they are in the cache still."""
+
 
 class SnapshotReader:
     """Reads rows and columns of a snapshot; may be used by several threads at once.
@@ -104,9 +107,12 @@ class SnapshotReader:
 
         assert out.shape == (len(obs_joinids), self.n_cols)
         assert out.dtype == self.dtype
-        found = self._layer.locate(self._index.find(obs_joinids))
-        indptr, indices, data = self._gather(found, self._layer.indices_dtype)
-        kernels.fill_rows(indptr, indices, as_bits(data), as_bits(out))
+        numbers = self._index.find(obs_joinids)
+        for start in range(0, len(numbers), FILL_ROWS):
+            rows = slice(start, start + FILL_ROWS)
+            found = self._layer.locate(numbers[rows])
+            indptr, indices, data = self._gather(found, self._layer.indices_dtype)
+            kernels.fill_rows(indptr, indices, as_bits(data), as_bits(out[rows]))
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return `obs` of the rows of `obs_joinids`, with a fresh index."""

@@ -50,8 +50,11 @@ DATASET_DEFAULTS: Mapping[str, Any] = {
 
 INFERENCE_BATCH_SIZE = 1024
 
-ROWS_TO_CHECK = 4096
+ROWS_TO_CHECK = 1024
 """Rows whose values are looked at before it is believed that a layer holds counts."""
+
+ROWS_TO_CHECK_AT_ONCE = 128
+"""And how many of a mini-batch: to look at all of a large one takes longer than to make it."""
 
 
 class SCVIDataModule(LightningDataModule):
@@ -438,12 +441,12 @@ class SCVIDataModule(LightningDataModule):
         """Warn, once, if what comes first are no counts."""
         if self._n_rows_to_check <= 0:
             return
-        values = _values(X) if isinstance(X, torch.Tensor) else X.data if sparse.issparse(X) else X
-        values = torch.as_tensor(values)
-        self._n_rows_to_check -= X.shape[0]
-        if bool((values < 0).any()) or (
-            values.is_floating_point() and bool((values != values.floor()).any())
-        ):
+        rows = X[:ROWS_TO_CHECK_AT_ONCE] if X.ndim == 2 else X[None]
+        values = rows.data if sparse.issparse(rows) else rows
+        values = _values(values) if isinstance(values, torch.Tensor) else torch.as_tensor(values)
+        self._n_rows_to_check -= rows.shape[0]
+        is_fractional = values.is_floating_point() and bool((values != values.floor()).any())
+        if is_fractional or bool((values < 0).any()):
             self._n_rows_to_check = 0
             warnings.warn(
                 f"layer_name={self._layer_name!r} has negative or fractional values, but scvi-tools "
