@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -138,7 +139,11 @@ def test_the_code_of_a_page_runs(page: Path, cells: Path, tmp_path: Path) -> Non
     (tmp_path / "page.txt").write_text(at_their_lines(blocks))
     runner = "import sys; exec(compile(open('page.txt').read(), sys.argv[1], 'exec'))"
     done = subprocess.run(
-        [sys.executable, "-c", runner, str(page)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", runner, str(page)],
+        cwd=tmp_path,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},  # where snapshot=True puts one
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     if missing:
@@ -339,6 +344,10 @@ def test_links_within_the_repository_lead_to_a_file(page: Path) -> None:
 def test_the_api_page_has_every_public_name() -> None:
     documented = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", (DOCS / "api.md").read_text(), re.MULTILINE))
     assert {f"tiledbsoma_ml.{name}" for name in tiledbsoma_ml.__all__} <= documented
+    # What else the pages import from its modules is public, too.
+    text = "\n".join(page.read_text() for page in PAGES)
+    for module, names in re.findall(r"^ *from (tiledbsoma_ml\.\w+) import (.+)$", text, re.MULTILINE):
+        assert {f"{module}.{name.strip()}" for name in names.split(",")} <= documented
 
 
 # Building -------------------------------------------------------------------------------------------------

@@ -427,7 +427,7 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
         assert set(rows) == set(ids.obs_joinids.tolist())
 
 
-@settings(max_examples=250)
+@settings(max_examples=1000)
 @given(
     n_rows=st.integers(1, 20_000),
     batch_size=st.integers(1, 200),
