@@ -47,7 +47,6 @@ nb_execution_mode = "off"  # the tests run the notebooks, and the code of the pa
 autodoc_mock_imports = [name for name in ("lightning", "ray", "scvi") if find_spec(name) is None]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 88

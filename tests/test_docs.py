@@ -15,8 +15,10 @@ are bound to the signatures of what they call. Commands in `sh` blocks are parse
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -365,3 +367,41 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
         assert f'id="tiledbsoma_ml.{name}"' in api
     for notebook in NOTEBOOKS:
         assert (tmp_path / "notebooks" / f"{notebook.stem}.html").is_file()
+
+
+# Plots ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plots(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(DOCS)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("plots")
+
+
+def test_plots_show_the_cases_that_were_measured_and_name_the_command(plots: Any, tmp_path: Path) -> None:
+    newest = plots.Results.newest()
+    plots.write_all(tmp_path, newest)
+    speed = f"{newest.cases['auto, sparse']['rows_per_s']:,.0f}"
+    assert speed in (tmp_path / "paths.md").read_text()
+    assert "make bench" in (tmp_path / "source.md").read_text()
+    assert len(list(tmp_path.glob("*.svg"))) == 8
+
+
+def test_a_case_that_failed_is_left_out_of_plots(plots: Any, tmp_path: Path) -> None:
+    newest = plots.Results.newest()
+    content = json.loads(json.dumps(newest.content))
+    for case in content["cases"]:
+        if case["peer"] or case["name"] == "snapshot, creation":
+            case |= {"status": "failed", "note": "failed: a test"}
+    plots.write_all(tmp_path, plots.Results(content))
+    assert "0.1.0" not in (tmp_path / "paths.md").read_text()
+    assert "failed: a test" in (tmp_path / "cases.md").read_text()
+
+
+def test_the_newest_results_are_taken(plots: Any, tmp_path: Path) -> None:
+    for name, date in {"a": "2026-01-02", "b": "2026-01-03", "c": "2026-01-01"}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"date": date, "cases": []}))
+    assert plots.Results.newest(tmp_path).content["date"] == "2026-01-03"
+    with pytest.raises(ValueError, match="make bench"):
+        plots.Results.newest(tmp_path / "empty")
