@@ -81,7 +81,7 @@ class Block:
     def modules(self) -> set[str]:
         """What it imports, by the name of the package."""
         nodes = list(ast.walk(ast.parse(self.code)))
-        froms = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        sources = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         ours = {
             alias.name
@@ -90,7 +90,7 @@ class Block:
             for alias in node.names
         }
         needs = {"SCVIDataModule": "scvi", "ExperimentDataModule": "lightning", "RayTrainRunner": "ray"}
-        return {name.partition(".")[0] for name in froms | names} | {needs[n] for n in ours & set(needs)}
+        return {name.partition(".")[0] for name in sources | names} | {needs[n] for n in ours & set(needs)}
 
 
 _BLOCK = re.compile(
