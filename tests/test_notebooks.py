@@ -23,6 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tutorial_pytorch.ipynb": {"N_CELLS": 2000, "N_EPOCHS": 1},
 }
 EXTRAS = {"scvi.ipynb": ["scvi", "umap"], "tutorial_lightning.ipynb": ["lightning"]}
+TUTORIALS = [name for name in SMALL if name.startswith("tutorial")]
 NOT_RUN = "skip-execution"  # the tag of cells that need a network, or GPUs
 
 
@@ -68,7 +69,7 @@ def test_a_notebook_runs_with_and_without_the_real_data(name: str, beside_data: 
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_cells_that_do_not_run_call_what_there_is(name: str) -> None:
     """What they call takes what it is called with, as far as imports tell what that is."""
     skip_without_extras(name)
@@ -81,7 +82,7 @@ def test_cells_that_do_not_run_call_what_there_is(name: str) -> None:
             run_imports(block, imported)
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("tutorial")])
+@pytest.mark.parametrize("name", TUTORIALS)
 def test_a_tutorial_shows_the_same_on_the_census(name: str) -> None:
     not_run = [cell for cell in cells_of(name) if NOT_RUN in cell["metadata"].get("tags", [])]
     assert "s3://cellxgene-census-public-us-west-2/" in "".join(not_run[-1]["source"])
