@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
 
-.PHONY: help demo test bench viz lint format clean
+.PHONY: help demo test bench viz docs lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -27,6 +27,9 @@ viz: $(PAGE)/node_modules/.package-lock.json  ## Build the page that shows how r
 	@$(HAS_NODE) || { echo "make viz needs Node.js 20.19 or later"; exit 1; }
 	cd $(PAGE) && npm run build
 
+docs: $(VENV)/docs.installed  ## Build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -n -W --keep-going -b html docs docs/_build/html
+
 lint: $(VENV)/test.installed  ## Run every linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +42,7 @@ format: $(VENV)/test.installed  ## Mend what the linters can mend
 
 clean:  ## Remove what the other targets made
 	rm -rf $(PAGE)/node_modules $(PAGE)/dist $(PAGE)/test-results
-	rm -rf $(VENV) demo_output build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_output docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file says that its set of packages is installed; editing either list installs again.
 $(VENV)/pip.installed: constraints.txt
@@ -61,3 +64,7 @@ $(PAGE)/node_modules/.package-lock.json: $(PAGE)/package-lock.json
 	@if $(HAS_NODE); then \
 	  cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --no-audit --no-fund && touch node_modules/.package-lock.json; \
 	else echo "Node.js 20.19 or later is not installed: the page is neither built nor tested"; fi
+
+$(VENV)/docs.installed: $(VENV)/pip.installed pyproject.toml
+	$(PIP) --editable '.[cli]' --group docs
+	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,38 +13,79 @@ from typing import Any
 
 import pytest
 
+from test_docs import Block, check_calls, run_imports
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-SMALL = {"scvi.ipynb": {"N_EPOCHS": 2, "N_GENES": 100}}
+SMALL: dict[str, dict[str, Any]] = {
+    "scvi.ipynb": {"N_EPOCHS": 2, "N_GENES": 100},
+    "tutorial_lightning.ipynb": {"N_CELLS": 3200, "N_EPOCHS": 1},
+    "tutorial_multiworker.ipynb": {"N_CELLS": 1200},
+    "tutorial_pytorch.ipynb": {"N_CELLS": 2000, "N_EPOCHS": 1},
+}
+EXTRAS = {"scvi.ipynb": ["scvi", "umap"], "tutorial_lightning.ipynb": ["lightning"]}
+TUTORIALS = [name for name in SMALL if name.startswith("tutorial")]
+NOT_RUN = "skip-execution"  # the tag of cells that need a network, or GPUs
 
 
-def code_of(notebook: dict[str, Any], parameters: dict[str, Any]) -> str:
-    """Return the code of all cells, with other values in the cell of parameters."""
+def cells_of(name: str) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads((NOTEBOOKS / name).read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def code_of(name: str, parameters: dict[str, Any]) -> str:
+    """Return the code of all cells that run, with other values in the cell of parameters."""
     cells = []
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
+    for cell in cells_of(name):
+        tags = cell["metadata"].get("tags", [])
+        if NOT_RUN not in tags:
             cells.append("".join(cell["source"]))
-            if "parameters" in cell["metadata"].get("tags", []):
-                cells += [f"{name} = {value!r}" for name, value in parameters.items()]
+        if "parameters" in tags:
+            cells += [f"{name} = {value!r}" for name, value in parameters.items()]
     return "\n".join(cells)
+
+
+def skip_without_extras(name: str) -> None:
+    for extra in EXTRAS.get(name, []):
+        if importlib.util.find_spec(extra) is None:
+            pytest.skip(f"{name} needs {extra}, which is not installed")
 
 
 def test_every_notebook_is_run() -> None:
     assert {path.name for path in NOTEBOOKS.glob("*.ipynb")} == set(SMALL)
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("beside_data", [True, False])
+@pytest.mark.parametrize(("name", "beside_data"), [*((name, True) for name in SMALL), ("scvi.ipynb", False)])
 def test_a_notebook_runs_with_and_without_the_real_data(name: str, beside_data: bool, tmp_path: Path) -> None:
+    skip_without_extras(name)
     folder = NOTEBOOKS if beside_data else tmp_path / "checkout" / "notebooks"
     if not beside_data:
         folder.mkdir(parents=True)
         shutil.copy(NOTEBOOKS / name, folder)
-    code = code_of(json.loads((NOTEBOOKS / name).read_text()), SMALL[name])
+    code = code_of(name, SMALL[name])
     environment = {**os.environ, "MPLBACKEND": "agg", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_cells_that_do_not_run_call_what_there_is(name: str) -> None:
+    """What they call takes what it is called with, as far as imports tell what that is."""
+    skip_without_extras(name)
+    imported: dict[str, Any] = {}
+    for number, cell in enumerate(cells_of(name)):
+        block = Block("".join(cell["source"]), number, "python", "needs a network or GPUs")
+        if NOT_RUN in cell["metadata"].get("tags", []):
+            check_calls(block, imported, name)
+        else:
+            run_imports(block, imported)
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_shows_the_same_on_the_census(name: str) -> None:
+    not_run = [cell for cell in cells_of(name) if NOT_RUN in cell["metadata"].get("tags", [])]
+    assert "s3://cellxgene-census-public-us-west-2/" in "".join(not_run[-1]["source"])
 
 
 @pytest.mark.parametrize("name", SMALL)
