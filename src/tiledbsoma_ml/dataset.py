@@ -448,8 +448,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     # Who does what ----------------------------------------------------------------------------------------
 
     def _place(self) -> Partition:
-        ranks = self._rank_and_world_size or get_distributed_rank_and_world_size()
-        return Partition(*ranks, *get_worker_id_and_num())
+        return Partition(*self._ranks(), *get_worker_id_and_num())
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return this rank and the number of ranks: as told, or as found now."""
+        return self._rank_and_world_size or get_distributed_rank_and_world_size()
 
     def _n_mini_batches(self, num_workers: int) -> int:
         """Return how many mini-batches an epoch of this rank has, with so many workers."""
@@ -457,7 +460,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return sum(map(self._plan.n_mini_batches, parts))
 
     def _parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
-        ranks, n = get_distributed_rank_and_world_size(), max(num_workers, 1)
+        ranks, n = self._ranks(), max(num_workers, 1)
         return [self._continued(begin, begin.epoch, Partition(*ranks, worker, n)) for worker in range(n)]
 
     def _with_workers(self, begin: Position, num_workers: int) -> tuple[Position, int]:
@@ -474,7 +477,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def _agree(self, num_workers: int) -> None:
         """Make sure, once, that all ranks can iterate, and that they iterate the same."""
-        _, world_size = get_distributed_rank_and_world_size()
+        _, world_size = self._ranks()
         n_rows = len(self.query_ids.obs_joinids)
         if self.tail == "drop" and 0 < n_rows < world_size:
             raise ValueError(
