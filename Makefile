@@ -18,7 +18,8 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 	$(BIN)/tiledbsoma-ml demo $(DEMO_ARGS)
 
 test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not ray" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m ray  # a cluster of processes: nothing else beside it
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)

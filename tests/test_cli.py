@@ -99,6 +99,19 @@ def test_a_second_run_uses_the_same_experiment_and_repeats_the_first(tmp_path: P
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "n_snapshots"),
+    [((), 1), (("--stream",), 0), (("--epochs", 1), 0), (("--epochs", 1, "--snapshot"), 1)],
+)
+def test_what_is_read_more_than_once_is_read_from_a_snapshot(
+    uri: str, tmp_path: Path, arguments: tuple[str, ...], n_snapshots: int
+) -> None:
+    code, output = run("demo", "--uri", uri, "--label", "cell_type", *arguments, "--output-dir", tmp_path)
+    assert code == 0
+    assert len(list(tmp_path.glob("experiment-*.snapshot"))) == n_snapshots
+    assert output.count("snapshot of the cells: ") == n_snapshots
+
+
 def test_an_h5ad_file_is_trained_on(h5ad: Path, tmp_path: Path) -> None:
     code, output = run("demo", "--h5ad", h5ad, "--batch-size", 8, "--output-dir", tmp_path / "out")
     table = read_table(output)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tiledbsoma as soma
 import torch
 from scipy import sparse
 
-from tiledbsoma_ml import demo
+from tiledbsoma_ml import ExperimentDataset, Snapshot, demo
 from tiledbsoma_ml.demo import History, Task, build_simulated, ingest_h5ad, load_task, normalise
 from tiledbsoma_ml.simulate import simulate_cells
 
@@ -58,9 +59,15 @@ def make_task(uri: str, **options: object) -> Task:
         "obs_filter": None,
         "batch_size": 16,
         "seed": 0,
+        "snapshot_dir": None,
         "say": print,
     }
     return load_task(uri, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def rows_of(part: ExperimentDataset) -> list[tuple[float, str]]:
+    """Return the counts of each cell, summed, and its type, sorted."""
+    return sorted(pair for X, obs in part for pair in zip(X.sum(axis=1), obs["cell_type"], strict=True))
 
 
 def read_back(uri: str) -> anndata.AnnData:
@@ -233,6 +240,17 @@ def test_every_labelled_cell_is_for_training_or_held_out(uri: str) -> None:
     assert train.isdisjoint(held_out)
     assert train | held_out == set(range(N_CELLS))
     assert (len(train), task.n_cells, task.n_genes) == (N_CELLS * 4 // 5, N_CELLS, N_GENES)
+
+
+def test_cells_in_a_snapshot_are_read_without_the_experiment(uri: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(uri, tmp_path / "cells.soma")
+    expected = make_task(uri)
+    task = make_task(str(copy), snapshot_dir=tmp_path)
+    shutil.rmtree(copy)
+    [snapshot] = tmp_path.glob("cells-*.snapshot")
+    assert Snapshot.open(snapshot).shape == (expected.n_cells, expected.n_genes)
+    for part, same in ((task.train, expected.train), (task.held_out, expected.held_out)):
+        assert rows_of(part) == rows_of(same)
 
 
 def test_the_majority_accuracy_is_that_of_the_most_frequent_training_class(uri: str) -> None:

@@ -136,14 +136,25 @@ def _add_demo(app: "typer.Typer") -> None:
         workers: Annotated[
             int, Option(help="Processes that read, beside this one.", rich_help_panel=training)
         ] = 0,
+        snapshot: Annotated[
+            bool | None,
+            Option(
+                "--snapshot/--stream",
+                help="Read epochs from a snapshot of the cells, made first, or each from the experiment.",
+                show_default="snapshot, if there is more than one epoch",
+                rich_help_panel=training,
+            ),
+        ] = None,
         output_dir: Annotated[
-            Path, Option(help="Where loss.png and new experiments go.", rich_help_panel=training)
+            Path,
+            Option(help="Where loss.png, new experiments and snapshots go.", rich_help_panel=training),
         ] = Path("demo_output"),
     ) -> None:
         """Train a classifier of cell types on shuffled mini-batches of a SOMA Experiment.
 
         Four fifths of the cells are for training, the others show how well it went. Without `--h5ad` and
-        `--uri` the cells are simulated. The counts of a file are written to a SOMA Experiment first, once.
+        `--uri` the cells are simulated. The counts of a file are written to a SOMA Experiment first, once. For
+        more than one epoch the cells are put in a snapshot, from which they are read many times faster.
 
         **Examples**
 
@@ -165,6 +176,7 @@ def _add_demo(app: "typer.Typer") -> None:
                 batch_size=batch_size,
                 seed=seed,
                 workers=workers,
+                snapshot=epochs > 1 if snapshot is None else snapshot,
                 output_dir=output_dir,
             )
         )
@@ -303,6 +315,7 @@ class DemoOptions:
     batch_size: int
     seed: int
     workers: int
+    snapshot: bool
     output_dir: Path
 
     def check(self) -> None:
@@ -387,6 +400,7 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
         obs_filter=options.obs_filter,
         batch_size=options.batch_size,
         seed=options.seed,
+        snapshot_dir=options.output_dir if options.snapshot else None,
         say=say,
     )
 

@@ -24,6 +24,7 @@ from tiledbsoma_ml._h5ad import Say, build_once, clean, fingerprint, first_line,
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment
+from tiledbsoma_ml.snapshot import Snapshot
 
 __all__ = [
     "History",
@@ -169,6 +170,7 @@ def load_task(
     obs_filter: str | None,
     batch_size: int,
     seed: int,
+    snapshot_dir: Path | None,
     say: Say,
 ) -> Task:
     """Query the labelled cells of an experiment and hold out a fifth of them.
@@ -182,7 +184,8 @@ def load_task(
         obs_filter: Which cells, as a SOMA value filter; all if left out.
         batch_size: Rows per mini-batch.
         seed: For the split and the order of the cells.
-        say: Told what is left out.
+        snapshot_dir: Folder for a snapshot to read the cells from; None to read them from the experiment.
+        say: Told what is left out, and what is made.
 
     Raises:
         ValueError: If there is nothing to learn there; the message tells why.
@@ -197,9 +200,14 @@ def load_task(
             labels = labels.dropna()
         _check_classes(label, labels)
         with experiment.axis_query(measurement, obs_query=soma.AxisQuery(value_filter=obs_filter)) as query:
-            dataset = ExperimentDataset(
-                query, layer_name=layer, obs_column_names=[label], batch_size=batch_size, seed=seed
-            )
+            options: dict[str, Any] = {"layer_name": layer, "obs_column_names": [label]}
+            if snapshot_dir is not None:
+                made_of = fingerprint(uri, measurement, layer, label, obs_filter)
+                path = snapshot_dir.absolute() / f"{Path(uri).stem}-{made_of}.snapshot"
+                say(f"snapshot of the cells: {path}")
+                Snapshot.create(path, query, **options)
+                options |= {"snapshot": path, "shuffle_chunk_size": "auto", "io_batch_size": "auto"}
+            dataset = ExperimentDataset(query, batch_size=batch_size, seed=seed, **options)
     train, held_out = dataset.random_split(0.8, 0.2, seed=seed)
     majority = labels.loc[pd.Index(train.query_ids.obs_joinids)].mode()[0]
     return Task(
