@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
 
 LONG = 60  # seconds; only a failure waits as long
 
@@ -204,3 +204,65 @@ def test_an_item_that_waits_for_a_busy_pool_is_never_computed_after_close() -> N
     assert not iterator.asked_for[0].is_set()
     assert iterator.n_closed == 1
     assert next(eager, "end") == "end"
+
+
+# Several threads ------------------------------------------------------------------------------------------
+
+
+@given(items=st.lists(st.integers()), n_threads=st.integers(1, 4))
+def test_a_map_yields_results_in_the_order_of_the_items(items: list[int], n_threads: int) -> None:
+    assert list(EagerMap(str, iter(items), n_threads)) == list(map(str, items))
+
+
+def test_as_many_items_are_computed_at_once_as_there_are_threads() -> None:
+    together = threading.Barrier(3, timeout=LONG)
+    with EagerMap(lambda _: together.wait(), iter(range(6)), n_threads=3) as results:
+        assert sorted(list(results)[:3]) == [0, 1, 2]
+
+
+def test_a_map_takes_no_more_items_than_it_has_threads_for() -> None:
+    iterator = Counting(9)
+    with EagerMap(str, iterator, n_threads=2) as results:
+        assert not iterator.asked_for[2].is_set()
+        assert next(results) == "0"
+        assert iterator.asked_for[2].is_set()
+        assert not iterator.asked_for[3].is_set()
+    assert iterator.n_closed == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("bad row"), KeyboardInterrupt()])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_an_exception_of_a_map_comes_in_the_place_of_its_item(error: BaseException, n_threads: int) -> None:
+    def fail_at_2(item: int) -> int:
+        if item == 2:
+            raise error
+        return item
+
+    for results in (
+        EagerMap(fail_at_2, Counting(9), n_threads),
+        EagerMap(lambda item: item, Counting(2, error), n_threads),
+    ):
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(type(error)) as caught:
+            next(results)
+        assert caught.value is error
+        assert next(results, "end") == "end"
+
+
+def test_closing_a_map_waits_for_what_is_computed_and_drops_the_rest() -> None:
+    begun, go_on, done = threading.Event(), threading.Event(), []
+
+    def compute(item: int) -> None:
+        begun.set()
+        go_on.wait(LONG)
+        done.append(item)
+
+    results = EagerMap(compute, iter(range(9)), n_threads=1)
+    assert begun.wait(LONG)
+    closing = threading.Thread(target=results.close)
+    closing.start()
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(LONG)
+    assert done == [0]
+    assert next(results, "end") == "end"

@@ -1,12 +1,14 @@
-"""The next item is computed while this one is used."""
+"""The next items are computed while this one is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -64,3 +66,62 @@ class EagerIterator(Iterator[_T], Generic[_T]):
             return (next(self._iterator),)
         except StopIteration:
             return None
+
+
+class EagerMap(Iterator[_T], Generic[_S, _T]):
+    """`function` of each item of `items`, in their order, several of them computed on threads ahead of use.
+
+    Exceptions are raised where their item would have come. Use it as a context manager, or call `close`: then
+    no thread outlives it, and items that come from a generator are closed as well.
+
+    Args:
+        function: Called on several threads at once.
+        items: Advanced by the thread that iterates.
+        n_threads: Number of threads, and of items that are computed ahead.
+    """
+
+    def __init__(self, function: Callable[[_S], _T], items: Iterator[_S], n_threads: int) -> None:
+        self._function = function
+        self._items = items
+        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="EagerMap")
+        self._pending: deque[Future[_T]] = deque()
+        for _ in range(n_threads):
+            self._submit()
+
+    def __next__(self) -> _T:
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        try:
+            result = self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self._submit()
+        return result
+
+    def close(self) -> None:
+        """Wait for what is being computed, drop it, and end the threads."""
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if close := getattr(self._items, "close", None):
+            close()
+
+    def __enter__(self) -> EagerMap[_S, _T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self) -> None:
+        try:
+            item = next(self._items)
+        except StopIteration:
+            return
+        except BaseException as err:  # raised when it is its turn
+            self._pending.append(Future())
+            self._pending[-1].set_exception(err)
+            return
+        self._pending.append(self._pool.submit(self._function, item))

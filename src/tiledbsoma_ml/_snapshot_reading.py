@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import attrs
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import torch
 
-from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId
+from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._dense_pool import DensePool
-from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._plan import EpochPart, Plan
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
@@ -34,6 +35,9 @@ AUTO_IO_BATCH_SIZE = 65_536
 
 AUTO_CHUNK_SIZE = 64
 """Neighbouring rows that stay together there: a disk reads them at twice the speed of single ones."""
+
+MAX_THREADS = 4
+"""Mini-batches are made by at most so many threads, each by one. In a worker, torch has one."""
 
 
 class SnapshotReading:
@@ -98,15 +102,25 @@ class SnapshotReading:
         use_eager_fetch: bool,
     ) -> Generator[MiniBatch, None, None]:
         """Yield the mini-batches of a part of an epoch, straight from the files."""
-        reader, plan = self._reader(part.ids, self.plan.joinids_of(part)), self.plan
-        batches = _cut(plan.batches_of(part), plan.batch_size)
+        plan = self.plan
+        reader = self._reader(part.ids, plan.joinids_of(part))
         to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
-        if return_sparse_X:
-            made = _sparse(reader, batches, to_obs)
-        else:
-            made = _dense(reader, batches, to_obs, plan.batch_size)
-        with closing(EagerIterator(made) if use_eager_fetch else made) as ahead:
-            yield from ahead
+        n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
+        memory = DensePool(n_kept=n_threads + 3)
+
+        def with_room(ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
+            return ids, None if return_sparse_X else memory.empty((len(ids), reader.n_cols), reader.dtype)
+
+        def make(rows: tuple[NDArrayJoinId, NDArrayNumber | None]) -> MiniBatch:
+            ids, X = rows
+            if X is None:
+                return reader.csr(ids), to_obs(ids)
+            reader.fill_dense(ids, X)
+            return X[0] if plan.batch_size == 1 else X, to_obs(ids)
+
+        rooms = map(with_room, _cut(plan.batches_of(part), plan.batch_size))
+        with EagerMap(make, rooms, n_threads) if n_threads else nullcontext(map(make, rooms)) as made:
+            yield from made
 
     def room(self) -> Room:
         """Return the room of an epoch: no rows wait here."""
@@ -206,23 +220,3 @@ def _obs(
     return (
         obs if padding_column_name is None else obs.assign(**{padding_column_name: np.isin(joinids, padding)})
     )
-
-
-def _sparse(
-    reader: SnapshotReader, batches: Iterator[NDArrayJoinId], to_obs: Callable[[NDArrayJoinId], pd.DataFrame]
-) -> Generator[MiniBatch, None, None]:
-    for ids in batches:
-        yield reader.csr(ids), to_obs(ids)
-
-
-def _dense(
-    reader: SnapshotReader,
-    batches: Iterator[NDArrayJoinId],
-    to_obs: Callable[[NDArrayJoinId], pd.DataFrame],
-    batch_size: int,
-) -> Generator[MiniBatch, None, None]:
-    pool = DensePool()
-    for ids in batches:
-        X = pool.empty((len(ids), reader.n_cols), reader.dtype)
-        reader.fill_dense(ids, X)
-        yield X[0] if batch_size == 1 else X, to_obs(ids)
