@@ -159,7 +159,7 @@ class ExperimentDataModule(LightningDataModule):
         state, self._resumed = self._resumed, None
         if state is not None and self.trainer is not None and not self.trainer.fit_loop.restarting:
             # To Lightning the epoch was over, if only because it was limited to fewer batches than there are.
-            pass
+            self._train.set_epoch(state["epoch"] + bool(state["n_yielded"]))
         self._train_loader = self._loader(self._train, "train_size")
         return self._train_loader
 
