@@ -31,6 +31,7 @@ INDPTR_AT, INDICES_AT, DATA_AT = (
     np.array([arrays[k].ctypes.data for arrays in SHARDS], dtype=np.int64) for k in range(3)
 )
 INDICES_KINDS = np.full(3, kernels.KINDS["<u2"], dtype=np.uint8)
+DATA_KINDS = np.array([kernels.KINDS[name] for name in TYPES], dtype=np.uint8)
 ROWS = _rng.integers(0, N_ROWS, 200)
 
 
@@ -41,11 +42,10 @@ def located() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def gathered(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    kinds = np.array([kernels.KINDS.get(name, kernels.AS_GIVEN_OUT) for name in TYPES], dtype=np.uint8)
     *where, indptr = located()
     indices, data = np.empty(indptr[-1], np.uint32), np.empty(indptr[-1], dtype)
     kernels.gather_rows(*where, indptr, INDICES_AT, INDICES_KINDS, indices)
-    kernels.gather_rows(*where, indptr, DATA_AT, kinds, data)
+    kernels.gather_rows(*where, indptr, DATA_AT, DATA_KINDS, data)
     return indptr, indices, data
 
 
@@ -103,10 +103,29 @@ def sort_rows_of_few() -> None:
 
 
 def fill_rows() -> None:
-    indptr, indices, data = gathered()
-    out = np.full((len(ROWS), N_COLS), 7, dtype=np.float32)
-    kernels.fill_rows(indptr, indices, data.view(np.uint32), out.view(np.uint32))
-    np.testing.assert_array_equal(out, DENSE[ROWS])
+    shards, begins, indptr = located()
+    longest = np.diff(indptr).max()
+    columns = _rng_of(5).permutation(N_COLS)[:100]
+    some = np.full(N_COLS, -1, dtype=np.int32)
+    some[columns] = np.arange(100)
+    for place_of, expected in ((np.empty(0, np.int32), DENSE[ROWS]), (some, DENSE[ROWS][:, columns])):
+        indices, data = np.empty(longest, np.uint16), np.empty(longest, np.float32)
+        out = np.full(expected.shape, 7, dtype=np.float32)
+        kernels.fill_rows(
+            shards,
+            begins,
+            indptr,
+            INDICES_AT,
+            INDICES_KINDS,
+            DATA_AT,
+            DATA_KINDS,
+            place_of,
+            indices,
+            data,
+            data.view(np.uint32),
+            out.view(np.uint32),
+        )
+        np.testing.assert_array_equal(out, expected)
 
 
 def _rng_of(seed: int) -> np.random.Generator:

@@ -143,6 +143,9 @@ class Cells:
 
     def places(self, obs_joinids: NDArrayJoinId) -> NDArray[np.int64]:
         """Return where rows of the query are in these arrays."""
+        first, last = int(self.obs_joinids[0]), int(self.obs_joinids[-1])
+        if last - first == len(self.obs_joinids) - 1:
+            return obs_joinids - first
         return np.searchsorted(self.obs_joinids, obs_joinids)
 
     def is_labeled(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -226,11 +226,40 @@ def _n_trailing_zeros(word: int) -> int:
 
 @jit
 def fill_rows(
-    indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[Any], out_bits: NDArray[Any]
+    shards: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    indptr: NDArray[np.int64],
+    indices_at: NDArray[np.int64],
+    indices_kinds: NDArray[np.uint8],
+    data_at: NDArray[np.int64],
+    data_kinds: NDArray[np.uint8],
+    place_of: NDArray[np.int32],
+    indices: NDArray[Any],
+    data: NDArray[Any],
+    bits: NDArray[Any],
+    out_bits: NDArray[Any],
 ) -> None:
-    """Write CSR rows into the dense `out_bits`, zeros included: each row while it is in the cache."""
-    for k in range(len(indptr) - 1):
+    """Write rows into the dense `out_bits`, zeros included: each while it is in the cache.
+
+    `indices` and `data`, of which `bits` is a view, have room for the longest row. Columns go to their place,
+    if there is one; without any in `place_of`, all of them to where they are stored.
+    """
+    for k in range(len(shards)):
+        if k + ROWS_AHEAD < len(shards):
+            shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
+            n = indptr[k + ROWS_AHEAD + 1] - indptr[k + ROWS_AHEAD]
+            _prefetch(indices_at[shard], indices_kinds[shard], indices.itemsize, begin, n)
+            _prefetch(data_at[shard], data_kinds[shard], data.itemsize, begin, n)
+        shard, n = shards[k], indptr[k + 1] - indptr[k]
+        _copy(indices_at[shard], indices_kinds[shard], begins[k], indices[:n])
+        _copy(data_at[shard], data_kinds[shard], begins[k], data[:n])
         row = out_bits[k]
         row[:] = 0
-        for i in range(indptr[k], indptr[k + 1]):
-            row[indices[i]] = bits[i]
+        if not len(place_of):
+            for i in range(n):
+                row[indices[i]] = bits[i]
+        else:
+            for i in range(n):
+                place = place_of[indices[i]]
+                if place >= 0:
+                    row[place] = bits[i]

@@ -23,8 +23,7 @@ from tiledbsoma_ml._snapshot_format import Layer, map_file
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""
 
-FILL_ROWS = 128
-"""Rows that are gathered before they are made dense: so few that they are in the cache still."""
+_NO_PLACES = np.empty(0, dtype=np.int32)
 
 
 class SnapshotReader:
@@ -107,12 +106,23 @@ class SnapshotReader:
 
         assert out.shape == (len(obs_joinids), self.n_cols)
         assert out.dtype == self.dtype
-        numbers = self._index.find(obs_joinids)
-        for start in range(0, len(numbers), FILL_ROWS):
-            rows = slice(start, start + FILL_ROWS)
-            found = self._layer.locate(numbers[rows])
-            indptr, indices, data = self._gather(found, self._layer.indices_dtype)
-            kernels.fill_rows(indptr, indices, as_bits(data), as_bits(out[rows]))
+        found, layer = self._layer.locate(self._index.find(obs_joinids)), self._layer
+        longest = int(np.diff(found.indptr).max(initial=0))
+        indices, data = np.empty(longest, layer.indices_dtype), np.empty(longest, layer.dtype)
+        kernels.fill_rows(
+            found.shards,
+            found.begins,
+            found.indptr,
+            layer.indices_at,
+            layer.indices_kinds,
+            layer.data_at,
+            layer.data_kinds,
+            _NO_PLACES if self._places is None else self._places,
+            unsigned(indices),
+            unsigned(data),
+            as_bits(data),
+            as_bits(out),
+        )
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
