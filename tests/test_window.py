@@ -108,8 +108,12 @@ def random_layer(seed: int, n_tables: int = 5) -> Layer:
     return Layer(tables, n_cols, np.dtype(np.float32), rng.permutation(n_rows), rng.permutation(n_cols))
 
 
+def as_rows(part: CSR_IO_Buffer) -> NDArray[Any]:
+    return part.slice_tonumpy(slice(None))
+
+
 def put_together(parts: list[CSR_IO_Buffer]) -> NDArray[Any]:
-    return np.concatenate([part.slice_tonumpy(slice(None)) for part in parts])
+    return np.concatenate([as_rows(part) for part in parts])
 
 
 def assert_same_bits(found: NDArray[Any], expected: NDArray[Any]) -> None:
@@ -143,6 +147,22 @@ def test_rows_that_fill_many_pages_come_out_as_they_went_in(
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
         window = layer.filled(n_parts=n_parts, folder=folder if in_files else None)
         assert_same_bits(put_together(list(window)), layer.dense())
+
+
+@settings(max_examples=100)
+@given(layer=layers(), n_parts=st.integers(1, 5), in_files=st.booleans())
+def test_narrow_parts_hold_every_bit_in_the_smallest_type_that_was_needed(
+    folder: Path, layer: Layer, n_parts: int, in_files: bool
+) -> None:
+    window = layer.filled(n_parts=n_parts, folder=folder if in_files else None)
+    parts = list(window.give_out(narrow=True))
+    assert_same_bits(np.concatenate([as_rows(part).astype(layer.dtype) for part in parts]), layer.dense())
+    assert all(part.data.dtype in (np.uint8, np.uint16, np.uint32, layer.dtype) for part in parts)
+    if all((values >= 0).all() and (values <= 255).all() for *_, values in layer.tables):
+        whole = all(
+            (values == np.floor(values)).all() and not np.signbit(values).any() for *_, values in layer.tables
+        )
+        assert not whole or all(part.data.dtype.itemsize == 1 for part in parts if part.nnz)
 
 
 @pytest.mark.parametrize("in_files", [False, True])

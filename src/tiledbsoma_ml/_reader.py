@@ -254,7 +254,8 @@ def _ranges(sorted_ids: NDArrayJoinId, starts: NDArray[np.int64]) -> slice | NDA
 
 
 def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
-    array: NDArray[Any] = column.combine_chunks().to_numpy(zero_copy_only=False)
+    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
+    array: NDArray[Any] = whole.to_numpy(zero_copy_only=False)
     return array
 
 

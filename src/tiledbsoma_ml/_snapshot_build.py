@@ -539,7 +539,7 @@ class _ShardWriter:
         if len(self._waiting) < window.nbytes:  # enough, but where values have many types
             self._waiting = np.empty(window.nbytes, dtype=np.uint8)
         with HashedFile(paths["indices"]) as indices:
-            for part in window:
+            for part in window.give_out(narrow=True):
                 part.sort_indices()
                 indices.write(part.indices)
                 lengths.append(np.diff(part.indptr))

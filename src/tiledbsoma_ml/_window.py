@@ -147,8 +147,13 @@ class Window:
 
     def __iter__(self) -> Iterator[CSR_IO_Buffer]:
         """Yield the parts in order; what a part held is free once it is made."""
+        return self.give_out()
+
+    def give_out(self, *, narrow: bool = False) -> Iterator[CSR_IO_Buffer]:
+        """Yield the parts in order, with `narrow` in the smallest type that is known to hold their values."""
         for number, part in enumerate(self._parts):
-            rows = self._finish(part, self._counts[slice(*self._borders[number : number + 2])])
+            counts = self._counts[slice(*self._borders[number : number + 2])]
+            rows = self._finish(part, counts, part.values_dtype if narrow else None)
             n_bytes, part.nbytes = part.nbytes, 0
             if self._room is not None and n_bytes:
                 self._room.give_back(self, n_bytes)
@@ -199,13 +204,13 @@ class Window:
         self._parts[part].put(block)
         self.nbytes += block.nbytes
 
-    def _finish(self, part: _Part, counts: _Ints) -> CSR_IO_Buffer:
+    def _finish(self, part: _Part, counts: _Ints, dtype: np.dtype[Any] | None) -> CSR_IO_Buffer:
         """Return the rows of a part, which has so many entries in each, and empty it."""
         from tiledbsoma_ml import _kernels
 
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
         indices = np.empty(indptr[-1], dtype=self._columns.dtype)
-        data = np.empty(indptr[-1], dtype=self._dtype)
+        data = np.empty(indptr[-1], dtype=dtype or self._dtype)
         free = indptr[:-1].copy()
         for rows, lengths, cols, values in part.take():
             as_they_are = values.dtype == data.dtype
@@ -293,6 +298,9 @@ class _Block(NamedTuple):
 class _Part(Protocol):
     nbytes: int
 
+    @property
+    def values_dtype(self) -> np.dtype[Any] | None: ...
+
     def put(self, block: _Block) -> None: ...
 
     def take(self) -> Iterator[_Block]: ...
@@ -348,6 +356,11 @@ class _Memory:
                 self._put_whole(block)
                 break
 
+    @property
+    def values_dtype(self) -> np.dtype[Any] | None:
+        """The smallest type that holds all values; None without any."""
+        return _widest({block.values.dtype for _, blocks in self._filled for block in blocks})
+
     def take(self) -> Iterator[_Block]:
         for page, blocks in self._filled:
             yield from blocks
@@ -382,6 +395,11 @@ class _File:
         self._layout.append((len(block.rows), len(block.cols), block.cols.dtype, block.values.dtype))
         self.nbytes += block.nbytes
 
+    @property
+    def values_dtype(self) -> np.dtype[Any] | None:
+        """The smallest type that holds all values; None without any."""
+        return _widest({value_type for *_, value_type in self._layout})
+
     def take(self) -> Iterator[_Block]:
         with self._file:
             self._file.seek(0)
@@ -397,3 +415,8 @@ class _File:
         for n_runs, n, col_type, value_type in self._layout:
             rows, lengths = next_array(n_runs, np.int32), next_array(n_runs, np.int32)
             yield _Block(rows, lengths, next_array(n, col_type), next_array(n, value_type))
+
+
+def _widest(dtypes: set[np.dtype[Any]]) -> np.dtype[Any] | None:
+    """Return the type that holds the values of all: one that was not narrowed, else the largest."""
+    return max(dtypes, key=lambda dtype: (dtype.kind != "u", dtype.itemsize), default=None)
