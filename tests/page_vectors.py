@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml import QueryIDs
-from tiledbsoma_ml._common import seeded_rng
-from tiledbsoma_ml._plan import Layout, Plan, predicted_mixing, read_amplification
+from tiledbsoma_ml._plan import EpochPart, Layout, Plan, predicted_mixing, read_amplification
 from tiledbsoma_ml._query_ids import Partition
 
 PATH = Path(__file__).parents[1] / "shuffle_viz" / "src" / "golden" / "vectors.json"
@@ -111,50 +110,37 @@ def order(setup: Setup) -> dict[str, Any]:
     io_batches: list[Rows] = []
     mini_batches: list[Rows] = []
     for rank in range(setup["ranks"]):
-        read, of_workers = (read_globally if setup["scope"] == "global" else read_by_part)(setup, rank)
-        io_batches += read
+        of_rank, of_workers = read(setup, rank)
+        io_batches += of_rank
         in_turn = chain.from_iterable(zip_longest(*of_workers))
         mini_batches += [rows for rows in in_turn if rows is not None]
     found = {"ioBatches": digest(io_batches), "miniBatches": digest(mini_batches)}
     return found if setup["rows"] > 8 else {**found, "rows": [rows.tolist() for rows in mini_batches]}
 
 
-def read_by_part(setup: Setup, rank: int) -> tuple[list[Rows], list[list[Rows]]]:
-    """Return the IO batches of a rank, worker after worker, and the mini-batches of each of its workers."""
+def read(setup: Setup, rank: int) -> tuple[list[Rows], list[list[Rows]]]:
+    """Return the IO batches of a rank, and the mini-batches of each of its workers.
+
+    In the scope "partition", workers read IO batches of their own; in "global", pieces of those of the rank.
+    """
+    n_workers, is_global = max(1, setup["workers"]), setup["scope"] == "global"
+    of_workers = [batches_of(setup, Partition(rank, setup["ranks"], k, n_workers)) for k in range(n_workers)]
+    yielded = [cut(concatenated(batches), setup["miniBatch"]) for batches in of_workers]
+    whole = [batches_of(setup, Partition(rank, setup["ranks"], 0, 1))] if is_global else of_workers
+    return list(chain.from_iterable(whole)), yielded
+
+
+def batches_of(setup: Setup, place: Partition) -> list[Rows]:
     plan = Plan(
         shuffle_chunk_size=setup["chunk"],
         io_batch_size=setup["ioBatch"],
         batch_size=setup["miniBatch"],
         permutes=True,
+        scope=setup["scope"],
     )
     ids = QueryIDs(obs_joinids=np.arange(setup["rows"]), var_joinids=[0])
-    n_workers = max(1, setup["workers"])
-    of_workers = [
-        list(
-            plan.id_batches(
-                ids.partitioned(Partition(rank, setup["ranks"], worker, n_workers)),
-                seed=setup["seed"],
-                epoch=setup["epoch"],
-            )
-        )
-        for worker in range(n_workers)
-    ]
-    yielded = [cut(concatenated(batches), setup["miniBatch"]) for batches in of_workers]
-    return list(chain.from_iterable(of_workers)), yielded
-
-
-def read_globally(setup: Setup, rank: int) -> tuple[list[Rows], list[list[Rows]]]:
-    """Do the same where chunks of the whole query are shuffled and then dealt."""
-    rows, batch_size, ranks = np.arange(setup["rows"]), setup["miniBatch"], setup["ranks"]
-    chunks = cut(rows, setup["chunk"])
-    shuffled = seeded_rng(setup["seed"], setup["epoch"]).permutation(len(chunks))
-    dealt = np.array_split(concatenated([chunks[k] for k in shuffled.tolist()]), ranks)[rank]
-    window = max(batch_size, setup["ioBatch"] // batch_size * batch_size)
-    rng = seeded_rng(setup["seed"], setup["epoch"])
-    batches = [batch[rng.permutation(len(batch))] for batch in cut(dealt[: len(rows) // ranks], window)]
-    yielded = cut(concatenated(batches), batch_size)
-    numbers = np.array_split(np.arange(len(yielded)), max(1, setup["workers"]))
-    return batches, [[yielded[k] for k in of_worker.tolist()] for of_worker in numbers]
+    part = EpochPart(ids=ids, place=place, seed=setup["seed"], epoch=setup["epoch"])
+    return list(plan.batches_of(part))
 
 
 def chosen(n_rows: int, row_tile: int, window_rows: int, batch_size: int) -> list[float]:

@@ -41,7 +41,7 @@ class ExperimentDataModule(LightningDataModule):
 
     ```python
     with tiledbsoma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
-        data = ExperimentDataModule(query, obs_column_names=["cell_type"], batch_size=1024, seed=1)
+        data = ExperimentDataModule(query, obs_column_names=["cell_type"], batch_size=1024, snapshot=True)
     Trainer(strategy="ddp", devices=2).fit(model, datamodule=data)
     ```
 
@@ -70,7 +70,8 @@ class ExperimentDataModule(LightningDataModule):
         val_size: Share of the rows; 0 for no validation.
         test_size: Share of the rows; 0 for none. The three sum to 1.
         seed: Of the split, and of the order of training batches. Every rank must have the same one.
-        snapshot: See `ExperimentDataset`. It holds the whole query; its parts are read from it.
+        snapshot: See `ExperimentDataset`; the way to take for more than one epoch. It holds the whole query;
+            its parts are read from it.
         batch_size: Rows per batch, on each rank.
         transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs
             in the training process, before the batch is moved.

@@ -63,7 +63,9 @@ class SCVIDataModule(LightningDataModule):
 
     ```python
     with experiment.axis_query("RNA", obs_query=lung) as query:
-        datamodule = SCVIDataModule(query, batch_column_names=["dataset_id"], train_size=0.9)
+        datamodule = SCVIDataModule(
+            query, batch_column_names=["dataset_id"], train_size=0.9, snapshot=True
+        )
     model = scvi.model.SCVI(registry=datamodule.registry)
     model.train(datamodule=datamodule, max_epochs=20)
     embedding = datamodule.embed(model)
@@ -98,7 +100,8 @@ class SCVIDataModule(LightningDataModule):
             "extend" to give them codes of their own (see `load_query_model`), or a mapping to known ones.
         model_name: What the registry calls the model; scvi-tools' `load` refuses models of another name. With
             None the registry names none, and every class loads.
-        kwargs: For `ExperimentDataset`: `layer_name`, `batch_size` (128), `snapshot`, …
+        kwargs: For `ExperimentDataset`: `layer_name`, `batch_size` (128), … and `snapshot`, the way to take
+            for more than one epoch.
 
     Raises:
         ValueError: If a column does not exist, or its values do not fit.
