@@ -28,7 +28,8 @@ viz: $(PAGE)/node_modules/.package-lock.json  ## Build the page that shows how r
 	@$(HAS_NODE) || { echo "make viz needs Node.js 20.19 or later"; exit 1; }
 	cd $(PAGE) && npm run build
 
-docs: $(VENV)/docs.installed  ## Build the documentation into docs/_build/html
+docs: $(VENV)/docs.installed $(PAGE)/node_modules/.package-lock.json  ## Build the documentation into docs/_build/html
+	@if $(HAS_NODE); then cd $(PAGE) && npm run build; fi
 	$(BIN)/sphinx-build -n -W --keep-going -b html docs docs/_build/html
 
 lint: $(VENV)/test.installed  ## Run every linter
@@ -57,7 +58,7 @@ $(VENV)/demo.installed: $(VENV)/pip.installed pyproject.toml
 	@touch $@
 
 $(VENV)/test.installed: $(VENV)/pip.installed pyproject.toml
-	$(PIP) --editable '.[test]' --group lint
+	$(PIP) --editable '.[test]' --group lint --group docs
 	@touch $@
 
 # npm writes this file last. Without Node.js the tests of the page are skipped.
