@@ -80,6 +80,7 @@ TRUE_SHUFFLE = {**AUTO, "snapshot": SNAPSHOT}
 CASES = (
     # TileDB itself
     _scan("raw scan"),
+    _scan("raw scan, freed memory kept", task={"keep": True}),
     _scan("raw scan, 16 MiB buffers", task={"config": {"soma.init_buffer_bytes": 2**24}}, quick=False),
     _scan("raw scan, default config", task={"config": {}}, quick=False),
     _scan("raw scan, training layout", layout="training"),

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._csr import smallest_uint
-from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import ObsColumns, SOMAReader, check_obs_column_names, measure_layout, row_tile
 from tiledbsoma_ml._snapshot_format import (
@@ -535,17 +535,26 @@ class _ShardWriter:
     def write(self, name: str, window: Window) -> dict[str, Any]:
         """Write the rows of a window; return what the manifest says about them, but for their numbers."""
         paths = {what: self._folder / f"{name}.{what}" for what in ("indptr", "indices", "data")}
-        lengths, kept, n_bytes = [np.zeros(1, dtype=np.int64)], [], 0
+        lengths, kept = [np.zeros(1, dtype=np.int64)], []
         if len(self._waiting) < window.nbytes:  # enough, but where values have many types
             self._waiting = np.empty(window.nbytes, dtype=np.uint8)
-        with HashedFile(paths["indices"]) as indices:
+
+        def sorted_indices() -> Iterator[NDArray[Any]]:
+            n_bytes = 0
             for part in window.give_out(narrow=True):
                 part.sort_indices()
-                indices.write(part.indices)
                 lengths.append(np.diff(part.indptr))
                 if part.nnz:
                     kept.append(self._keep(part.data, n_bytes))
                     n_bytes += -(-kept[-1].nbytes // 8) * 8
+                yield part.indices
+
+        with (
+            HashedFile(paths["indices"]) as indices,
+            EagerMap(indices.write, sorted_indices(), n_threads=1) as written,
+        ):
+            for _ in written:  # each while the next part is sorted
+                pass
         data_dtype = smallest(kept, self._dtype)
         with HashedFile(paths["data"]) as data:
             for values in kept:
