@@ -44,7 +44,7 @@ format: $(VENV)/test.installed  ## Mend what the linters can mend
 
 clean:  ## Remove what the other targets made
 	rm -rf $(PAGE)/node_modules $(PAGE)/dist $(PAGE)/test-results
-	rm -rf $(VENV) demo_output docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_output lightning_logs scvi_log docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file says that its set of packages is installed; editing either list installs again.
 $(VENV)/pip.installed: constraints.txt

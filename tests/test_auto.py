@@ -25,7 +25,7 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._reading import Reading
-from tiledbsoma_ml._window import Room, Window
+from tiledbsoma_ml._window import Room, Window, preload_kernels
 
 # torch says once per process that its CSR layout is in beta, and that it does not check it.
 pytestmark = [
@@ -586,6 +586,7 @@ def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded
     dataset = dataset_of(
         large, use_eager_fetch=eager, **windows_in(in_files, tmp_path), shuffle_chunk_size=20
     )
+    preload_kernels().join()  # it adds to a window of its own
     add, n_added = Window.add, []
 
     def fail_later(self: Window, *table: np.ndarray) -> None:

@@ -23,7 +23,7 @@ def n_faults():
 n_faults()
 before = n_faults()
 with tiledbsoma.Experiment.open(sys.argv[1]) as experiment, experiment.axis_query(sys.argv[2]) as query:
-    next(iter(ExperimentDataset(query, layer_name="raw", batch_size=20)))
+    next(iter(ExperimentDataset(query, layer_name="raw", batch_size=20, memory_budget=sys.argv[3])))
 n_faults()
 print(before, n_faults())
 """
@@ -32,10 +32,13 @@ print(before, n_faults())
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="another malloc keeps memory by rules of its own"
 )
-def test_memory_that_was_freed_is_kept_for_the_next_block_once_something_was_read(store: Store) -> None:
+@pytest.mark.parametrize(("memory_budget", "is_kept"), [("2GiB", True), ("256MiB", False)])
+def test_memory_that_was_freed_is_kept_for_the_next_block_if_the_budget_has_room(
+    store: Store, memory_budget: str, is_kept: bool
+) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, store.uri, MEASUREMENT],
+        [sys.executable, "-c", SCRIPT, store.uri, MEASUREMENT, memory_budget],
         env=environment,
         capture_output=True,
         text=True,
@@ -43,5 +46,5 @@ def test_memory_that_was_freed_is_kept_for_the_next_block_once_something_was_rea
     )
     before, after = map(int, done.stdout.split())
     n_pages = 40 * 2**20 // os.sysconf("SC_PAGE_SIZE")
-    assert before > n_pages / 2  # else this test could not fail
-    assert after < n_pages / 10
+    assert before > n_pages / 2
+    assert after < n_pages / 10 if is_kept else after > n_pages / 2

@@ -14,6 +14,9 @@ MIN_BUDGET = 64 * 2**20
 FIXED_BYTES = 128 * 2**20
 """What an open experiment, columns of `obs` and mini-batches that are read ahead take, with some to spare."""
 
+KEPT_BYTES = 128 * 2**20
+"""What malloc may keep of freed memory, where there is room for it: from a budget of 1 GiB on."""
+
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
     """Return a number of bytes, given as one or as a string like "2GiB".
@@ -58,15 +61,24 @@ class Budget:
     def windows(self) -> int:
         """What is left for rows that wait, all windows together."""
         fixed = min(FIXED_BYTES, self.total // 2)
-        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - fixed
+        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - fixed - self._kept
+
+    @property
+    def keeps_freed_memory(self) -> bool:
+        """Whether there is room for what malloc keeps: see `keep_freed_memory`."""
+        return self._kept == KEPT_BYTES
+
+    @property
+    def _kept(self) -> int:
+        return min(max((self.total - 2**29) // 4, 0), KEPT_BYTES)
 
 
 def keep_freed_memory() -> None:
     """Let malloc keep memory of up to 64 MiB that was freed, for the next block of up to 32 MiB.
 
     TileDB allocates and frees its buffers all the time. At first, glibc asks the operating system for each,
-    which takes longer than to fill them; with this a scan takes 0.7 of the time, and no more memory. It is
-    what glibc comes to by itself once a block of 32 MiB was freed (mallopt(3), M_MMAP_THRESHOLD), so one is:
-    nothing is written to it. Other mallocs, and sizes that the environment sets, stay as they are.
+    which takes longer than to fill them; with this a scan takes 0.7 of the time, and up to 100 MiB more.
+    It is what glibc comes to by itself once a block of 32 MiB was freed (mallopt(3), M_MMAP_THRESHOLD), so
+    one is: nothing is written to it. Other mallocs, and sizes that the environment sets, stay as they are.
     """
     np.empty(2**25 - 2**16, dtype=np.uint8)

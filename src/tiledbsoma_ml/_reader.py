@@ -15,7 +15,6 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._budget import keep_freed_memory
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
@@ -85,7 +84,6 @@ class SOMAReader:
         folder: Path | None = None,
     ) -> None:
         check_obs_column_names(obs_column_names, obs)
-        keep_freed_memory()
         self._X = X
         self._obs = obs
         self._obs_column_names = list(obs_column_names)

@@ -231,7 +231,7 @@ def _check_budget(plan: Plan, budget: Budget, memory: int, window_budget: int | 
     held = min(plan.window_bytes, memory)
     if held < tile_bytes:
         # Of a byte of budget, four fifths go to windows.
-        needed = budget.total + (tile_bytes - held) * (1 + EXPANSION / N_PARTS) / 0.8
+        needed = budget.total + (tile_bytes - held) * (1 + EXPANSION / N_PARTS) / 0.55
         raise ValueError(
             f"memory_budget={budget.total / 2**20:.0f} MiB must hold three mini-batches and {tile} beside "
             f"buffers, {math.ceil(needed / 2**20)} MiB; raise it, or take a smaller batch_size or "

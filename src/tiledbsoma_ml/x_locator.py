@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import tiledbsoma as soma
 
-from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._budget import Budget, keep_freed_memory
 from tiledbsoma_ml._common import check_name
 
 
@@ -71,10 +71,10 @@ class XLocator:
         Args:
             budget: Of memory. Buffers are sized by it, but for those that the configuration sizes.
         """
-        config = {
-            **self.tiledb_config,
-            **_buffer_sizes(self.tiledb_config, budget or Budget(2**31, self.is_remote)),
-        }
+        budget = budget or Budget(2**31, self.is_remote)
+        if budget.keeps_freed_memory:
+            keep_freed_memory()
+        config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget)}
         with self._open_experiment(config) as experiment:
             check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
             layers = experiment.ms[self.measurement_name].X
