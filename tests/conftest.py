@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from hypothesis import settings
 
 from stores import MEASUREMENT, Store, make_experiment
 from tiledbsoma_ml import XLocator
+
+# A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
+# would have nothing to test; TileDB would even call what it takes for a handler.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
