@@ -115,7 +115,7 @@ def create(
     content = describe(parts, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
     if is_there(path, content):
         return
-    with locked(path, progress):
+    with locked(path, progress.say):
         if not is_there(path, content):
             _Builder(path, parts, content, budget, progress).build()
 

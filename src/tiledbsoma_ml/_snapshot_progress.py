@@ -87,8 +87,8 @@ def _rich_bar() -> Any:
 
 
 @contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Let one process at a time make what is to be at a path; the others wait.
+def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Let one process at a time make what is to be at a path; the others wait, and say so.
 
     Raises:
         OSError: If the folder cannot be written to.
@@ -96,7 +96,7 @@ def locked(path: Path, progress: Progress) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(lock, progress)
+        descriptor = _lock(lock, say)
     except OSError as err:
         raise OSError(
             err.errno,
@@ -110,12 +110,12 @@ def locked(path: Path, progress: Progress) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(lock: Path, progress: Progress) -> int:
+def _lock(lock: Path, say: Callable[[str], object]) -> int:
     """Return the open and locked file; it is the one that has this name."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _flock(descriptor, progress)
+            _flock(descriptor, say)
             if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
@@ -126,10 +126,10 @@ def _lock(lock: Path, progress: Progress) -> int:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, progress: Progress) -> None:
+def _flock(descriptor: int, say: Callable[[str], object]) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         maker = os.pread(descriptor, 20, 0).decode() or "another one"
-        progress.say(f"process {maker} is making it; waiting until it is there")
+        say(f"process {maker} is making it; waiting until it is there")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
