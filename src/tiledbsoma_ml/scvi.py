@@ -270,19 +270,21 @@ class SCVIDataModule(LightningDataModule):
             made["labeled"] = torch.from_numpy(np.flatnonzero(self._cells.is_labeled(places)))
         return made
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch | tuple[Batch, Batch]:
-        """Return the batch with dense `X`; while `SCANVI` trains, a pair: all cells, and labelled ones."""
+    def on_after_batch_transfer(
+        self, batch: Batch, dataloader_idx: int
+    ) -> Batch | tuple[Batch, Batch | None]:
+        """Return the batch with dense `X`; while `SCANVI` trains, a pair: all cells, and labelled ones.
+
+        It is always a pair, of None where there is nothing to classify: what scvi-tools does with a batch
+        alone depends on its keys, and on the version.
+        """
         assert batch["X"] is not None
         batch["X"] = _dense(batch["X"])
         if not self._trains_semi_supervised():
             return batch
         if "labeled" not in batch:
             return batch, batch
-        labeled = self._labeled(batch, batch.pop("labeled"))
-        if labeled is None:
-            # Another order of keys tells the training plan of scvi-tools that there is nothing to classify.
-            return {"labels": batch.pop("labels"), **batch}
-        return batch, labeled
+        return batch, self._labeled(batch, batch.pop("labeled"))
 
     # Embedding --------------------------------------------------------------------------------------------
 
@@ -418,7 +420,7 @@ class SCVIDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
 
     def _trains_semi_supervised(self) -> bool:
-        if self.trainer is None or self._fields.label is None:
+        if self.trainer is None:
             return False
         from scvi.train import SemiSupervisedTrainingPlan
 
