@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiledbsoma_ml import _deal
 from tiledbsoma_ml._deal import Deal, Stage, n_yielded_by
 from tiledbsoma_ml._query_ids import Partition, Tail
 
@@ -110,6 +111,18 @@ def test_skipping_leaves_out_the_first_mini_batches(
 ) -> None:
     deal, place = Deal(n_rows, batch_size, tail, earlier), Partition(1, 2, 1, 2)
     assert rows_of(deal, place, skip) == rows_of(deal, place)[skip * batch_size :]
+
+
+def test_what_earlier_stages_left_is_computed_once_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    without, calls = _deal._without, []
+    monkeypatch.setattr(_deal, "_without", lambda *spans: calls.append(spans) or without(*spans))
+    stages = (Stage(3, 2, 3), Stage(2, 2, 2), Stage(3, 2, 1))
+    for _ in range(2):
+        deal = Deal(1234, 7, "drop", stages)
+        for place in places(3, 2):
+            assert deal.spans(place)
+            assert deal.n_mini_batches(place)
+    assert len(calls) == len(stages)
 
 
 @pytest.mark.parametrize(

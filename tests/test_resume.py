@@ -332,6 +332,59 @@ def test_what_is_no_state_is_refused(whole: Snapshot) -> None:
         dataset_of(whole).load_state_dict({**dataset_of(whole).state_dict(), "version": 2})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_yielded": 40}, "n_yielded=40 in state must lie in 0 … 39;"),
+        ({"n_yielded": 10**12}, "n_yielded=1000000000000 in state must lie in 0 … 39;"),
+        ({"n_yielded": -1}, "n_yielded=-1 in state must lie in 0 … 39;"),
+        ({"epoch": -1}, "epoch=-1 in state must lie in 0 …"),
+        ({"epoch": 2**63}, "epoch=9223372036854775808 in state must lie in 0 …"),
+        ({"world_size": 0}, "world_size=0 in state must lie in 1 …"),
+        ({"world_size": 10**9}, "world_size=1000000000 in state must lie in 1 …"),
+        ({"num_workers": 10**9}, "num_workers=1000000000 in state must lie in 0 …"),
+        ({"num_workers": 2, "worker_id": 2}, "worker_id=2 in state must lie in 0 … 1;"),
+        ({"num_workers": 2, "worker_id": 1, "n_yielded": 21}, "n_yielded=21 in state must lie in 0 … 20;"),
+        ({"earlier": [[10**9, 1, 1]]}, "earlier=1000000000 in state must lie in 1 …"),
+        ({"earlier": [[1, 1, 41]]}, "earlier=41 in state must lie in 0 … 39;"),
+        ({"earlier": [[1, 1, 30]], "n_yielded": 10}, "n_yielded=10 in state must lie in 0 … 9;"),
+    ],
+)
+def test_a_state_out_of_range_is_refused(whole: Snapshot, change: dict[str, Any], message: str) -> None:
+    dataset = dataset_of(whole, shuffle_scope="global" if "earlier" in change else "partition")
+    with pytest.raises(ValueError, match=f"^{message}.* load a state as it was saved, or start anew"):
+        dataset.load_state_dict({**dataset.state_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_yielded": 1.5}, "n_yielded=1.5 in state must be an integer, not a float"),
+        ({"world_size": None}, "world_size=None in state must be an integer"),
+        ({"epoch": True}, "epoch=True in state must be an integer, not a bool"),
+        ({"earlier": [[1, 1]]}, r"earlier=\[\[1, 1\]\] in state must be a list of three numbers each"),
+        ({"seed": "five"}, "seed='five' must be an integer"),
+    ],
+)
+def test_a_state_of_other_types_is_refused(whole: Snapshot, change: dict[str, Any], message: str) -> None:
+    dataset = dataset_of(whole, seed=None if "seed" in change else 5)
+    with pytest.raises(TypeError, match=f"^{message}"):
+        dataset.load_state_dict({**dataset.state_dict(), **change})
+    state = dataset.state_dict()
+    del state["worker_id"]
+    with pytest.raises(TypeError, match="but has no 'worker_id'; load that of this dataset"):
+        dataset.load_state_dict(state)
+
+
+def test_a_state_holds_plain_values_whatever_types_the_options_had(store: Store, tmp_path: Path) -> None:
+    sizes = {"batch_size": np.int32(8), "io_batch_size": "auto", "shuffle_chunk_size": np.int64(4)}
+    dataset = store.dataset(seed=np.uint16(5), **sizes)
+    torch.save(dataset.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state == json.loads(json.dumps(dataset.state_dict()))
+    dataset.load_state_dict(state)
+
+
 def test_a_drawn_seed_comes_back_with_the_state(whole: Snapshot) -> None:
     dataset = dataset_of(whole, seed=None)
     expected = batches_of(dataset)

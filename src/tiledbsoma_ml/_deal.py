@@ -7,7 +7,7 @@ looked at. When training resumes with other ranks or workers, what is left of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, TypeAlias
 
 import attrs
@@ -44,7 +44,11 @@ class Deal:
     n_rows: int
     batch_size: int
     tail: Tail
-    earlier: Sequence[Stage] = ()
+    earlier: tuple[Stage, ...] = ()
+
+    def n_mini_batches_of_rank(self, world_size: int) -> int:
+        """Return how many mini-batches each of so many ranks has."""
+        return math.ceil(self._n_of_rank(world_size) / self.batch_size)
 
     def n_mini_batches(self, place: Partition) -> int:
         """Return how many mini-batches one worker of one rank has."""
@@ -53,7 +57,7 @@ class Deal:
 
     def mini_batches(self, place: Partition) -> tuple[int, int]:
         """Return (start, stop) of a worker's mini-batches among those of its rank."""
-        total = math.ceil(self._n_of_rank(place.world_size) / self.batch_size)
+        total = self.n_mini_batches_of_rank(place.world_size)
         return array_split_bounds(total, place.n_workers, place.worker_id)
 
     def spans(self, place: Partition, skip: int = 0) -> Spans:
@@ -87,25 +91,31 @@ class Deal:
     @property
     def _left(self) -> Spans:
         """What was not yielded in the earlier stages, in the order of the epoch."""
-        if not self.earlier:
-            return [(0, self.n_rows)]
-        *before, last = self.earlier
-        then = attrs.evolve(self, earlier=tuple(before))
-        return _without(then._left, then._yielded(last))
+        return _left_of(self)
 
     def _yielded(self, stage: Stage) -> Spans:
         spans: Spans = []
         for rank in range(stage.world_size):
-            for worker in range(stage.n_workers):
+            for worker in range(min(stage.n_workers, stage.n_yielded)):  # the others did not have a turn
                 place = Partition(rank, stage.world_size, worker, stage.n_workers)
                 n_rows = n_yielded_by(worker, stage.n_workers, stage.n_yielded) * self.batch_size
                 spans += _cut(self.spans(place), 0, n_rows)
         return spans
 
 
+@lru_cache(maxsize=128)
+def _left_of(deal: Deal) -> Spans:
+    """Return what the earlier stages of a deal left: kept, because everything else is computed from it."""
+    if not deal.earlier:
+        return [(0, deal.n_rows)]
+    *before, last = deal.earlier
+    then = attrs.evolve(deal, earlier=tuple(before))
+    return _without(_left_of(then), then._yielded(last))
+
+
 def n_yielded_by(worker_id: int, n_workers: int, n_yielded: int) -> int:
     """Return how many of the first mini-batches of a rank come from one of its workers: they take turns."""
-    return max(0, math.ceil((n_yielded - worker_id) / n_workers))
+    return max(0, -((worker_id - n_yielded) // n_workers))
 
 
 def _length(spans: Spans) -> int:
@@ -125,11 +135,13 @@ def _cut(spans: Spans, begin: int, end: int) -> Spans:
 
 def _without(spans: Spans, others: Spans) -> Spans:
     """Return what is left of ascending spans when others are taken away."""
-    left, others = [], sorted(others)
+    left, others, first = [], sorted(others), 0
     for start, stop in spans:
-        for taken, until in others:
-            if until <= start or stop <= taken:
-                continue
+        while first < len(others) and others[first][1] <= start:
+            first += 1
+        for taken, until in others[first:]:
+            if stop <= taken:
+                break
             if start < taken:
                 left.append((start, taken))
             start = max(start, until)

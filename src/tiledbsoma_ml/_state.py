@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import attrs
 
-from tiledbsoma_ml._deal import ShuffleScope, Stage, n_yielded_by
+from tiledbsoma_ml._deal import Deal, ShuffleScope, Stage, n_yielded_by
 from tiledbsoma_ml._plan import EpochPart
+from tiledbsoma_ml._query_ids import rows_per_rank
 
 VERSION = 1
+
+MOST = 2**20
+"""More ranks, or workers of a rank, than any epoch has had."""
 
 _OF_PLACE = ("epoch", "world_size", "num_workers", "worker_id", "n_yielded", "earlier")
 
@@ -66,8 +71,22 @@ class Position:
                 f"state must be of this dataset, but {'; '.join(differences)}; make the dataset as it was, "
                 "or start anew without the state."
             )
-        place = {name: state[name] for name in _OF_PLACE}
-        return cls(**{**place, "earlier": tuple(Stage(*stage) for stage in state["earlier"])})
+        if missing := [name for name in _OF_PLACE if name not in state]:
+            raise TypeError(
+                f"state={state!r} must be what state_dict() returned, but has no {missing[0]!r}; load that "
+                "of this dataset."
+            )
+        n_workers = _whole("num_workers", state["num_workers"], 0, MOST)
+        worker_id = state["worker_id"]
+        position = cls(
+            epoch=_whole("epoch", state["epoch"], 0, 2**63 - 1),
+            world_size=_whole("world_size", state["world_size"], 1, MOST),
+            num_workers=n_workers,
+            worker_id=None if worker_id is None else _whole("worker_id", worker_id, 0, max(n_workers, 1) - 1),
+            earlier=_stages(state["earlier"], identity),
+        )
+        most = position._n_mini_batches(identity)
+        return attrs.evolve(position, n_yielded=_whole("n_yielded", state["n_yielded"], 0, most))
 
     def rest_of(self, part: EpochPart, scope: ShuffleScope) -> EpochPart:
         """Return what is left of a part of this epoch.
@@ -104,3 +123,45 @@ class Position:
         if not self.n_yielded:
             return self.earlier
         return (*self.earlier, Stage(self.world_size, max(self.num_workers, 1), self.n_yielded))
+
+    def _n_mini_batches(self, identity: Mapping[str, Any]) -> int:
+        """Return how many mini-batches the worker or rank can have yielded."""
+        n_rows, size, n_workers = identity["n_obs"], identity["batch_size"], max(self.num_workers, 1)
+        deal = Deal(n_rows, size, identity["tail"], self.earlier)
+        if identity["shuffle_scope"] == "global":
+            of_rank = deal.n_mini_batches_of_rank(self.world_size)
+            of_worker = -(-of_rank // n_workers)
+        else:  # each worker's last one may be smaller
+            rows, more = divmod(rows_per_rank(n_rows, self.world_size, identity["tail"]), n_workers)
+            of_worker = -(-(rows + bool(more)) // size)
+            of_rank = more * of_worker + (n_workers - more) * -(-rows // size)
+        return of_rank if self.worker_id is None else of_worker
+
+
+def _stages(stages: Any, identity: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Return what others yielded of the epoch, each stage of what those before it left."""
+    found: tuple[Stage, ...] = ()
+    if not isinstance(stages, Sequence) or not all(isinstance(s, Sequence) and len(s) == 3 for s in stages):
+        raise TypeError(
+            f"earlier={stages!r} in state must be a list of three numbers each; load a state as it was."
+        )
+    for world_size, n_workers, n_yielded in stages:
+        deal = Deal(identity["n_obs"], identity["batch_size"], identity["tail"], found)
+        world_size = _whole("earlier", world_size, 1, MOST)
+        n_workers = _whole("earlier", n_workers, 1, MOST)
+        most = deal.n_mini_batches_of_rank(world_size)
+        found = (*found, Stage(world_size, n_workers, _whole("earlier", n_yielded, 0, most)))
+    return found
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """Return a number of a state."""
+    way_out = "load a state as it was saved, or start anew without it"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{name}={value!r} in state must be an integer, not a {type(value).__name__}; {way_out}."
+        )
+    number = int(value)
+    if not least <= number <= most:
+        raise ValueError(f"{name}={number} in state must lie in {least} … {most}; {way_out}.")
+    return number

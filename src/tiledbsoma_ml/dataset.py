@@ -174,7 +174,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         mixing = check_mixing(mixing)
         self.x_locator, ids = locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
         self.obs_column_names = obs_column_names
-        self._drawn_seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
+        self._drawn_seed = (
+            np.random.SeedSequence().generate_state(1).item() if self.seed is None else self.seed
+        )
         self._epoch = EpochCounter()
         self._rank_and_world_size: tuple[int, int] | None = None
         self._shared_ids: SharedQueryIDs | None = None
@@ -280,7 +282,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         """
         identity = self._identity
         if self.seed is None and isinstance(state, Mapping) and "seed" in state:
-            identity["seed"] = state["seed"]
+            identity["seed"] = check_count("seed", state["seed"], suggestion=42, minimum=0)
         self._resume = Position.from_dict(state, identity)
         self._drawn_seed = identity["seed"]
         self._epoch.set(self._resume.epoch)
