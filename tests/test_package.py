@@ -53,6 +53,8 @@ LAYOUT = [
     "_csr",
     "_eager_iter",
     "_window",
+    "_arrays",
+    "_obs",
     "_reader",
     "_io_batch_iterable",
     "_reading",

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -279,3 +281,44 @@ def test_ids_cannot_be_assigned_to() -> None:
     ids = ids_of(3)
     with pytest.raises(AttributeError):
         ids.obs_joinids = np.arange(2)  # type: ignore[misc]
+
+
+# What joinids may be --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["obs_joinids", "var_joinids"])
+@pytest.mark.parametrize(
+    ("joinids", "error", "message"),
+    [
+        (np.array([True, False]), TypeError, "must be joinids, not a mask of 2 rows; try joinids"),
+        ([0.0, 1.7], TypeError, "must be integers that fit into int64, not float64"),
+        (["0", "1"], TypeError, "must be integers that fit into int64, not <U1"),
+        ([2**64], TypeError, "must be integers that fit into int64, not object"),
+        ([3, -1], ValueError, "must lie from 0 to 9223372036854775807, but -1 does not"),
+        (np.array([2**63], np.uint64), ValueError, "but 9223372036854775808 does not"),
+        ([[0, 1], [2, 3]], ValueError, r"must have one dimension, not the shape \(2, 2\)"),
+        (5, ValueError, r"must have one dimension, not the shape \(\)"),
+    ],
+)
+def test_what_is_no_list_of_joinids_is_refused(
+    name: str, joinids: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"{name} .*{message}"):
+        QueryIDs(**{"obs_joinids": [0], "var_joinids": [0], name: joinids})
+
+
+def test_columns_must_differ_and_rows_may_repeat() -> None:
+    with pytest.raises(ValueError, match="var_joinids must differ from each other, but 4 repeats"):
+        QueryIDs(obs_joinids=[0], var_joinids=[9, 4, 2, 4])
+    assert QueryIDs(obs_joinids=[3, 3, 1], var_joinids=[9, 4]).obs_joinids.tolist() == [3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "joinids",
+    [[4, 2], range(4, 0, -2), np.array([4, 2], np.uint8), pd.Series([4, 2], dtype="Int64"), pa.array([4, 2])],
+)
+def test_integers_of_every_kind_are_joinids(joinids: Any) -> None:
+    ids = QueryIDs(obs_joinids=joinids, var_joinids=joinids)
+    for found in (ids.obs_joinids, ids.var_joinids):
+        assert (found.dtype, found.tolist()) == (np.int64, [4, 2])
+    assert QueryIDs(obs_joinids=[], var_joinids=()).obs_joinids.dtype == np.int64

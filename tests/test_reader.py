@@ -227,21 +227,6 @@ def test_a_column_with_missing_values_has_one_dtype_for_all_batches_of_a_reader(
     assert obs.dtypes.astype(str).tolist() == ["int64", "bool"]
 
 
-def test_obs_indexed_by_another_column_than_the_joinid_is_read_right(tmp_path: Any) -> None:
-    uri = str(tmp_path / "obs")
-    table = pa.table({"soma_joinid": range(6), "barcode": list("fedcba")})
-    with soma.DataFrame.create(
-        uri, schema=table.schema, index_column_names=["barcode"], domain=[None]
-    ) as frame:
-        frame.write(table)
-    with soma.DataFrame.open(uri) as frame:
-        obs = _reader.ObsColumns.read(frame, ["barcode", "soma_joinid"], np.array([4, 0, 2]))
-    assert obs.take(np.array([2, 4, 0])).to_dict("list") == {
-        "barcode": ["d", "b", "f"],
-        "soma_joinid": [2, 4, 0],
-    }
-
-
 def test_rows_that_obs_lacks_are_named(store: Store) -> None:
     with pytest.raises(ValueError, match=r"obs_joinids must exist in obs, but 2 do not, 400 for instance"):
         read(store, [3, 400, 401])

@@ -12,7 +12,7 @@ import tiledbsoma as soma
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._plan import id_batches
-from tiledbsoma_ml._query_ids import Chunks
+from tiledbsoma_ml._query_ids import Chunks, check_joinids
 from tiledbsoma_ml._reader import IOBatch, Reader, SOMAReader
 from tiledbsoma_ml._window import Room
 
@@ -27,7 +27,7 @@ class IOBatchIterable(Iterable[IOBatch]):
         chunks: Joinids, in the order in which they are to be read.
         io_batch_size: Rows per IO batch; the last one may be smaller.
         obs: The open `obs` of the experiment.
-        var_joinids: Columns of `X`, in the order in which they are wanted.
+        var_joinids: Columns of `X`, in the order in which they are wanted; unique.
         X: The open layer, sparse or dense.
         obs_column_names: Columns of `obs`.
         seed: Of the shuffle.
@@ -51,7 +51,7 @@ class IOBatchIterable(Iterable[IOBatch]):
         reader = SOMAReader(
             self.X,
             self.obs,
-            self.var_joinids,
+            check_joinids("var_joinids", self.var_joinids, unique=True),
             obs_column_names=self.obs_column_names,
             obs_joinids=np.concatenate([np.empty(0, dtype=np.int64), *self.chunks]),
         )

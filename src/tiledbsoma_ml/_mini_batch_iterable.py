@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 import numpy as np
@@ -20,6 +20,9 @@ from tiledbsoma_ml._dense_pool import DensePool
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatch
+
+MANY_CATEGORIES = 1000
+"""From so many on, `pd.concat` is slower than what is done instead."""
 
 _Rows = TypeVar("_Rows", CSR_IO_Buffer, DeviceRows)
 
@@ -146,9 +149,34 @@ def _concat_tonumpy(pieces: Pieces[CSR_IO_Buffer], pool: DensePool) -> NDArrayNu
 
 
 def _concat_obs(pieces: list[pd.DataFrame]) -> pd.DataFrame:
+    first = pieces[0]
     if len(pieces) == 1:
-        return pieces[0].reset_index(drop=True)
+        return first.reset_index(drop=True)
+    if not any(_has_many_categories(dtype) for dtype in first.dtypes):
+        return pd.concat(pieces, ignore_index=True)
+    columns = {name: _concat_column([piece[name] for piece in pieces]) for name in first}
+    return pd.DataFrame(columns, copy=False)
+
+
+def _concat_column(pieces: list[pd.Series[Any]]) -> Any:
+    """Do what `pd.concat` does, which hashes all categories, though pieces of one column have the same."""
+    dtype: Any = pieces[0].dtype
+    if _has_many_categories(dtype) and all(_is_same(dtype, piece.dtype) for piece in pieces[1:]):
+        codes = np.concatenate([piece.cat.codes.to_numpy() for piece in pieces])
+        return pd.Categorical.from_codes(codes, dtype=dtype)
     return pd.concat(pieces, ignore_index=True)
+
+
+def _has_many_categories(dtype: Any) -> bool:
+    return isinstance(dtype, pd.CategoricalDtype) and len(dtype.categories) > MANY_CATEGORIES
+
+
+def _is_same(dtype: Any, other: Any) -> bool:
+    return (
+        isinstance(other, pd.CategoricalDtype)
+        and dtype.ordered == other.ordered
+        and dtype.categories.equals(other.categories)
+    )
 
 
 def _take_obs(obs: pd.DataFrame, order: NDArray[np.int64]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, nearest_names
-from tiledbsoma_ml._reader import ObsColumns
+from tiledbsoma_ml._obs import ObsColumns
 
 MISSING = "nan"
 """The category of rows that have no value: what pandas makes of a missing value as text."""

@@ -75,8 +75,62 @@ def array_split_bounds(n_rows: int, n_parts: int, part: int) -> tuple[int, int]:
     return start, start + size + (part < larger)
 
 
-def _joinids(ids: object) -> NDArrayJoinId:
-    return np.asarray(ids, dtype=np.int64)
+def check_joinids(name: str, ids: object, *, unique: bool = False) -> NDArrayJoinId:
+    """Return joinids as an array.
+
+    Raises:
+        TypeError: If they are not integers, but a mask or floats.
+        ValueError: If they have not one dimension, one is negative or too large for int64, or one repeats
+            where all must be `unique`.
+    """
+    given = np.asarray(ids)
+    if given.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, not the shape {given.shape}; try ids.ravel().")
+    if not given.size:
+        return np.empty(0, dtype=np.int64)
+    if given.dtype.kind == "b":
+        raise TypeError(
+            f"{name} must be joinids, not a mask of {len(given):,} rows; try joinids[mask], or "
+            "np.flatnonzero(mask) where joinids count from 0."
+        )
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers that fit into int64, not {given.dtype}; convert them.")
+    low, high = int(given.min()), int(given.max())
+    if low < 0 or high > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"{name} must lie from 0 to {np.iinfo(np.int64).max}, but {low if low < 0 else high} does not; "
+            "take the soma_joinid of rows that exist."
+        )
+    joinids: NDArrayJoinId = given.astype(np.int64, copy=False)
+    if unique and (repeated := first_repeated(joinids)) is not None:
+        raise ValueError(f"{name} must differ from each other, but {repeated} repeats; name each once.")
+    return joinids
+
+
+def first_repeated(joinids: NDArrayJoinId) -> int | None:
+    """Return the smallest joinid that is there more than once; None if all differ."""
+    if (joinids[1:] > joinids[:-1]).all():
+        return None
+    ordered = np.sort(joinids)
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    return int(repeated[0]) if len(repeated) else None
+
+
+def check_once(frame: soma.DataFrame, joinids: NDArrayJoinId) -> None:
+    """Raise a ValueError if a joinid repeats among those that `obs` or `var` have."""
+    if (repeated := first_repeated(joinids)) is not None:
+        raise ValueError(
+            f"{frame.uri!r} must have every soma_joinid once, because it is the number of a row or column "
+            f"of X, but {repeated} repeats; write it anew with joinids that differ."
+        )
+
+
+def _obs_joinids(ids: object) -> NDArrayJoinId:
+    return check_joinids("obs_joinids", ids)
+
+
+def _var_joinids(ids: object) -> NDArrayJoinId:
+    return check_joinids("var_joinids", ids, unique=True)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -84,13 +138,17 @@ class QueryIDs:
     """The rows and columns of a query, as joinids; picklable, and never changed in place.
 
     Attributes:
-        obs_joinids: Rows, in the order of the query.
-        var_joinids: Columns, in the order in which `X` has them.
+        obs_joinids: Rows, in the order of the query; they may repeat.
+        var_joinids: Columns, in the order in which `X` has them; all differ.
         partition: Whose part of the query this is; None for the whole.
+
+    Raises:
+        TypeError: If joinids are not integers, but a mask or floats.
+        ValueError: If they have not one dimension, one is negative, or a column repeats.
     """
 
-    obs_joinids: NDArrayJoinId = attrs.field(converter=_joinids)
-    var_joinids: NDArrayJoinId = attrs.field(converter=_joinids)
+    obs_joinids: NDArrayJoinId = attrs.field(converter=_obs_joinids)
+    var_joinids: NDArrayJoinId = attrs.field(converter=_var_joinids)
     partition: Partition | None = None
 
     @classmethod
@@ -98,13 +156,14 @@ class QueryIDs:
         """Return the rows and columns that a query selects.
 
         Raises:
-            ValueError: If the query's experiment is closed.
+            ValueError: If the query's experiment is closed, or a joinid repeats in its `obs` or `var`.
         """
-        check_open(query.experiment)
-        return cls(
-            obs_joinids=query.obs_joinids().to_numpy(),
-            var_joinids=query.var_joinids().to_numpy(),
-        )
+        experiment = query.experiment
+        check_open(experiment)
+        obs_joinids, var_joinids = query.obs_joinids().to_numpy(), query.var_joinids().to_numpy()
+        check_once(experiment.obs, obs_joinids)
+        check_once(experiment.ms[query.measurement_name].var, var_joinids)
+        return cls(obs_joinids=obs_joinids, var_joinids=var_joinids)
 
     def random_split(
         self,

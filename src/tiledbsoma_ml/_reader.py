@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import tiledbsoma as soma
-from numpy.typing import NDArray
 
+from tiledbsoma_ml._arrays import ranges, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._plan import Layout
 from tiledbsoma_ml._window import Columns, Pages, Room, Window
 
@@ -38,9 +38,6 @@ TileDB decodes whole tiles in any case and pays for every range: dropping ten ro
 
 BYTES_PER_JOINID = 48
 """What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
-
-OBS_GAP_ROWS = 1024
-"""Rows of `obs` that are this near are asked for in one range, with those between them."""
 
 
 class Reader(Protocol):
@@ -195,7 +192,7 @@ def _sparse_entries(
     """Yield the entries of rows and columns of a sparse layer, and some beside them, as they are stored."""
     coords = (_rows_to_read(X, sorted_ids), _columns_to_read(X, var_joinids))
     for table in X.read(coords=coords).tables():
-        dim_0, dim_1, values = (_to_numpy(table[name]) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+        dim_0, dim_1, values = (to_numpy(table[name]) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
         yield dim_0, dim_1, values
 
 
@@ -227,7 +224,7 @@ def _rows_to_read(X: soma.SparseNDArray, sorted_ids: NDArrayJoinId) -> slice | N
     """Return the rows to ask the layer for: cheaper to read than `sorted_ids` alone, and covering them."""
     tile = sorted_ids // row_tile(X)
     is_start = (np.diff(sorted_ids, prepend=-GAP_ROWS - 1) > GAP_ROWS) | (np.diff(tile, prepend=-1) != 0)
-    return _ranges(sorted_ids, np.flatnonzero(is_start))
+    return ranges(sorted_ids, np.flatnonzero(is_start))
 
 
 def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice | NDArrayJoinId:
@@ -239,119 +236,4 @@ def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice
     times as long as reading all columns; 2,000 neighbours take a fifth of it.
     """
     wanted = np.sort(var_joinids)
-    return _ranges(wanted, np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1)))
-
-
-def _ranges(sorted_ids: NDArrayJoinId, starts: NDArray[np.int64]) -> slice | NDArrayJoinId:
-    """Return the ids from the first to the last of each run, as a slice if these touch; `starts` of runs."""
-    firsts, lasts = sorted_ids[starts], sorted_ids[np.append(starts[1:], len(sorted_ids)) - 1]
-    lengths = lasts - firsts + 1
-    total = int(lengths.sum())
-    if total == lasts[-1] - firsts[0] + 1:
-        return slice(int(firsts[0]), int(lasts[-1]))
-    offset: NDArrayJoinId = np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
-    return np.arange(total) + offset
-
-
-def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
-    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
-    array: NDArray[Any] = whole.to_numpy(zero_copy_only=False)
-    return array
-
-
-# obs ------------------------------------------------------------------------------------------------------
-
-
-_NULLABLE_DTYPES = {
-    pa.bool_(): pd.BooleanDtype(),
-    pa.int8(): pd.Int8Dtype(),
-    pa.int16(): pd.Int16Dtype(),
-    pa.int32(): pd.Int32Dtype(),
-    pa.int64(): pd.Int64Dtype(),
-    pa.uint8(): pd.UInt8Dtype(),
-    pa.uint16(): pd.UInt16Dtype(),
-    pa.uint32(): pd.UInt32Dtype(),
-    pa.uint64(): pd.UInt64Dtype(),
-}
-
-
-class ObsColumns:
-    """Columns of `obs` for a set of rows: kept as Arrow has them (categories stay codes), decoded on use."""
-
-    def __init__(self, joinids: NDArrayJoinId, columns: dict[str, pa.Array]) -> None:
-        self._joinids = joinids
-        self._columns = columns
-        self._dtypes = {name: _nullable_dtype(column) for name, column in columns.items()}
-
-    @classmethod
-    def read(cls, obs: soma.DataFrame, column_names: Sequence[str], joinids: NDArrayJoinId) -> ObsColumns:
-        """Read the columns for the rows of `joinids`, in one scan.
-
-        Raises:
-            ValueError: If `obs` lacks one of the rows.
-        """
-        is_sorted = bool((joinids[1:] > joinids[:-1]).all())
-        wanted = joinids if is_sorted else np.unique(joinids)
-        table = obs.read(
-            coords=_obs_coords(obs, wanted),
-            column_names=list(dict.fromkeys(["soma_joinid", *column_names])),
-        ).concat()
-        found = _to_numpy(table["soma_joinid"])
-        if not np.array_equal(found, wanted):
-            table = table.take(pa.array(_places(wanted, found)))
-        return cls(wanted, {name: _combined(table[name]) for name in column_names})
-
-    def codes(self, column_name: str) -> NDArray[np.int64]:
-        """Return a number for each row, in the order of the joinids, that is the same where the value is."""
-        column = self._columns[column_name]
-        if not pa.types.is_dictionary(column.type):
-            column = column.dictionary_encode()
-        codes: NDArray[Any] = column.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        return codes.astype(np.int64)
-
-    def take(self, joinids: NDArrayJoinId) -> pd.DataFrame:
-        """Return the rows of `joinids`, in that order, with a fresh index.
-
-        Dictionary columns become categoricals with all their categories. Integer and boolean columns in which
-        a value is missing become the nullable types of pandas, and hold every value exactly.
-        """
-        rows = pa.array(np.searchsorted(self._joinids, joinids))
-        decoded = {
-            name: column.take(rows).to_pandas(types_mapper=lambda _, dtype=self._dtypes[name]: dtype)
-            for name, column in self._columns.items()
-        }
-        return pd.DataFrame(decoded, index=pd.RangeIndex(len(joinids)))
-
-
-def _places(wanted: NDArrayJoinId, found: NDArrayJoinId) -> NDArray[np.int64]:
-    """Return where each joinid of `wanted`, which is sorted, is in `found`."""
-    order = np.argsort(found, kind="stable")
-    order = order[np.isin(found[order], wanted)]
-    if len(order) < len(wanted):
-        missing = np.setdiff1d(wanted, found)
-        raise ValueError(
-            f"obs_joinids must exist in obs, but {len(missing)} do not, {missing[0]} for instance; "
-            "make query_ids from a query on the same experiment."
-        )
-    return order
-
-
-def _obs_coords(obs: soma.DataFrame, sorted_ids: NDArrayJoinId) -> tuple[slice | NDArrayJoinId, ...]:
-    """Return coordinates that cover the rows that can exist; all rows where another column is the index."""
-    if obs.index_column_names != ("soma_joinid",):
-        return ()
-    first, last = obs.domain[0]
-    inside = sorted_ids[(first <= sorted_ids) & (sorted_ids <= last)]
-    if not len(inside):
-        return (inside,)
-    gaps = np.diff(inside, prepend=inside[0] - OBS_GAP_ROWS - 1)
-    return (_ranges(inside, np.flatnonzero(gaps > OBS_GAP_ROWS)),)
-
-
-def _combined(column: pa.ChunkedArray) -> pa.Array:
-    return column.unify_dictionaries().combine_chunks()
-
-
-def _nullable_dtype(column: pa.Array) -> pd.api.extensions.ExtensionDtype | None:
-    """Return pandas' nullable type for integers or booleans with a value missing; None for all others."""
-    return _NULLABLE_DTYPES.get(column.type) if column.null_count else None
+    return ranges(wanted, np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1)))

@@ -14,11 +14,11 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
+from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._plan import EpochPart, Layout, Plan, read_amplification
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import (
-    ObsColumns,
     SOMAReader,
     check_obs_column_names,
     mark_padding,

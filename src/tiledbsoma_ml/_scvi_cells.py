@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._obs_labels import Labels, Unseen, read_numbers
-from tiledbsoma_ml._reader import ObsColumns
 
 VAR_ID_COLUMNS = ("feature_id", "var_id", "gene_id", "feature_name", "gene_name")
 """Where the id of a gene is looked for, in this order."""

@@ -26,8 +26,9 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._csr import smallest_uint
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
+from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import ObsColumns, SOMAReader, check_obs_column_names, measure_layout, row_tile
+from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_layout, row_tile
 from tiledbsoma_ml._snapshot_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -471,13 +472,15 @@ class _Builder:
         for number, part in enumerate(self._parts):
             with _opened(part.locator) as (measurement, obs):
                 names = self._content.obs_column_names
-                columns = _columns(obs, names, part.ids.obs_joinids)
+                rows = part.ids.obs_joinids
+                columns = ObsColumns.read(obs, names, rows).columns_of(rows)
                 if len(self._parts) > 1:
-                    columns["soma_source"] = pa.array(np.full(len(part.ids.obs_joinids), number, np.uint16))
+                    columns["soma_source"] = pa.array(np.full(len(rows), number, np.uint16))
                 obs_tables.append(pa.table(columns))
                 var_names = [name for name in measurement.var.schema.names if name != "soma_joinid"]
-                var = measurement.var
-                var_tables.append(pa.table(_columns(var, ["soma_joinid", *var_names], part.ids.var_joinids)))
+                rows = part.ids.var_joinids
+                var = ObsColumns.read(measurement.var, ["soma_joinid", *var_names], rows)
+                var_tables.append(pa.table(var.columns_of(rows)))
         _check_same_features(self._parts, var_tables)
         joinids = [part.ids.obs_joinids for part in self._parts]
         return {
@@ -635,15 +638,6 @@ def _shard_borders(tiles: NDArray[np.int64], n_rows: int) -> list[int]:
 
 
 # Frames ---------------------------------------------------------------------------------------------------
-
-
-def _columns(frame: soma.DataFrame, names: Sequence[str], joinids: NDArrayJoinId) -> dict[str, pa.Array]:
-    """Return columns of `obs` or `var` in the order of the joinids."""
-    columns = ObsColumns.read(frame, names, joinids)._columns
-    if (stored := _ascending(joinids)) is joinids:
-        return dict(columns)
-    places = np.searchsorted(stored, joinids)
-    return {name: column.take(pa.array(places)) for name, column in columns.items()}
 
 
 def _write_table(path: Path, tables: Sequence[pa.Table]) -> File:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
-from tiledbsoma_ml._reader import IOBatch, _nullable_dtype
+from tiledbsoma_ml._obs import ObsTable
+from tiledbsoma_ml._query_ids import check_joinids
+from tiledbsoma_ml._reader import IOBatch
 from tiledbsoma_ml._snapshot_format import Layer, map_file
 
 READ_ROWS = 4096
@@ -224,7 +225,8 @@ class RowIndex:
         Raises:
             ValueError: If one has none.
         """
-        joinids = np.asarray(joinids, dtype=np.int64)
+        if not isinstance(joinids, np.ndarray) or joinids.dtype != np.int64:
+            joinids = check_joinids("obs_joinids", joinids)
         if self._is_range:
             rows = joinids - self._first
             if len(rows) and (rows.min() < 0 or rows.max() >= self._n_rows):
@@ -284,59 +286,3 @@ class Pool:
             self._free.appendleft(memory)
         unit = max(2**12, 2 ** (n_bytes.bit_length() - 4))
         return np.empty(-(-n_bytes // unit) * unit, dtype=np.uint8)
-
-
-# obs ------------------------------------------------------------------------------------------------------
-
-
-class ObsTable:
-    """Columns of `obs`, mapped, decoded on use.
-
-    Args:
-        columns: By name, each of one piece.
-        subset: The rows that will be asked for; None for all.
-    """
-
-    def __init__(self, columns: dict[str, pa.Array], subset: NDArray[np.int64] | None) -> None:
-        self._takers = {name: _Taker(column, subset) for name, column in columns.items()}
-
-    def take(self, rows: NDArray[np.int64]) -> pd.DataFrame:
-        """Return rows as `SOMAReader` does, with a fresh index."""
-        decoded = {name: taker.take(rows) for name, taker in self._takers.items()}
-        return pd.DataFrame(decoded, index=pd.RangeIndex(len(rows)), copy=False)
-
-
-class _Taker:
-    """Takes values of a column, by the shortest way that gives what Arrow gives."""
-
-    def __init__(self, column: pa.Array, subset: NDArray[np.int64] | None) -> None:
-        self._column = column
-        self._nullable = _nullable(column, subset)
-        self._numbers: NDArray[Any] | None = None
-        self._categories: pd.CategoricalDtype | None = None
-        if pa.types.is_dictionary(column.type):
-            self._categories = column.slice(0, 0).to_pandas().dtype
-            column = column.indices
-        if not column.null_count and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-            self._numbers = column.to_numpy(zero_copy_only=True)
-
-    def take(self, rows: NDArray[np.int64]) -> Any:
-        if self._numbers is None:
-            return self._column.take(pa.array(rows)).to_pandas(types_mapper=lambda _: self._nullable)
-        taken = self._numbers.take(rows)
-        return taken if self._categories is None else pd.Categorical.from_codes(taken, dtype=self._categories)
-
-
-def _nullable(column: pa.Array, subset: NDArray[np.int64] | None) -> Any:
-    if column.null_count and subset is not None:
-        column = column.take(pa.array(subset))
-    return _nullable_dtype(column)
-
-
-def one_piece(table: pa.Table, names: Sequence[str]) -> dict[str, pa.Array]:
-    """Return columns of a table, each as one array."""
-    return {name: _combined(table[name]) for name in names}
-
-
-def _combined(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()

@@ -13,8 +13,9 @@ from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, check_count
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size
+from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import ObsColumns, check_obs_column_names
+from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset

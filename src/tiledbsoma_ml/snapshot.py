@@ -17,18 +17,13 @@ from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
-from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._obs import ObsTable, in_one_piece
+from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._snapshot_build import Rows, create, source_of
 from tiledbsoma_ml._snapshot_format import Layer, Manifest, map_file
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
-from tiledbsoma_ml._snapshot_reader import (
-    MappedLayer,
-    ObsTable,
-    RowIndex,
-    SnapshotReader,
-    one_piece,
-)
+from tiledbsoma_ml._snapshot_reader import MappedLayer, RowIndex, SnapshotReader
 from tiledbsoma_ml.x_locator import XLocator
 
 
@@ -216,8 +211,8 @@ class Snapshot:
     def var(self) -> pd.DataFrame:
         """All columns of `var`, of the columns of `X`."""
         table = self._frame("var")
-        columns = one_piece(table, table.column_names)
-        return ObsTable(columns, None).take(np.arange(self.shape[1]))
+        columns = {name: in_one_piece(table[name]) for name in table.column_names}
+        return ObsTable(columns).take(np.arange(self.shape[1]))
 
     @property
     def obsm(self) -> dict[str, NDArrayNumber]:
@@ -265,6 +260,10 @@ class Snapshot:
         Raises:
             ValueError: If the snapshot does not hold one of them.
         """
+        if obs_joinids is not None:
+            obs_joinids = check_joinids("obs_joinids", obs_joinids)
+        if var_joinids is not None:
+            var_joinids = check_joinids("var_joinids", var_joinids, unique=True)
         layer = self._layer(layer_name)
         names = self.obs_column_names if obs_column_names is None else obs_column_names
         index = self._row_index()
@@ -382,7 +381,7 @@ class Snapshot:
     def _obs_table(self, names: Sequence[str], subset: NDArray[np.int64] | None) -> ObsTable:
         self._check_columns(names)
         stored = [name for name in names if name in self.obs_column_names]
-        columns = one_piece(self._frame("obs"), stored)
+        columns = {name: in_one_piece(self._frame("obs")[name]) for name in stored}
         if "soma_joinid" not in columns:
             columns["soma_joinid"] = pa.array(self.obs_joinids)
         return ObsTable({name: columns[name] for name in names}, subset)
