@@ -60,11 +60,14 @@ class ObsColumns:
         return cls(wanted, columns)
 
     def codes(self, column_name: str) -> NDArray[np.int64]:
-        """Return a number for each row, in the order of the joinids, that is the same where the value is."""
+        """Return a number for each row, in the order of the joinids, that is the same where the value is.
+
+        They belong to the caller.
+        """
         column = self._columns[column_name]
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
-        return _codes(column.indices)
+        return _codes(column.indices).copy()
 
     def take(self, joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return the rows of `joinids`, in that order, with a fresh index; see `ObsTable`."""
