@@ -125,7 +125,7 @@ def test_an_h5ad_file_is_trained_on(h5ad: Path, tmp_path: Path) -> None:
 def test_missing_labels_and_filtered_cells_are_left_out(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "x.h5ad", kind=["odd", "even", None] * 20, batch=["p"] * 30 + ["q"] * 30)
     options = ["--label", "kind", "--obs-filter", "batch == 'p'", "--epochs", 1, "--output-dir", tmp_path]
-    code, output = run("demo", "--h5ad", path, *options)
+    code, output = run("demo", "--h5ad", path, "--layer", "X", *options)
     assert code == 0
     assert "10 of 30 cells have no kind and are left out" in output
     assert read_table(output)["cells"] == 20
@@ -220,7 +220,7 @@ def test_help_names_every_option_and_gives_examples() -> None:
         (["--cells", 5], "5 labelled cells are too few, 10 needed; select more of them."),
         (["--h5ad", "a", "--uri", "b"], "--h5ad=a and --uri=b exclude each other; give one of them."),
         (["--uri", "b"], "--uri=b needs the column of obs to learn; add --label COLUMN."),
-        (["--layer", "raw"], "--layer=raw chooses within an experiment; add --uri, or leave it out."),
+        (["--layer", "raw"], "--layer=raw chooses within an experiment or a file; add --uri or --h5ad, or"),
         (
             ["--measurement", "RNA"],
             "--measurement=RNA chooses within an experiment; add --uri, or leave it out.",
@@ -284,6 +284,13 @@ def test_a_misspelt_label_of_a_file_is_refused_before_anything_is_written(h5ad: 
     code, output = run("demo", "--h5ad", h5ad, "--label", "labl", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "label='labl' must be a column of obs; did you mean 'label'?" in output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_misspelt_layer_of_a_file_is_refused(h5ad: Path, tmp_path: Path) -> None:
+    code, output = run("demo", "--h5ad", h5ad, "--layer", "x", "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert f"layer_name='x' must be one of the layers of {str(h5ad)!r}; there are 'X'." in output
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -185,7 +185,7 @@ def test_values_that_are_no_counts_are_taken_as_they_are_and_that_is_said(
 
 def test_scaled_values_are_refused(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
     path = write_h5ad(lambda adata: setattr(adata, "X", adata.X.toarray() - 2))
-    with pytest.raises(ValueError, match="X of the h5ad file must hold counts"):
+    with pytest.raises(ValueError, match=r"X of '.*cells.h5ad' must hold counts, or .* and holds -2;"):
         ingest_h5ad(path, None, tmp_path, print)
     assert [entry.name for entry in tmp_path.iterdir()] == ["cells.h5ad"]
 
@@ -218,17 +218,36 @@ def test_awkward_obs_and_names_do_not_stop_the_demo(write_h5ad: Callable[..., Pa
 def test_the_label_is_the_most_telling_column(columns: dict[str, str], label: str) -> None:
     obs = pd.DataFrame({name: pd.Categorical(list(values)) for name, values in columns.items()})
     obs["n_counts"] = [1.5, 2.5]
-    assert demo._guess_label(obs) == label
-    assert demo._guess_label(obs.astype(dict.fromkeys(columns, str))) == label
+    assert demo._guess_label(obs, Path()) == label
+    assert demo._guess_label(obs.astype(dict.fromkeys(columns, str)), Path()) == label
 
 
 @pytest.mark.parametrize(
-    ("columns", "listed"), [({"sex": "mf", "batch": "pq"}, "'sex', 'batch'"), ({}, "none")]
+    ("columns", "sentence"),
+    [
+        ({"sex": "mf", "batch": "pq"}, "must be named with --label; categorical are: 'sex', 'batch'"),
+        ({}, "obs of 'a.h5ad' must have a column of classes to learn, and has none; add one"),
+    ],
 )
-def test_without_one_telling_column_the_label_must_be_named(columns: dict[str, str], listed: str) -> None:
+def test_without_one_telling_column_the_label_must_be_named(columns: dict[str, str], sentence: str) -> None:
     obs = pd.DataFrame({name: pd.Categorical(list(values)) for name, values in columns.items()}, index=[0, 1])
-    with pytest.raises(ValueError, match=f"must be named with --label; categorical are: {listed}"):
-        demo._guess_label(obs)
+    with pytest.raises(ValueError, match=sentence):
+        demo._guess_label(obs, Path("a.h5ad"))
+
+
+@pytest.mark.parametrize("name", ["dose", "score", "soma_kind"])
+def test_a_label_that_holds_no_classes_is_refused(
+    name: str, write_h5ad: Callable[..., Path], tmp_path: Path
+) -> None:
+    def add(adata: anndata.AnnData) -> None:
+        adata.obs["dose"] = pd.Categorical([0.5, 1.5] * 20)
+        adata.obs["score"] = np.arange(40) / 2
+        adata.obs["soma_kind"] = pd.Categorical(["a", "b"] * 20)
+
+    with pytest.raises(
+        ValueError, match=f"label='{name}' must hold classes: strings, whole numbers, or true"
+    ):
+        ingest_h5ad(write_h5ad(add), name, tmp_path, print)
 
 
 # The task -------------------------------------------------------------------------------------------------
@@ -306,7 +325,7 @@ def test_a_task_with_nothing_to_learn_says_why(uri: str, options: dict[str, str]
 
 def test_a_label_of_decimal_numbers_is_refused(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
     path = write_h5ad(lambda adata: adata.obs.insert(0, "score", np.linspace(0, 1, 40)))
-    uri, _ = ingest_h5ad(path, "score", tmp_path, print)
+    uri, _ = ingest_h5ad(path, "cell_type", tmp_path, print)
     with pytest.raises(ValueError, match="label='score' must hold classes, not decimal numbers"):
         make_task(uri, label="score")
 

@@ -71,6 +71,7 @@ LAYOUT = [
     "_snapshot_reading",
     "dataset",
     "dataloader",
+    "_h5ad_file",
     "_h5ad",
     "data_module",
     "ray_train",

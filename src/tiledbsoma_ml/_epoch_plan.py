@@ -13,7 +13,7 @@ import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, check_count
-from tiledbsoma_ml._h5ad import first_line
+from tiledbsoma_ml._h5ad_file import first_line
 from tiledbsoma_ml._plan import EpochPart, Plan, predicted_mixing, read_amplification
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
 from tiledbsoma_ml._reader import row_tile

@@ -114,7 +114,10 @@ def _add_demo(app: "typer.Typer") -> None:
         ] = None,
         layer: Annotated[
             str | None,
-            Option(help="Layer of X, with --uri. Without it: raw, or the only one.", rich_help_panel=cells),
+            Option(
+                help="Layer of X, with --uri or --h5ad. Without it: raw or the only one; in a file, counts.",
+                rich_help_panel=cells,
+            ),
         ] = None,
         measurement: Annotated[
             str | None,
@@ -336,9 +339,15 @@ class DemoOptions:
                     f"--{name}={size} is for simulated cells; leave out --uri and --h5ad, or this."
                 )
             check_count(name, 1 if size is None else size, suggestion=2_000)
-        for name, value in {"--measurement": self.measurement, "--layer": self.layer}.items():
-            if value is not None and self.uri is None:
-                raise ValueError(f"{name}={value} chooses within an experiment; add --uri, or leave it out.")
+        if self.measurement is not None and self.uri is None:
+            raise ValueError(
+                f"--measurement={self.measurement} chooses within an experiment; add --uri, or leave it out."
+            )
+        if self.layer is not None and self.uri is None and self.h5ad is None:
+            raise ValueError(
+                f"--layer={self.layer} chooses within an experiment or a file; add --uri or --h5ad, or leave "
+                "it out."
+            )
 
 
 def _run_demo(options: DemoOptions) -> None:
@@ -381,12 +390,12 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
     from tiledbsoma_ml import demo
     from tiledbsoma_ml.simulate import N_CELLS, N_GENES
 
-    label = options.label
+    label, layer = options.label, options.layer
     if options.uri is not None:
         uri, name = options.uri, options.uri.rstrip("/").rpartition("/")[2]
     elif options.h5ad is not None:
-        uri, label = demo.ingest_h5ad(options.h5ad, label, options.output_dir, say)
-        name = options.h5ad.name
+        uri, label = demo.ingest_h5ad(options.h5ad, label, options.output_dir, say, layer)
+        name, layer = options.h5ad.name, None
     else:
         size = options.n_cells or N_CELLS, options.n_genes or N_GENES
         uri = demo.build_simulated(options.output_dir, *size, seed=options.seed, say=say)
@@ -395,7 +404,7 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
         uri,
         name=name,
         measurement=options.measurement,
-        layer=options.layer,
+        layer=layer,
         label=label or "cell_type",
         obs_filter=options.obs_filter,
         batch_size=options.batch_size,

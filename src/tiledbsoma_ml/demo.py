@@ -8,19 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anndata
 import attrs
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import scipy.sparse as sp
 import tiledbsoma as soma
-import tiledbsoma.io
 import torch
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml._common import check_name
-from tiledbsoma_ml._h5ad import Say, build_once, clean, fingerprint, first_line, is_categorical, open_h5ad
+from tiledbsoma_ml._h5ad import build_once, fingerprint, ingest_h5ads, is_categorical, is_kept
+from tiledbsoma_ml._h5ad_file import Say, find_counts, first_line, open_h5ad
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment
@@ -100,61 +98,53 @@ def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, 
     return str(folder)
 
 
-def ingest_h5ad(path: Path, label: str | None, output_dir: Path, say: Say) -> tuple[str, str]:
+def ingest_h5ad(
+    path: Path, label: str | None, output_dir: Path, say: Say, layer: str | None = None
+) -> tuple[str, str]:
     """Return the URI of the experiment that holds the counts of an h5ad file, and the label to learn.
+
+    Args:
+        path: The file.
+        label: Column of `obs` to learn; the most telling one if None.
+        output_dir: Where the experiment is to be.
+        say: Told what is done.
+        layer: Which matrix to take; if None, the first one of `X`, `layers["counts"]` and `raw.X` that holds
+            counts, else numbers of 0 or more.
 
     Raises:
         ValueError: If it is no h5ad file, has no such label, or no numbers to learn from.
     """
-    adata = open_h5ad(path)
-    try:
+    with open_h5ad(path) as file:
         if label is None:
-            label = _guess_label(adata.obs)
+            label = _guess_label(file.obs, path)
             say(f"no --label was given: learning {label!r}, the most telling column of obs")
-        check_name("label", label, adata.obs.columns, of="a column of obs")
-        stat = path.stat()
-        made_of = fingerprint(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-        folder = output_dir.absolute() / f"{path.stem}-{made_of}.soma"
-        build_once(folder, lambda uri: _write_experiment(uri, adata.to_memory(), say), say)
-    finally:
-        adata.file.close()
-    return str(folder), label
+        check_name("label", label, file.obs.columns, of="a column of obs")
+        _check_holds_classes(file.obs[label])
+    return ingest_h5ads([path], layer, output_dir, say, choose=find_counts), label
 
 
-def _guess_label(obs: pd.DataFrame) -> str:
+def _check_holds_classes(column: pd.Series[Any]) -> None:
+    if not is_kept(column, "obs") or not (is_categorical(column) or pd.api.types.is_integer_dtype(column)):
+        raise ValueError(
+            f"label={column.name!r} must hold classes: strings, whole numbers, or true and false; choose "
+            "another column of obs."
+        )
+
+
+def _guess_label(obs: pd.DataFrame, path: Path) -> str:
     """Return the first of `_LABEL_NAMES` that holds classes, else the only column that does."""
     n_values = {str(name): column.nunique() for name, column in obs.items() if is_categorical(column)}
     usable = [name for name, n in n_values.items() if 2 <= n <= _MAX_GUESSED_CLASSES]
     for name in [*_LABEL_NAMES, *(usable if len(usable) == 1 else [])]:
         if name in usable:
             return name
-    listed = ", ".join(map(repr, n_values)) or "none"
-    raise ValueError(f"the column of obs to learn must be named with --label; categorical are: {listed}.")
-
-
-def _write_experiment(uri: str, adata: anndata.AnnData, say: Say) -> None:
-    """Write counts, `obs` and `var` to a new experiment, and nothing else that the file may hold."""
-    X, var = _find_counts(adata, say)
-    counts = anndata.AnnData(X=X, obs=clean(adata.obs), var=clean(var))
-    tiledbsoma.io.from_anndata(uri, counts, "RNA", X_layer_name="raw")
-
-
-def _find_counts(adata: anndata.AnnData, say: Say) -> tuple[sp.csr_matrix, pd.DataFrame]:
-    """Return the first matrix that holds counts, with its `var`; `X` if none does."""
-    found = [(adata.X, adata.var), (adata.layers.get("counts"), adata.var)]
-    if adata.raw is not None:
-        found.append((adata.raw.X, adata.raw.var))
-    matrices = [(sp.csr_matrix(X, dtype=np.float32), var) for X, var in found if X is not None]
-    for X, var in matrices:
-        if np.all((X.data >= 0) & (X.data == np.floor(X.data))):
-            return X, var
-    if not matrices or not np.all(matrices[0][0].data >= 0):
+    if not n_values:
         raise ValueError(
-            "X of the h5ad file must hold counts, or other numbers of 0 or more, and does not; "
-            "write the file before the values are centred or scaled."
+            f"obs of {str(path)!r} must have a column of classes to learn, and has none; add one, for "
+            "instance of clusters, and write the file anew."
         )
-    say("no counts found in X, layers['counts'] or raw.X: X is taken as it is")
-    return matrices[0]
+    listed = ", ".join(map(repr, n_values))
+    raise ValueError(f"the column of obs to learn must be named with --label; categorical are: {listed}.")
 
 
 # The query --------------------------------------------------------------------------------------------
