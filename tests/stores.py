@@ -59,15 +59,21 @@ def make_experiment(
     layers: Sequence[str] = ("raw",),
     dense: bool = False,
     tile: tuple[int, int] = (64, 8),
+    X_shape: tuple[int, int] | None = None,
 ) -> str:
-    """Write an experiment whose `X` is `expected_X`, cut into small tiles; return its URI."""
+    """Write an experiment whose `X` is `expected_X`, cut into small tiles; return its URI.
+
+    With `X_shape`, `X` is declared with that shape, and has what lies within it.
+    """
     joinids = np.asarray(obs_joinids, dtype=np.int64)
     n_rows = int(joinids.max()) + 1
     obs = pa.Table.from_pandas(make_obs(joinids), preserve_index=False)
     var = pa.table({"soma_joinid": np.arange(n_vars), "feature_id": [f"gene{j}" for j in range(n_vars)]})
     dims = {"soma_dim_0": {"tile": tile[0]}, "soma_dim_1": {"tile": tile[1]}}
     config = {"tiledb": {"create": {"dims": dims, "capacity": 256}}}
-    X = expected_X(joinids, range(n_vars), dtype)
+    shape = X_shape or (n_rows, n_vars)
+    joinids = joinids[joinids < shape[0]]
+    X = expected_X(joinids, range(min(n_vars, shape[1])), dtype)
     with soma.Experiment.create(str(uri)) as experiment:
         _write_frame(experiment, "obs", obs, n_rows)
         measurement = experiment.add_new_collection("ms").add_new_collection(MEASUREMENT, soma.Measurement)
@@ -75,16 +81,16 @@ def make_experiment(
         collection = measurement.add_new_collection("X")
         for name in layers:
             if dense:
-                whole = np.zeros((n_rows, n_vars), dtype)
+                whole = np.zeros(shape, dtype)
                 whole[joinids] = X
                 layer = collection.add_new_dense_ndarray(
                     name, type=pa.from_numpy_dtype(dtype), shape=whole.shape, platform_config=config
                 )
-                layer.write((slice(0, n_rows - 1), slice(0, n_vars - 1)), pa.Tensor.from_numpy(whole))
+                layer.write((slice(0, shape[0] - 1), slice(0, shape[1] - 1)), pa.Tensor.from_numpy(whole))
             else:
                 i, j = X.nonzero()
                 layer = collection.add_new_sparse_ndarray(
-                    name, type=pa.from_numpy_dtype(dtype), shape=(n_rows, n_vars), platform_config=config
+                    name, type=pa.from_numpy_dtype(dtype), shape=shape, platform_config=config
                 )
                 layer.write(
                     pa.table(

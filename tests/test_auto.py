@@ -783,13 +783,19 @@ def test_a_dense_layer_takes_budgets_and_windows_in_files(dense_store: Store, tm
 
 
 @pytest.fixture(scope="session")
-def in_huge_tiles(make_store: Callable[..., Store]) -> Store:
-    """A tile of this layer takes up hundreds of MiB, were it full."""
+def in_one_tile(make_store: Callable[..., Store]) -> Store:
     return make_store(tile=(3_000_000, 8))
 
 
+@pytest.fixture
+def in_huge_tiles(in_one_tile: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The tile of this layer takes up hundreds of MiB."""
+    monkeypatch.setattr(_reader, "BYTES_PER_JOINID", 2**20)
+    return in_one_tile
+
+
 BUDGET_SENTENCE = (
-    r"memory_budget=(\d+) MiB must hold three mini-batches and one tile of 3,000,000 rows beside buffers, "
+    r"memory_budget=(\d+) MiB must hold three mini-batches and one tile of 311 rows beside buffers, "
     r"(\d+) MiB; raise it, or take a smaller batch_size or return_sparse_X=True\."
 )
 
@@ -834,6 +840,11 @@ def test_a_window_budget_that_does_not_hold_a_tile_is_what_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=r"^window_budget"):
         in_huge_tiles.dataset(**AUTO, memory_budget="2GiB", window_dir=tmp_path, window_budget="64MiB")
+
+
+def test_a_tile_larger_than_the_layer_takes_up_no_more_than_its_rows(in_one_tile: Store) -> None:
+    dataset = in_one_tile.dataset(**AUTO, memory_budget="64MiB")
+    assert sorted(joinids_of(dataset)) == list(range(N_OBS))
 
 
 def test_rows_that_obs_lacks_are_named_with_auto_as_without(store: Store) -> None:

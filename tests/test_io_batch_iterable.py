@@ -227,7 +227,7 @@ class WaitingReader:
         self.room._has_room = watched  # type: ignore[method-assign]
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[IOBatch]:
-        columns = Columns(np.arange(N_VARS), N_VARS)
+        columns = Columns(np.arange(N_VARS))
         window = Window(obs_joinids, columns, np.dtype(np.float32), n_parts=3, room=self.room)
         X = expected_X(obs_joinids, range(N_VARS))
         i, j = X.nonzero()

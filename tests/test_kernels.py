@@ -37,6 +37,9 @@ IS_RUN = np.isin(np.unique(DIM_0), SORTED_IDS)
 STARTS, STOPS = (borders[IS_RUN].astype(np.int32) for borders in (INDPTR[:-1], INDPTR[1:]))
 RUN_ROWS = np.arange(len(SORTED_IDS), dtype=np.int32)
 COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1]).astype(np.int32)
+FIRST_COL, LAST_COL = 50, 800  # those before and after are not wanted, and are nowhere in the table
+COL_OF[:FIRST_COL] = COL_OF[LAST_COL + 1 :] = -1
+TABLE = COL_OF[FIRST_COL : LAST_COL + 1].copy()
 LENGTHS = np.array([(COL_OF[DIM_1[a:b]] >= 0).sum() for a, b in zip(STARTS, STOPS, strict=True)], np.int32)
 COUNTS = _rng.integers(0, 256, len(DIM_1)).astype(np.float32)
 WANTED = np.isin(DIM_0, SORTED_IDS) & (COL_OF[DIM_1] >= 0)
@@ -62,7 +65,7 @@ def find_runs() -> Arrays:
 
 def count_kept() -> Arrays:
     lengths = np.full(len(STARTS), -1, dtype=np.int32)
-    _kernels.count_kept(DIM_1, COL_OF, STARTS, STOPS, lengths)
+    _kernels.count_kept(DIM_1, FIRST_COL, TABLE, STARTS, STOPS, lengths)
     return (lengths,)
 
 
@@ -78,7 +81,7 @@ def are_counts() -> Arrays:
 def copy_runs() -> Arrays:
     begins = np.cumsum(LENGTHS) - LENGTHS
     cols, kept = np.empty(LENGTHS.sum(), dtype=np.uint16), np.empty(LENGTHS.sum(), dtype=np.uint8)
-    _kernels.copy_runs(DIM_1, COUNTS, COL_OF, STARTS, STOPS, begins, cols, kept)
+    _kernels.copy_runs(DIM_1, COUNTS, FIRST_COL, TABLE, STARTS, STOPS, begins, cols, kept)
     return cols, kept
 
 

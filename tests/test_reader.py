@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -202,6 +204,13 @@ def test_columns_that_touch_neighbouring_tiles_are_asked_for_as_one_range(store:
 
 def test_column_tiles_without_a_wanted_column_are_not_asked_for(store: Store) -> None:
     assert column_coords(store, [17, 6, 4]).tolist() == [4, 5, 6, 17]
+
+
+def test_columns_that_are_far_apart_in_one_tile_are_asked_for_by_their_own_coordinates() -> None:
+    X = mock.Mock()
+    X.schema_config_options.return_value.dims = json.dumps({"soma_dim_1": {"tile": str(2**41)}})
+    far = [0, 2**40, 3 * 2**40, 3 * 2**40 + 7]
+    assert _reader._columns_to_read(X, np.array(far)).tolist() == far
 
 
 def test_columns_beside_the_wanted_ones_are_not_returned(store: Store) -> None:

@@ -49,7 +49,6 @@ class Layer(NamedTuple):
     """Entries of a layer, in tables as they arrive, and which of its rows and columns are wanted."""
 
     tables: list[Table]
-    n_cols: int
     dtype: np.dtype[Any]
     obs_joinids: NDArray[np.int64]
     var_joinids: NDArray[np.int64]
@@ -66,7 +65,7 @@ class Layer(NamedTuple):
         return out
 
     def window(self, **options: Any) -> Window:
-        return Window(self.obs_joinids, Columns(self.var_joinids, self.n_cols), self.dtype, **options)
+        return Window(self.obs_joinids, Columns(self.var_joinids), self.dtype, **options)
 
     def filled(self, **options: Any) -> Window:
         window = self.window(**options)
@@ -79,7 +78,7 @@ class Layer(NamedTuple):
 def layers(draw: st.DrawFn, dtypes: list[np.dtype[Any]] = UNSIGNED + SIGNED + FLOATS) -> Layer:
     """Draw rows with gaps between them, entries in any order and any number of tables, and what is wanted."""
     dtype, n_cols = draw(st.sampled_from(dtypes)), draw(st.integers(1, 9))
-    scale = draw(st.sampled_from([1, 5, 2**40]))
+    scale, col_scale = draw(st.sampled_from([1, 5, 2**40])), draw(st.sampled_from([1, 3, 2**40]))
     rows = scale * np.array(draw(st.lists(st.integers(0, 30), unique=True, max_size=15)), dtype=np.int64)
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     i, j = np.nonzero(rng.random((len(rows), n_cols)) < draw(st.sampled_from([0.1, 0.5, 1.0])))
@@ -88,12 +87,12 @@ def layers(draw: st.DrawFn, dtypes: list[np.dtype[Any]] = UNSIGNED + SIGNED + FL
     tables = []
     for part in np.split(order, cuts):
         values = rng.choice(np.array(draw(st.sampled_from(palettes(dtype))), dtype=dtype), len(part))
-        tables.append((rows[i[part]], j[part], values))
+        tables.append((rows[i[part]], col_scale * j[part], values))
     wanted = draw(st.lists(st.integers(0, 32), min_size=1, max_size=40))
     columns = (
         draw(st.lists(st.integers(0, n_cols - 1), unique=True)) if draw(st.booleans()) else range(n_cols)
     )
-    return Layer(tables, n_cols, dtype, scale * np.array(wanted), np.array(columns, dtype=np.int64))
+    return Layer(tables, dtype, scale * np.array(wanted), col_scale * np.array(columns, dtype=np.int64))
 
 
 def random_layer(seed: int, n_tables: int = 5) -> Layer:
@@ -105,7 +104,7 @@ def random_layer(seed: int, n_tables: int = 5) -> Layer:
     for part in np.array_split(by_tile, n_tables):
         values = rng.integers(1, rng.choice([200, 300, 70_000]), len(part)) * rng.choice([1, 0.5])
         tables.append((i[part], j[part], values.astype(np.float32)))
-    return Layer(tables, n_cols, np.dtype(np.float32), rng.permutation(n_rows), rng.permutation(n_cols))
+    return Layer(tables, np.dtype(np.float32), rng.permutation(n_rows), rng.permutation(n_cols))
 
 
 def as_rows(part: CSR_IO_Buffer) -> NDArray[Any]:
@@ -175,7 +174,7 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
         for row, values in enumerate(palettes(dtype))
     ]
     n_rows = len(tables)
-    layer = Layer(tables, 4, dtype, np.arange(n_rows)[::-1], np.arange(4))
+    layer = Layer(tables, dtype, np.arange(n_rows)[::-1], np.arange(4))
     window = layer.filled(n_parts=3, folder=folder if in_files else None)
     assert_same_bits(put_together(list(window)), layer.dense())
 
@@ -183,7 +182,7 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
 def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
     cols = np.array([0, 65_535, 65_536, 69_999])
     tables = [(np.zeros(4, np.int64), cols, np.array([1, 2, 3, 4], dtype=np.float32))]
-    layer = Layer(tables, 70_000, np.dtype(np.float32), np.array([0, 0]), np.arange(70_000)[::-1])
+    layer = Layer(tables, np.dtype(np.float32), np.array([0, 0]), np.arange(70_000)[::-1])
     for part in layer.filled(n_parts=2):
         assert part.indices.dtype == np.uint32
         assert dict(zip(part.indices.tolist(), part.data.tolist(), strict=True)) == {
@@ -196,7 +195,7 @@ def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
 
 @pytest.mark.parametrize(("n_rows", "n_parts"), [(1, 1), (1, 5), (10, 1), (10, 3), (10, 10), (10, 99)])
 def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_parts: int) -> None:
-    layer = Layer([], 3, np.dtype(np.uint8), np.arange(n_rows), np.arange(3))
+    layer = Layer([], np.dtype(np.uint8), np.arange(n_rows), np.arange(3))
     sizes = [len(part) for part in layer.filled(n_parts=n_parts)]
     assert len(sizes) == min(n_rows, n_parts)
     assert sum(sizes) == n_rows
@@ -204,12 +203,12 @@ def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_parts: 
 
 
 def test_no_rows_are_one_part_without_rows() -> None:
-    layer = Layer([], 3, np.dtype(np.uint8), np.arange(0), np.arange(3))
+    layer = Layer([], np.dtype(np.uint8), np.arange(0), np.arange(3))
     assert [part.shape for part in layer.filled(n_parts=4)] == [(0, 3)]
 
 
 def test_no_columns_leave_rows_without_entries() -> None:
-    layer = Layer([(np.arange(2), np.arange(2), np.ones(2))], 3, np.dtype(float), np.arange(2), np.arange(0))
+    layer = Layer([(np.arange(2), np.arange(2), np.ones(2))], np.dtype(float), np.arange(2), np.arange(0))
     assert [(part.shape, part.nnz) for part in layer.filled()] == [((2, 0), 0)]
 
 
@@ -235,7 +234,7 @@ def test_an_entry_takes_two_bytes_for_its_column_and_as_few_for_its_value_as_hol
     limit: float, dtype: Any, value_bytes: int
 ) -> None:
     values = np.array([1, 2, limit], dtype=dtype)
-    layer = Layer([(np.zeros(3, int), np.arange(3), values)], 3, values.dtype, np.arange(1), np.arange(3))
+    layer = Layer([(np.zeros(3, int), np.arange(3), values)], values.dtype, np.arange(1), np.arange(3))
     window = layer.filled()
     assert window.nbytes == 8 + 3 * (2 + value_bytes)  # the run's row and length, then its entries
 
@@ -273,7 +272,7 @@ def rows_of_counts(n_rows: int, first: int = 0) -> Layer:
     order = np.random.default_rng(first).permutation(n_rows)
     counts = (i + j + first) % 250
     return Layer(
-        [(i + first, j, counts.astype(np.float32))], 4, np.dtype(np.float32), order + first, np.arange(4)
+        [(i + first, j, counts.astype(np.float32))], np.dtype(np.float32), order + first, np.arange(4)
     )
 
 
@@ -341,7 +340,7 @@ class WindowReader:
         self._options = {"pages": Pages(), **options}
 
     def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[IOBatch]:
-        window = Window(obs_joinids, Columns(np.arange(4), 4), np.dtype(np.float32), **self._options)
+        window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
         for rows in np.array_split(np.sort(obs_joinids), 3):
             window.add(*self.table(rows))
         return ((part, None) for part in window)  # type: ignore[misc]

@@ -50,16 +50,23 @@ def find_runs(
 @jit
 def count_kept(
     dim_1: NDArray[np.int64],
+    first: int,
     col_of: NDArray[np.int32],
     starts: NDArray[np.int32],
     stops: NDArray[np.int32],
     lengths: NDArray[np.int32],
 ) -> None:
-    """Count the entries of each run whose column is wanted: whose `col_of` is not negative."""
+    """Count the entries of each run whose column is wanted: which is in `col_of`, and not negative there.
+
+    `col_of` is about the columns from `first` on; there may be others.
+    """
+    n_cols = np.uint64(len(col_of))
     for r in range(len(starts)):
         n_kept = 0
         for k in range(starts[r], stops[r]):
-            n_kept += col_of[dim_1[k]] >= 0
+            number = np.uint64(dim_1[k] - first)  # huge for a column before the first
+            if number < n_cols:
+                n_kept += col_of[number] >= 0
         lengths[r] = n_kept
 
 
@@ -79,6 +86,7 @@ def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
 def copy_runs(
     dim_1: NDArray[np.int64],
     values: NDArray[Any],
+    first: int,
     col_of: NDArray[np.int32],
     starts: NDArray[np.int32],
     stops: NDArray[np.int32],
@@ -86,15 +94,18 @@ def copy_runs(
     cols: NDArray[Any],
     kept: NDArray[Any],
 ) -> None:
-    """Copy the wanted entries of each run to `cols` and `kept`, from `begins` of the run on."""
+    """Copy the entries of each run that `count_kept` counts to `cols` and `kept`, from `begins` on."""
+    n_cols = np.uint64(len(col_of))
     for r in range(len(starts)):
         place = begins[r]
         for k in range(starts[r], stops[r]):
-            col = col_of[dim_1[k]]
-            if col >= 0:
-                cols[place] = col
-                kept[place] = values[k]
-                place += 1
+            number = np.uint64(dim_1[k] - first)
+            if number < n_cols:
+                col = col_of[number]
+                if col >= 0:
+                    cols[place] = col
+                    kept[place] = values[k]
+                    place += 1
 
 
 @jit

@@ -36,6 +36,9 @@ GAP_ROWS = 16
 TileDB decodes whole tiles in any case and pays for every range: dropping ten rows afterwards is cheaper.
 """
 
+MAX_COLUMNS = 2**20
+"""Coordinates of so many columns may be asked for, or sixteen times those that are wanted."""
+
 BYTES_PER_JOINID = 48
 """What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
 
@@ -87,7 +90,7 @@ class SOMAReader:
         self._obs_joinids = obs_joinids
         self._obs_columns: ObsColumns | None = None
         self._var_joinids = var_joinids
-        self._columns = Columns(var_joinids, max(X.shape[1], int(var_joinids.max(initial=-1)) + 1))
+        self._columns = Columns(var_joinids)
         self._use_eager_fetch = use_eager_fetch
         self._window_options: dict[str, Any] = {
             "n_parts": n_parts,
@@ -110,9 +113,10 @@ class SOMAReader:
         """Read the rows of `obs_joinids`, without their `obs`."""
         dtype = np.dtype(self._X.schema.field("soma_data").type.to_pandas_dtype())
         window = Window(obs_joinids, self._columns, dtype, **self._window_options)
-        if len(obs_joinids) and len(self._var_joinids):
+        rows, columns = _existing(self._X, window.sorted_ids, self._var_joinids)
+        if len(rows) and len(columns):
             entries = _dense_entries if isinstance(self._X, soma.DenseNDArray) else _sparse_entries
-            found = entries(self._X, window.sorted_ids, self._var_joinids)
+            found = entries(self._X, rows, columns)
             with closing(EagerIterator(found) if self._use_eager_fetch else found) as ahead:
                 for dim_0, dim_1, values in ahead:
                     window.add(dim_0, dim_1, values)
@@ -161,12 +165,11 @@ def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
         check_name("obs_column_names", name, obs.keys(), of="a column of obs")
 
 
-def measure_layout(reader: SOMAReader, row_tile: int, n_rows: int, obs_joinids: NDArrayJoinId) -> Layout:
-    """Return how a layer of `n_rows` is stored, and what its rows take up, from a sample of `obs_joinids`."""
+def measure_layout(reader: SOMAReader, row_tile: int, obs_joinids: NDArrayJoinId) -> Layout:
+    """Return how a layer is stored, and what its rows take up, from a sample of `obs_joinids`."""
     n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
-    sample = sample[sample < n_rows]  # that a row does not exist is said when `obs` is read
     n_bytes = reader.read_window(sample).nbytes / max(1, len(sample))
     return Layout(row_tile, n_bytes + BYTES_PER_JOINID)
 
@@ -178,12 +181,28 @@ Entries: TypeAlias = tuple[NDArrayJoinId, NDArrayJoinId, NDArrayNumber]
 
 
 def row_tile(X: soma.SparseNDArray | soma.DenseNDArray) -> int:
-    """Return how many neighbouring rows of a layer are stored, and so decoded, together."""
-    return _tile(X, "soma_dim_0")
+    """Return how many neighbouring rows of a layer are stored, and so decoded, together.
+
+    A tile that is larger than what is written counts as the smallest power of two that holds all rows.
+    """
+    (_, last_row), _ = X.non_empty_domain()
+    return min(_tile(X, "soma_dim_0"), 1 << int(last_row).bit_length())
 
 
 def _tile(X: soma.SparseNDArray | soma.DenseNDArray, dim: str) -> int:
     return int(json.loads(X.schema_config_options().dims)[dim]["tile"])
+
+
+def _existing(
+    X: soma.SparseNDArray | soma.DenseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
+) -> tuple[NDArrayJoinId, NDArrayJoinId]:
+    """Return the rows and columns among which anything is written; all others are zero.
+
+    Asking for what is beyond the shape of a layer is an error to TileDB, or not, as it is asked.
+    """
+    (first_row, last_row), (first_col, last_col) = X.non_empty_domain()
+    start, stop = np.searchsorted(sorted_ids, [first_row, last_row + 1]).tolist()
+    return sorted_ids[start:stop], var_joinids[(first_col <= var_joinids) & (var_joinids <= last_col)]
 
 
 def _sparse_entries(
@@ -222,7 +241,7 @@ def _near_runs(sorted_ids: NDArrayJoinId, gap: int, n_rows: int) -> Iterator[tup
 
 def _rows_to_read(X: soma.SparseNDArray, sorted_ids: NDArrayJoinId) -> slice | NDArrayJoinId:
     """Return the rows to ask the layer for: cheaper to read than `sorted_ids` alone, and covering them."""
-    tile = sorted_ids // row_tile(X)
+    tile = sorted_ids // _tile(X, "soma_dim_0")
     is_start = (np.diff(sorted_ids, prepend=-GAP_ROWS - 1) > GAP_ROWS) | (np.diff(tile, prepend=-1) != 0)
     return ranges(sorted_ids, np.flatnonzero(is_start))
 
@@ -236,4 +255,5 @@ def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice
     times as long as reading all columns; 2,000 neighbours take a fifth of it.
     """
     wanted = np.sort(var_joinids)
-    return ranges(wanted, np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1)))
+    starts = np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1))
+    return ranges(wanted, starts, at_most=max(MAX_COLUMNS, 16 * len(wanted)))

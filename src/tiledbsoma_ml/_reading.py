@@ -111,7 +111,7 @@ class Reading:
             window_bytes = min(window_budget, n_parts * part_bytes)
             plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
-            _check_budget(plan, budget, memory, window_budget)
+            _check_budget(plan, len(ids.obs_joinids), budget, memory, window_budget)
         return cls(
             locator=locator,
             obs_column_names=obs_column_names,
@@ -216,13 +216,14 @@ def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
         reader = SOMAReader(
             X, obs, ids.var_joinids, obs_column_names=["soma_joinid"], obs_joinids=ids.obs_joinids
         )
-        return measure_layout(reader, row_tile(X), X.shape[0], ids.obs_joinids)
+        return measure_layout(reader, row_tile(X), ids.obs_joinids)
 
 
-def _check_budget(plan: Plan, budget: Budget, memory: int, window_budget: int | None) -> None:
+def _check_budget(plan: Plan, n_rows: int, budget: Budget, memory: int, window_budget: int | None) -> None:
     assert plan.layout is not None
-    tile_bytes = plan.layout.row_tile * plan.layout.bytes_per_row
-    tile = f"one tile of {plan.layout.row_tile:,} rows"
+    n_held = min(plan.layout.row_tile, n_rows)
+    tile_bytes = n_held * plan.layout.bytes_per_row
+    tile = f"one tile of {n_held:,} rows"
     if window_budget is not None and window_budget < tile_bytes:
         raise ValueError(
             f"window_budget={window_budget / 2**20:.0f} MiB must hold {tile}, "

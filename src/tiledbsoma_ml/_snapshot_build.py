@@ -62,6 +62,12 @@ MIN_SHARD_BYTES, MAX_SHARD_BYTES, MIN_SHARDS = 2**25, 2**29, 8
 PART_BYTES = 2**21
 """Rows of a shard are put together and written so much at a time, in memory that is used again."""
 
+MAX_OBSM_COLUMNS = 2**20
+"""An array of `obsm` that is declared wider has the columns that are written.
+
+tiledbsoma up to 1.14 declares arrays as wide as it can.
+"""
+
 SAMPLE_RUNS, SAMPLE_SHARE = 6, 2**17
 """At most so many runs of 128 rows are read to see how much space a layer needs: one of so many rows."""
 
@@ -334,11 +340,11 @@ class _Builder:
         found = {}
         for name in self._content.layer_names:
             with self._reader(part, name) as (reader, X):
-                found[name] = measure_layout(reader, row_tile(X), X.shape[0], sample).bytes_per_row
+                found[name] = measure_layout(reader, row_tile(X), sample).bytes_per_row
         with _opened(part.locator) as (measurement, _):
             for name in self._content.obsm_names:
                 array = measurement.obsm[name]
-                found[f"obsm {name}"] = float(array.shape[1] * _dtype(array).itemsize)
+                found[f"obsm {name}"] = float(_width(name, array) * _dtype(array).itemsize)
         return found
 
     def _cut(self) -> list[int]:
@@ -496,9 +502,10 @@ class _Builder:
             for part in self._parts:
                 with _opened(part.locator) as (measurement, obs):
                     array = measurement.obsm[name]
-                    shapes.add((array.shape[1], _dtype(array)))
-                    reader = self._reader_of(array, obs, np.arange(array.shape[1]), n_parts=1)
-                    step = max(1, PART_BYTES // (8 * array.shape[1]))
+                    width = _width(name, array)
+                    shapes.add((width, _dtype(array)))
+                    reader = self._reader_of(array, obs, np.arange(width), n_parts=1)
+                    step = max(1, PART_BYTES // (8 * width))
                     for start in range(0, len(part.ids.obs_joinids), step):
                         for rows in reader.read_window(part.ids.obs_joinids[start : start + step]):
                             file.write(rows.slice_tonumpy(slice(None)))
@@ -619,6 +626,23 @@ def _holds(dtype: np.dtype[Any], values: NDArray[Any]) -> bool:
 def _dtype(array: soma.SparseNDArray | soma.DenseNDArray) -> np.dtype[Any]:
     dtype: np.dtype[Any] = np.dtype(array.schema.field("soma_data").type.to_pandas_dtype())
     return dtype.newbyteorder("<")
+
+
+def _width(name: str, array: soma.SparseNDArray | soma.DenseNDArray) -> int:
+    """Return how many columns an array of `obsm` has: as declared, unless it is declared without a limit.
+
+    Raises:
+        ValueError: If it is, and nothing is written to it that would tell.
+    """
+    if array.shape[1] <= MAX_OBSM_COLUMNS:
+        return int(array.shape[1])
+    (_, last_row), (_, last_col) = array.non_empty_domain()
+    if last_row == last_col == 0 or last_col >= MAX_OBSM_COLUMNS:  # zeros are what an empty array has
+        raise ValueError(
+            f"obsm={name!r} must have at most {MAX_OBSM_COLUMNS:,} columns, but is declared with "
+            f"{array.shape[1]:,}, and what is written does not tell how many there are; leave it out."
+        )
+    return int(last_col) + 1
 
 
 def _indices_dtype(n_vars: int) -> np.dtype[Any]:

@@ -29,15 +29,44 @@ class Columns:
 
     Args:
         var_joinids: Columns in the order in which they are wanted; unique.
-        n_stored: Columns of the layer as it is stored.
+
+    Attributes:
+        n: How many there are.
+        dtype: The smallest type that holds their places.
+        first: The number of the first column in `place_of`; see `numbers`.
+        place_of: Where each column goes, from `first` on; -1 if it is not wanted.
     """
 
-    def __init__(self, var_joinids: NDArrayJoinId, n_stored: int) -> None:
+    TABLE = 2**20
+    """A table of every column from the first to the last may have so many, or four times those wanted."""
+
+    def __init__(self, var_joinids: NDArrayJoinId) -> None:
         self.n = len(var_joinids)
         self.dtype = smallest_uint(self.n)
-        self.place_of = np.full(n_stored, -1, dtype=np.int32)
-        self.place_of[var_joinids] = np.arange(self.n, dtype=np.int32)
-        self.are_all = self.n == n_stored
+        self.first = int(var_joinids.min()) if self.n else 0
+        n_between = int(var_joinids.max()) - self.first + 1 if self.n else 0
+        self._are_neighbours = n_between == self.n
+        self._sorted: NDArrayJoinId | None = None
+        if n_between <= max(self.TABLE, 4 * self.n):
+            self.place_of = np.full(n_between, -1, dtype=np.int32)
+            self.place_of[var_joinids - self.first] = np.arange(self.n, dtype=np.int32)
+        else:  # far apart: they are numbered in the order of their joinids
+            self.first, self.place_of = 0, np.argsort(var_joinids).astype(np.int32)
+            self._sorted = var_joinids[self.place_of]
+
+    def include_all(self, dim_1: NDArrayJoinId) -> bool:
+        """Whether every one of some columns is wanted, as far as that is quick to tell."""
+        if not self._are_neighbours or not len(dim_1):
+            return False
+        return bool(dim_1.min() >= self.first and dim_1.max() < self.first + self.n)
+
+    def numbers(self, dim_1: NDArrayJoinId) -> NDArrayJoinId:
+        """Return the numbers of columns: `place_of` has the wanted ones among these, and may lack others."""
+        if self._sorted is None:
+            return dim_1
+        found = np.searchsorted(self._sorted, dim_1)
+        found[self._sorted.take(found, mode="clip") != dim_1] = self.n
+        return found
 
 
 class Room:
@@ -128,8 +157,10 @@ class Window:
 
         places, starts, stops = self._find_runs(dim_0)
         lengths = stops - starts
-        if not self._columns.are_all:
-            _kernels.count_kept(dim_1, self._columns.place_of, starts, stops, lengths)
+        columns = self._columns
+        if not columns.include_all(dim_1):
+            dim_1 = columns.numbers(dim_1)
+            _kernels.count_kept(dim_1, columns.first, columns.place_of, starts, stops, lengths)
         _kernels.add_lengths(places, lengths, self._counts)
         part_of = (np.searchsorted(self._borders, places, side="right") - 1).astype(np.uint16)
         by_part = np.argsort(part_of, kind="stable")
@@ -195,7 +226,8 @@ class Window:
         into: NDArray[Any] = kept
         if kept.dtype == values.dtype:
             values, into = _kernels.as_bits(values), _kernels.as_bits(kept)
-        _kernels.copy_runs(dim_1, values, self._columns.place_of, starts, stops, begins, cols, into)
+        columns = self._columns
+        _kernels.copy_runs(dim_1, values, columns.first, columns.place_of, starts, stops, begins, cols, into)
         return cols, kept
 
     def _put(self, part: int, block: _Block) -> None:
@@ -236,7 +268,7 @@ def preload_kernels() -> threading.Thread:
 
 def _use_kernels() -> None:
     one = np.arange(1)
-    window = Window(one, Columns(one, 1), np.dtype(np.float32))
+    window = Window(one, Columns(one), np.dtype(np.float32))
     read = one.copy()
     for value in (1.0, 0.5):
         values = np.array([value], dtype=np.float32)
