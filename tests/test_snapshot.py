@@ -20,9 +20,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRa
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import _snapshot_build
+from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest
-from tiledbsoma_ml._snapshot_reader import Pool
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -458,16 +458,15 @@ def test_to_anndata_gives_rows_as_an_anndata(whole: Snapshot, monkeypatch: pytes
 # Memory ---------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_used_again_when_nobody_holds_it_and_never_before() -> None:
-    pool, n = Pool(), Pool.SMALL
-    first = pool.empty(n, np.dtype(np.uint8))
-    address = first.ctypes.data
-    view = first[10:20].view(np.uint16).reshape(5, 1)
-    del first
-    other = pool.empty(n, np.dtype(np.uint8))
-    assert other.ctypes.data != address
-    del view
-    assert pool.empty(n // 4, np.dtype(np.float32)).ctypes.data == address
+def test_reading_all_rows_over_and_over_keeps_no_more_memory_than_a_limit(
+    whole: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pool, "SMALL", 1)
+    monkeypatch.setattr("tiledbsoma_ml._snapshot_reader.KEPT_BYTES", 2**14)
+    snapshot = Snapshot.open(whole.path)
+    for n in range(50, N_OBS, 20):
+        snapshot[:n]
+    assert 0 < snapshot._reader_of_all().pool.kept_bytes <= 2**14
 
 
 def test_mini_batches_that_are_held_stay_as_they_are(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import attrs
@@ -16,10 +15,10 @@ from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayNumber, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer, concat_toscipy
-from tiledbsoma_ml._dense_pool import DensePool
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatch
+from tiledbsoma_ml._pool import Pool
 
 MANY_CATEGORIES = 1000
 """From so many on, `pd.concat` is slower than what is done instead."""
@@ -28,6 +27,9 @@ _Rows = TypeVar("_Rows", CSR_IO_Buffer, DeviceRows)
 
 Pieces: TypeAlias = list[tuple[_Rows, int, int]]
 """Rows of a mini-batch: matrices, each with the numbers of its first row and of the row after its last."""
+
+KEPT_BATCHES = 3
+"""Memory of so many dense mini-batches that nobody holds is kept for later ones."""
 
 
 @attrs.frozen
@@ -75,9 +77,14 @@ class MiniBatchIterable(Iterable[MiniBatch]):
             yield from mini_batches
 
     def _on_cpu(self) -> Generator[MiniBatch, None, None]:
-        to_X = concat_toscipy if self.return_sparse_X else partial(_concat_tonumpy, pool=DensePool())
+        pool: Pool | None = None
         for pieces, obs in cut(self.io_batch_iter, self.batch_size):
-            yield self._squeezed(to_X(pieces)), obs
+            if self.return_sparse_X:
+                yield concat_toscipy(pieces), obs
+                continue
+            rows, *_ = pieces[0]
+            pool = pool or Pool(KEPT_BATCHES * self.batch_size * rows.shape[1] * rows.dtype.itemsize)
+            yield self._squeezed(_concat_tonumpy(pieces, pool)), obs
 
     def _on_device(self, device: torch.device) -> Generator[MiniBatch, None, None]:
         rng = seeded_rng(self.seed, self.epoch) if self.gpu_shuffle else None
@@ -137,10 +144,11 @@ def _put_io_batches(
             yield rows.take(order), _take_obs(obs, order)
 
 
-def _concat_tonumpy(pieces: Pieces[CSR_IO_Buffer], pool: DensePool) -> NDArrayNumber:
+def _concat_tonumpy(pieces: Pieces[CSR_IO_Buffer], pool: Pool) -> NDArrayNumber:
     n_rows = sum(stop - start for _, start, stop in pieces)
     first = pieces[0][0]
-    out = pool.zeros((n_rows, first.shape[1]), first.dtype)
+    out = pool.empty((n_rows, first.shape[1]), first.dtype)
+    out.fill(0)
     filled = 0
     for csr, start, stop in pieces:
         csr.fill_dense(start, stop, out[filled : filled + stop - start])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,16 @@ from scipy import sparse
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._obs import ObsTable
+from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._query_ids import check_joinids
 from tiledbsoma_ml._reader import IOBatch
 from tiledbsoma_ml._snapshot_format import Layer, map_file
 
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""
+
+KEPT_BYTES = 2**26
+"""So much memory of rows that nobody holds any longer is kept for later ones, unless told otherwise."""
 
 _NO_PLACES = np.empty(0, dtype=np.int32)
 
@@ -39,6 +42,7 @@ class SnapshotReader:
 
     Attributes:
         n_cols: Number of columns that are given out.
+        pool: Memory of the rows that are given out.
     """
 
     def __init__(
@@ -56,12 +60,18 @@ class SnapshotReader:
         self._places = places
         self._is_ascending = places is None or bool((np.diff(places[places >= 0]) > 0).all())
         self.n_cols = n_cols
-        self._pool = Pool()
+        self.pool = Pool(KEPT_BYTES)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
         return self._layer.dtype
+
+    def keep_memory_of(self, n_rows: int, *, is_sparse: bool) -> None:
+        """Keep memory of about so many rows that nobody holds any longer."""
+        n_values = self._layer.nnz / max(1, self._layer.n_rows) if is_sparse else self.n_cols
+        n_bytes = self.dtype.itemsize + (np.dtype(np.int32).itemsize if is_sparse else 0)
+        self.pool = Pool(math.ceil(n_rows * n_values * n_bytes))
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
         """Read the rows of `obs_joinids`, which may repeat.
@@ -137,7 +147,7 @@ class SnapshotReader:
         from tiledbsoma_ml._kernels import as_bits
 
         indptr, n = found.indptr, int(found.indptr[-1])
-        indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
+        indices, data = self.pool.empty(n, indices_dtype), self.pool.empty(n, self.dtype)
         where, layer = (found.shards, found.begins, indptr), self._layer
         kernels.gather_rows(*where, layer.indices_at, layer.indices_kinds, unsigned(indices))
         kernels.gather_rows(*where, layer.data_at, layer.data_kinds, unsigned(data))
@@ -167,6 +177,8 @@ class MappedLayer:
         from tiledbsoma_ml._snapshot_kernels import AS_GIVEN_OUT, KINDS
 
         self.dtype = np.dtype(layer.dtype)
+        self.nnz = layer.nnz
+        self.n_rows = sum(shard.row_stop - shard.row_start for shard in layer.shards)
         self.indices_dtype = np.dtype(layer.indices_dtype)
         self._maps = [
             (
@@ -245,44 +257,3 @@ class RowIndex:
             f"{len(joinids):,} are not, {joinids[is_missing][0]} for instance: it was made from another "
             "query; make a snapshot of this query at another path."
         )
-
-
-# Memory ---------------------------------------------------------------------------------------------------
-
-
-class Pool:
-    """Gives out arrays in memory that was given out before and that nobody holds any longer.
-
-    Memory that is new to a process is slow to write to at first: for a mini-batch it takes longer than the
-    work. Whatever looks into an array keeps the array below it alive, and when that one goes, its memory
-    comes back here. Safe in several threads.
-    """
-
-    SMALL = 2**17
-    """Arrays below this size have memory of their own, which is fast to get."""
-
-    def __init__(self, n_kept: int = 12) -> None:
-        self._free: deque[NDArray[np.uint8]] = deque(maxlen=n_kept)
-
-    def empty(self, n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return an array of any content that nobody else holds."""
-        n_bytes = n * dtype.itemsize
-        if n_bytes < self.SMALL:
-            return np.empty(n, dtype)
-        memory = self._take(n_bytes)
-        # Not a view of `memory`: views of views would refer to that, and SciPy copies what is a small part.
-        lent: NDArray[Any] = np.frombuffer(memory.data[:n_bytes], dtype)
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return lent
-
-    def _take(self, n_bytes: int) -> NDArray[np.uint8]:
-        for _ in range(len(self._free)):
-            try:
-                memory = self._free.pop()
-            except IndexError:  # another thread was faster
-                break
-            if n_bytes <= len(memory) <= 4 * n_bytes:
-                return memory
-            self._free.appendleft(memory)
-        unit = max(2**12, 2 ** (n_bytes.bit_length() - 4))
-        return np.empty(-(-n_bytes // unit) * unit, dtype=np.uint8)

@@ -17,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber
-from tiledbsoma_ml._dense_pool import DensePool
 from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._plan import EpochPart, Plan
@@ -103,13 +102,14 @@ class SnapshotReading:
     ) -> Generator[MiniBatch, None, None]:
         """Yield the mini-batches of a part of an epoch, straight from the files."""
         plan = self.plan
-        reader = self._reader(part.ids, plan.joinids_of(part))
-        to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
         n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
-        memory = DensePool(n_kept=n_threads + 3)
+        reader = self._reader(part.ids, plan.joinids_of(part))
+        reader.keep_memory_of((n_threads + 3) * plan.batch_size, is_sparse=return_sparse_X)
+        to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
 
         def with_room(ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
-            return ids, None if return_sparse_X else memory.empty((len(ids), reader.n_cols), reader.dtype)
+            shape = len(ids), reader.n_cols
+            return ids, None if return_sparse_X else reader.pool.empty(shape, reader.dtype)
 
         def make(rows: tuple[NDArrayJoinId, NDArrayNumber | None]) -> MiniBatch:
             ids, X = rows
@@ -131,7 +131,10 @@ class SnapshotReading:
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of a part of an epoch as whole IO batches, for a device."""
         plan = self.plan
-        reader = _Whole(self._reader(part.ids, plan.joinids_of(part)))
+        rows = self._reader(part.ids, plan.joinids_of(part))
+        assert isinstance(plan.io_batch_size, int)
+        rows.keep_memory_of(2 * plan.io_batch_size, is_sparse=True)
+        reader = _Whole(rows)
         marked = mark_padding(reader, padding_column_name, plan.padding_of(part))
         return io_batches(plan.batches_of(part), marked, use_eager_fetch=use_eager_fetch, room=room)
 
