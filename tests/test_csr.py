@@ -237,3 +237,24 @@ def test_the_last_column_fits_the_smallest_index_type(n_cols: int, index_type: A
 )
 def test_the_index_type_is_the_smallest_that_holds_the_last_index(n: int, index_type: Any) -> None:
     assert smallest_uint(n) == index_type
+
+
+@given(coo=coos(), again=st.lists(st.integers(0, 48), max_size=9))
+def test_values_of_a_coordinate_that_repeats_are_added_up_as_scipy_does(coo: Coo, again: list[int]) -> None:
+    entries = np.append(np.arange(len(coo.i)), [k for k in again if k < len(coo.i)]).astype(int)
+    repeated = Coo(coo.i[entries], coo.j[entries], coo.d[entries], coo.shape)
+    found = repeated.buffer().with_repeats_added(coo.d.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert_canonical_and_equal(found.slice_toscipy(slice(None)), repeated.scipy())
+
+
+def test_what_is_added_up_may_need_a_wider_type_than_what_is_added() -> None:
+    narrow = np.array([1, 200, 100], dtype=np.uint8)
+    buffer = CSR_IO_Buffer.from_ijd(np.array([0, 1, 1]), np.array([0, 2, 2]), narrow, (3, 3))
+    found = buffer.with_repeats_added(np.dtype(np.float32))
+    assert found.slice_tonumpy(slice(None)).tolist() == [[1, 0, 0], [0, 0, 300], [0, 0, 0]]
+
+
+def test_without_repeats_nothing_is_copied() -> None:
+    buffer = CSR_IO_Buffer.from_ijd(np.array([0, 0]), np.array([2, 1]), np.array([1, 2]), (1, 3))
+    assert buffer.with_repeats_added(np.dtype(np.int64)) is buffer

@@ -114,6 +114,17 @@ def sort_rows() -> Arrays:
     return indices, data
 
 
+def has_repeats() -> Arrays:
+    """Ask whether a column is there twice: in no row, in the last of many, in sorted rows, in none at all."""
+    twice, in_order = INDICES.copy(), COLS[BY_ROW_AND_COL].astype(np.uint16)
+    twice[-1] = twice[INDPTR[-2]]
+    twice_in_order = in_order.copy()
+    twice_in_order[-1] = twice_in_order[-2]
+    many = (INDICES, twice, in_order, twice_in_order, INDICES[:0])
+    borders = [INDPTR] * 4 + [INDPTR[:1]]
+    return (np.array([_kernels.has_repeats(p, i, N_COLS) for p, i in zip(borders, many, strict=True)]),)
+
+
 def dense() -> NDArray[np.float32]:
     out = np.zeros((N_ROWS, N_COLS), dtype=np.float32)
     out[ROWS, COLS] = DATA
@@ -131,6 +142,7 @@ DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (place_runs, (INDPTR[1:], INDICES, COUNTS)),
     (fill_dense, (dense(),)),
     (sort_rows, (COLS[BY_ROW_AND_COL], DATA[BY_ROW_AND_COL])),
+    (has_repeats, (np.array([False, True, False, True, False]),)),
 ]
 
 

@@ -129,6 +129,24 @@ class CSR_IO_Buffer:
 
         _kernels.sort_rows(self.indptr, self.indices, _kernels.as_bits(self.data))
 
+    def with_repeats_added(self, dtype: np.dtype[Any]) -> CSR_IO_Buffer:
+        """Return the rows with the values of one coordinate added up in `dtype`, and sorted.
+
+        Without any coordinate that repeats, the matrix itself, as it is.
+        """
+        from tiledbsoma_ml import _kernels
+
+        if not _kernels.has_repeats(self.indptr, self.indices, self.shape[1]):
+            return self
+        rows = CSR_IO_Buffer(self.indptr, self.indices, self.data.astype(dtype), self.shape)
+        rows.sort_indices()
+        is_first = np.append(True, rows.indices[1:] != rows.indices[:-1])
+        is_first[rows.indptr[:-1][np.diff(rows.indptr) > 0]] = True
+        firsts = np.flatnonzero(is_first)
+        data = np.add.reduceat(rows.data, firsts, dtype=dtype)
+        indptr = np.searchsorted(firsts, rows.indptr)
+        return CSR_IO_Buffer(indptr, rows.indices[firsts], data, self.shape)
+
     def _bounds(self, row_index: slice) -> tuple[int, int]:
         start, stop, step = row_index.indices(self.shape[0])
         if step != 1:

@@ -180,3 +180,28 @@ def sort_rows(indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[An
                 indices[start:stop] = indices[start:stop][order]
                 bits[start:stop] = bits[start:stop][order]
                 break
+
+
+@jit
+def has_repeats(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int) -> bool:
+    """Whether a row has a column twice; rows that are sorted are only compared with their neighbours."""
+    last_row = np.zeros(n_cols, dtype=np.uint8)  # in which a column was seen, counted from 1 on over and over
+    number = 0
+    for row in range(len(indptr) - 1):
+        cols = indices[indptr[row] : indptr[row + 1]]
+        n_steps_back = 0
+        for k in range(1, len(cols)):
+            n_steps_back += cols[k - 1] >= cols[k]
+        if not n_steps_back:
+            continue
+        number += 1
+        if number == 256:
+            last_row[:] = 0
+            number = 1
+        is_repeated, this_row = False, np.uint8(number)
+        for k in range(len(cols)):
+            is_repeated |= last_row[cols[k]] == this_row
+            last_row[cols[k]] = this_row
+        if is_repeated:
+            return True
+    return False

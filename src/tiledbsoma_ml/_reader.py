@@ -97,6 +97,7 @@ class SOMAReader:
             "room": room,
             "folder": folder,
             "pages": Pages(),
+            "may_repeat": _may_repeat(X),
         }
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
@@ -203,6 +204,11 @@ def _existing(
     (first_row, last_row), (first_col, last_col) = X.non_empty_domain()
     start, stop = np.searchsorted(sorted_ids, [first_row, last_row + 1]).tolist()
     return sorted_ids[start:stop], var_joinids[(first_col <= var_joinids) & (var_joinids <= last_col)]
+
+
+def _may_repeat(X: soma.SparseNDArray | soma.DenseNDArray) -> bool:
+    """Whether a layer keeps all values that were written to a coordinate, as those of the Census do."""
+    return isinstance(X, soma.SparseNDArray) and bool(X.schema_config_options().allows_duplicates)
 
 
 def _sparse_entries(

@@ -119,6 +119,7 @@ class Window:
         room: What limits the bytes held.
         folder: Where to keep them in files; in memory if None.
         pages: Memory to use; new memory if None.
+        may_repeat: Whether the layer may have a coordinate more than once: its values are added up.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Window:
         room: Room | None = None,
         folder: Path | None = None,
         pages: Pages | None = None,
+        may_repeat: bool = False,
     ) -> None:
         n_rows = len(obs_joinids)
         self._order = np.argsort(obs_joinids, kind="stable").astype(np.int32)
@@ -140,6 +142,7 @@ class Window:
         self._first = np.append(np.flatnonzero(is_first), n_rows) if len(self.sorted_ids) < n_rows else None
         self._columns = columns
         self._dtype = dtype
+        self._may_repeat = may_repeat
         self._room = room
         self._borders = np.linspace(0, n_rows, min(n_parts, max(n_rows, 1)) + 1).astype(np.int32)
         n_parts = len(self._borders) - 1
@@ -181,7 +184,10 @@ class Window:
         return self.give_out()
 
     def give_out(self, *, narrow: bool = False) -> Iterator[CSR_IO_Buffer]:
-        """Yield the parts in order, with `narrow` in the smallest type that is known to hold their values."""
+        """Yield the parts in order, with `narrow` in the smallest type that is known to hold their values.
+
+        A part in which a coordinate repeats comes in the layer's own type.
+        """
         for number, part in enumerate(self._parts):
             counts = self._counts[slice(*self._borders[number : number + 2])]
             rows = self._finish(part, counts, part.values_dtype if narrow else None)
@@ -255,7 +261,9 @@ class Window:
                 indices,
                 _kernels.as_bits(data) if as_they_are else data,
             )
-        return CSR_IO_Buffer(indptr, indices, data, (len(counts), self._columns.n))
+        found = CSR_IO_Buffer(indptr, indices, data, (len(counts), self._columns.n))
+        # A sum may need a wider type than what is added.
+        return found.with_repeats_added(self._dtype) if self._may_repeat else found
 
 
 @cache
