@@ -21,6 +21,7 @@ from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._common import seeded_rng
 from tiledbsoma_ml._io_batch_iterable import id_batches
+from tiledbsoma_ml._plan import Plan
 from tiledbsoma_ml._query_ids import Partition
 
 Record: TypeAlias = dict[str, Any]
@@ -67,9 +68,13 @@ def test_the_parts_of_a_split_are_those_of_0_1_0(record: Record) -> None:
 def planned_mini_batches(record: Record, worker: int) -> list[list[int]]:
     """Return the joinids that one worker yields, `batch_size` at a time."""
     place = Partition(record["rank"], record["world_size"], worker, max(record["num_workers"], 1))
-    chunks = ids_of(record).partitioned(place).shuffle_chunks(record["shuffle_chunk_size"], record["seed"])
-    batches = id_batches(chunks, record["io_batch_size"], seeded_rng(record["seed"]))
-    order = [joinid for batch in batches for joinid in batch.tolist()]
+    size, seed = record["shuffle_chunk_size"], record["seed"]
+    plan = Plan(shuffle_chunk_size=size, io_batch_size=record["io_batch_size"], batch_size=1, permutes=True)
+    ids = ids_of(record).partitioned(place)
+    batches = [batch.tolist() for batch in plan.id_batches(ids, seed=seed, epoch=0)]
+    of_chunks = id_batches(ids.shuffle_chunks(size, seed), record["io_batch_size"], seeded_rng(seed))
+    assert [batch.tolist() for batch in of_chunks] == batches
+    order = [joinid for batch in batches for joinid in batch]
     return [order[k : k + record["batch_size"]] for k in range(0, len(order), record["batch_size"])]
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
+from unittest import mock
 
 import attrs
 import numpy as np
@@ -10,22 +12,22 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tiledbsoma_ml import _plan
 from tiledbsoma_ml._budget import FIXED_BYTES, MIN_BUDGET, Budget, parse_bytes
 from tiledbsoma_ml._plan import (
     REFERENCE_CHUNKS,
     TOLERANCE,
     UNSHUFFLED_ROWS,
+    EpochPart,
     Layout,
     Plan,
     Sizes,
     choose_sizes,
     predicted_mixing,
     read_amplification,
-    tile_chunks,
-    whole_chunk_batches,
     window_borders,
 )
-from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._query_ids import Partition, QueryIDs
 
 GIB, MIB = 2**30, 2**20
 
@@ -227,7 +229,7 @@ sorted_ids = st.builds(
 
 @given(ids=sorted_ids, run_length=st.integers(1, 70))
 def test_chunks_are_the_ids_of_each_run_that_has_any(ids: NDArray[np.int64], run_length: int) -> None:
-    chunks = tile_chunks(ids, run_length) if len(ids) else []
+    chunks = np.split(ids, _plan._chunk_starts(ids, run_length)[1:]) if len(ids) else []
     assert np.concatenate([*chunks, np.empty(0, np.int64)]).tolist() == ids.tolist()
     runs = [set((chunk // run_length).tolist()) for chunk in chunks]
     assert all(len(run) == 1 for run in runs)
@@ -237,9 +239,8 @@ def test_chunks_are_the_ids_of_each_run_that_has_any(ids: NDArray[np.int64], run
 def test_chunks_of_millions_of_ids_are_the_same_as_of_few() -> None:
     ids = np.flatnonzero(np.random.default_rng(0).random(4 * 2**20) < 0.6)
     assert len(ids) > 2 * 2**20
-    chunks = tile_chunks(ids, 2048)
-    assert [int(chunk[0]) for chunk in chunks] == ids[np.unique(ids // 2048, return_index=True)[1]].tolist()
-    assert np.array_equal(np.concatenate(chunks), ids)
+    starts = _plan._chunk_starts(ids, 2048)
+    assert np.array_equal(starts, np.unique(ids // 2048, return_index=True)[1])
 
 
 # Windows --------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ def test_every_chunk_is_in_one_batch_which_ends_with_the_chunk_in_which_its_bord
     ends = np.cumsum(lengths)
     borders = window_borders(len(ids), sizes_of(window, min(first, window)))
     rng = None if seed is None else np.random.default_rng(seed)
-    batches = list(whole_chunk_batches(np.split(ids, ends[:-1]), borders, rng))
+    in_order = _plan._Sequence(ids, np.arange, ends)
+    batches = list(_plan._batches(in_order, _plan._next_ends(ends, borders), rng, 0))
     stops = np.cumsum([len(batch) for batch in batches])
     assert stops.tolist() == sorted({int(ends[ends >= border].min()) for border in borders})
     replay = np.random.default_rng(seed)
@@ -543,6 +545,62 @@ def test_an_unshuffled_query_is_read_in_windows_that_are_no_larger_than_helps() 
     lengths = [len(batch) for batch in batches_of(plan, range(300_000))]
     assert max(lengths) <= UNSHUFFLED_ROWS
     assert [length % 2048 for length in lengths[:-1]] == [0] * (len(lengths) - 1)
+
+
+@settings(max_examples=200)
+@given(plan=plans(), joinids=id_lists, seed=st.integers(0, 99), data=st.data())
+def test_what_is_skipped_is_left_out_and_the_rest_comes_in_the_same_order(
+    plan: Plan, joinids: list[int], seed: int, data: st.DataObject
+) -> None:
+    ids = QueryIDs(obs_joinids=joinids, var_joinids=[0])
+    skip = data.draw(st.integers(0, len(joinids)))
+    left = [batch.tolist() for batch in plan.id_batches(ids, seed=seed, epoch=0, skip=skip)]
+    assert flat(left) == flat(batches_of(plan, joinids, seed))[skip:]
+    assert all(left)
+
+
+@given(
+    size=st.integers(1, 70),
+    joinids=id_lists.filter(bool),
+    seed=st.integers(0, 99),
+    run_length=st.none() | st.integers(1, 70),
+    data=st.data(),
+)
+def test_any_stretch_of_shuffled_chunks_is_that_of_the_chunks_put_end_to_end_over_and_over(
+    size: int, joinids: list[int], seed: int, run_length: int | None, data: Any
+) -> None:
+    ids, rng = np.sort(joinids), np.random.default_rng(seed)
+    if run_length is None:
+        starts = np.arange(0, len(ids), size)
+        sequence = _plan._Sequence(ids, _plan.shuffled_chunks(len(ids), size, np.random.default_rng(seed)))
+    else:
+        starts = _plan._chunk_starts(ids, run_length)
+        tiles = _plan.shuffled_tiles(ids, run_length, np.random.default_rng(seed))
+        sequence = _plan._Sequence(ids, *tiles)
+    chunks = np.split(ids, starts[1:])
+    whole = np.concatenate([chunks[k] for k in rng.permutation(len(chunks))])
+    start, stop = sorted(data.draw(st.integers(0, 2 * len(ids))) for _ in range(2))
+    with mock.patch.object(_plan._Sequence, "BLOCK", data.draw(st.sampled_from([1, 7, 2**18]))):
+        assert sequence.rows(start, stop).tolist() == np.tile(whole, 2)[start:stop].tolist()
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+@pytest.mark.parametrize("size", [2, "auto"])
+def test_a_plan_is_a_handful_of_objects_whatever_the_number_of_chunks(scope: Any, size: Any) -> None:
+    ids = QueryIDs(obs_joinids=np.arange(100_000), var_joinids=[0])
+    layout = Layout(2, 1.0) if size == "auto" else None
+    plan = Plan(
+        shuffle_chunk_size=size,
+        io_batch_size=100,
+        batch_size=10,
+        permutes=True,
+        scope=scope,
+        layout=layout,
+    )
+    before = sys.getallocatedblocks()
+    batches = plan.batches_of(EpochPart(ids=ids, place=Partition(0, 1, 0, 1), seed=0, epoch=0))
+    next(batches)
+    assert sys.getallocatedblocks() - before < 10_000  # of 50,000 chunks
 
 
 def test_rows_that_repeat_come_as_often_as_the_query_has_them() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from statistics import NormalDist
 from typing import Literal, TypeAlias
@@ -162,19 +162,30 @@ class Plan:
 
     def id_batches(self, ids: QueryIDs, *, seed: int, epoch: int, skip: int = 0) -> Iterator[NDArrayJoinId]:
         """Yield the joinids of an epoch but for the first `skip`, as many at a time as are read together."""
-        rng = seeded_rng(seed, epoch) if self.permutes else None
-        if isinstance(self.io_batch_size, int) and self.shuffle_chunk_size != "auto":
-            return id_batches(self._chunks(ids, seed, epoch), self.io_batch_size, rng, skip)
-        if not len(ids.obs_joinids):
+        n_rows = len(ids.obs_joinids)
+        if not n_rows:
             return iter(())
-        sizes = self.sizes(ids)
-        chunks = self._chunks(ids, seed, epoch, sizes.run_length)
-        if self.shuffle_chunk_size is None and not _is_sorted(ids.obs_joinids):
-            return id_batches(chunks, sizes.window_rows, rng, skip)
-        if isinstance(self.shuffle_chunk_size, int):
-            n_chunks = math.ceil(sizes.window_rows / self.shuffle_chunk_size)
-            return id_batches(chunks, n_chunks * self.shuffle_chunk_size, rng, skip)
-        return whole_chunk_batches(chunks, window_borders(len(ids.obs_joinids), sizes), rng, skip)
+        is_sized = isinstance(self.io_batch_size, int) and self.shuffle_chunk_size != "auto"
+        sizes = None if is_sized else self.sizes(ids)
+        run_length = 0 if sizes is None else sizes.run_length
+        sequence = self._sequence(ids.obs_joinids, seeded_rng(seed, epoch), run_length)
+        rng = seeded_rng(seed, epoch) if self.permutes else None
+        return _batches(sequence, self._borders(sequence, sizes), rng, skip)
+
+    def _borders(self, sequence: _Sequence, sizes: Sizes | None) -> Iterable[int]:
+        """Return where each batch of a part ends."""
+        n_rows = len(sequence.joinids)
+        if sizes is None:
+            assert isinstance(self.io_batch_size, int)
+            return [*range(self.io_batch_size, n_rows, self.io_batch_size), n_rows]
+        ends = sequence.ends
+        if self.shuffle_chunk_size is None and _is_sorted(sequence.joinids):
+            ends = np.append(_chunk_starts(sequence.joinids, sizes.run_length)[1:], n_rows)
+        if ends is not None:
+            return _next_ends(ends, window_borders(n_rows, sizes))
+        size = self.shuffle_chunk_size if isinstance(self.shuffle_chunk_size, int) else 1
+        step = -(-sizes.window_rows // size) * size
+        return [*range(step, n_rows, step), n_rows]
 
     def sizes(self, ids: QueryIDs, world_size: int = 1) -> Sizes:
         """Return what "auto" stands for, where a rank of so many reads its share of rows."""
@@ -188,16 +199,15 @@ class Plan:
         joinids = _sorted(ids.obs_joinids)
         return choose_sizes(joinids, self.layout, window_rows, self.batch_size, self.mixing, world_size)
 
-    def _chunks(self, ids: QueryIDs, seed: int, epoch: int, run_length: int = 0) -> Chunks:
-        if self.shuffle_chunk_size is None:
-            is_cut = run_length > 0 and _is_sorted(ids.obs_joinids)
-            return tile_chunks(ids.obs_joinids, run_length) if is_cut else [ids.obs_joinids]
-        if self.shuffle_chunk_size == 1:  # the same order, without an array for each row
-            return [ids.obs_joinids[seeded_rng(seed, epoch).permutation(len(ids.obs_joinids))]]
-        if self.shuffle_chunk_size != "auto":
-            return ids.shuffle_chunks(self.shuffle_chunk_size, seed=seed, epoch=epoch)
-        chunks = tile_chunks(_sorted(ids.obs_joinids), run_length)
-        return [chunks[k] for k in seeded_rng(seed, epoch).permutation(len(chunks)).tolist()]
+    def _sequence(self, joinids: NDArrayJoinId, rng: np.random.Generator, run_length: int) -> _Sequence:
+        """Return joinids with their chunks in the order of an epoch, runs of `run_length` under "auto"."""
+        size = self.shuffle_chunk_size
+        if isinstance(size, int):
+            return _Sequence(joinids, shuffled_chunks(len(joinids), size, rng))
+        if size == "auto":
+            joinids = _sorted(joinids)
+            return _Sequence(joinids, *shuffled_tiles(joinids, run_length, rng))
+        return _Sequence(joinids, np.arange)
 
     # Chunks of the query are shuffled ---------------------------------------------------------------------
 
@@ -212,7 +222,7 @@ class Plan:
             return
         world_size = part.earlier[0].world_size if part.earlier else part.place.world_size
         sizes = None if self.layout is None else self.sizes(part.ids, world_size)
-        rows = self._sequence(part, 0 if sizes is None else sizes.run_length)
+        rows = self._sequence_of(part, 0 if sizes is None else sizes.run_length).rows
         windows = self._windows(part, world_size, sizes)
         for start, stop in spans:
             while start < stop:
@@ -227,7 +237,10 @@ class Plan:
         """Return the joinids of the query with its chunks in the order of the epoch."""
         is_sized = self.layout is not None
         run_length = self.sizes(part.ids, part.place.world_size).run_length if is_sized else 0
-        return self._sequence(part, run_length)(0, len(part.ids.obs_joinids))
+        return self._sequence_of(part, run_length).rows(0, len(part.ids.obs_joinids))
+
+    def _sequence_of(self, part: EpochPart, run_length: int) -> _Sequence:
+        return self._sequence(part.ids.obs_joinids, seeded_rng(part.seed, part.epoch), run_length)
 
     def _windows(self, part: EpochPart, world_size: int, sizes: Sizes | None) -> _Windows:
         n_rows = len(part.ids.obs_joinids)
@@ -243,39 +256,95 @@ class Plan:
         rng = partial(seeded_rng, part.seed, part.epoch) if self.permutes else None
         return _Windows(ranks, n_rows, borders, rng)
 
-    def _sequence(self, part: EpochPart, run_length: int) -> Callable[[int, int], NDArrayJoinId]:
-        """Return what gives the joinids from one place of the shuffled query to another."""
-        joinids, rng = part.ids.obs_joinids, seeded_rng(part.seed, part.epoch)
-        n_rows = len(joinids)
-        if self.shuffle_chunk_size is None:
-            return partial(wrapped, joinids)
-        if self.shuffle_chunk_size == 1:
-            order = rng.permutation(n_rows)
-            return lambda start, stop: joinids[wrapped(order, start, stop)]
-        if self.shuffle_chunk_size == "auto":
-            joinids = _sorted(joinids)
-            starts = _chunk_starts(joinids, run_length)
-        else:
-            starts = np.arange(0, n_rows, self.shuffle_chunk_size)
-        lengths = np.diff(starts, append=n_rows)
-        order = rng.permutation(len(starts))
-        starts, ends = starts[order], np.cumsum(lengths[order])
 
-        def rows(start: int, stop: int) -> NDArrayJoinId:
-            if start >= stop:
-                return joinids[:0]
-            if stop > n_rows:
-                again = rows(max(start, n_rows) - n_rows, stop - n_rows)
-                return np.concatenate([rows(start, n_rows), again])
-            first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
-            before = ends[first] - (lengths[order[first]])
-            chunks = zip(
-                starts[first : last + 1].tolist(), lengths[order[first : last + 1]].tolist(), strict=True
-            )
-            found = [joinids[begin : begin + n] for begin, n in chunks]
-            return np.concatenate([joinids[:0], *found])[start - before : stop - before]
+Places: TypeAlias = Callable[[int, int], NDArrayJoinId]
+"""Where in the query the rows are that an epoch has from one place to another."""
 
-        return rows
+
+@attrs.frozen(eq=False)
+class _Sequence:
+    """Joinids in an order that is computed for the rows that are asked for.
+
+    Attributes:
+        joinids: In the order of the query.
+        places: Where in it the rows of the epoch are.
+        ends: Where chunks end, in the order of the epoch, if no batch may cut one.
+    """
+
+    BLOCK = 2**18
+    """Places are computed for so many rows at a time, because there may be 100 million."""
+
+    joinids: NDArrayJoinId
+    places: Places
+    ends: NDArrayJoinId | None = None
+
+    def rows(self, start: int, stop: int) -> NDArrayJoinId:
+        """Return the joinids from one place of the epoch to another; after the last comes the first."""
+        found, n_rows = np.empty(max(0, stop - start), dtype=np.int64), len(self.joinids)
+        done = 0
+        while done < len(found):
+            begin = (start + done) % n_rows
+            end = min(begin + self.BLOCK, begin + len(found) - done, n_rows)
+            found[done : done + end - begin] = self.joinids[self.places(begin, end)]
+            done += end - begin
+        return found
+
+
+def shuffled_chunks(n_rows: int, size: int, rng: np.random.Generator) -> Places:
+    """Return the places of rows whose chunks of `size` are shuffled; the last of `n_rows` may be shorter."""
+    n_chunks = -(-n_rows // size)
+    order = rng.permutation(n_chunks)
+    n_lacking = n_chunks * size - n_rows
+    after_last = (int(np.flatnonzero(order == n_chunks - 1).max(initial=-1)) + 1) * size - n_lacking
+
+    def places(start: int, stop: int) -> NDArrayJoinId:
+        of_equal_chunks = np.arange(start, stop)
+        of_equal_chunks[max(0, after_last - start) :] += n_lacking
+        chunk = of_equal_chunks // size
+        found: NDArrayJoinId = (order[chunk] - chunk) * size + of_equal_chunks
+        return found
+
+    return places
+
+
+def shuffled_tiles(
+    sorted_ids: NDArrayJoinId, run_length: int, rng: np.random.Generator
+) -> tuple[Places, NDArrayJoinId]:
+    """Return the places of rows whose chunks, runs of `run_length`, are shuffled, and where chunks end."""
+    starts = _chunk_starts(sorted_ids, run_length)
+    lengths = np.diff(starts, append=len(sorted_ids))
+    order = rng.permutation(len(starts))
+    ends = np.cumsum(lengths[order])
+    offsets = starts[order] - (ends - lengths[order])
+
+    def places(start: int, stop: int) -> NDArrayJoinId:
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+        of_each = np.diff(np.minimum(ends[first : last + 1], stop), prepend=start)
+        found: NDArrayJoinId = np.arange(start, stop) + np.repeat(offsets[first : last + 1], of_each)
+        return found
+
+    return places, ends
+
+
+def _next_ends(ends: NDArrayJoinId, borders: Sequence[int]) -> list[int]:
+    """Return where the first chunk ends that reaches each border."""
+    found: list[int] = ends[np.searchsorted(ends, borders)].tolist()
+    return found
+
+
+def _batches(
+    sequence: _Sequence, borders: Iterable[int], rng: np.random.Generator | None, skip: int
+) -> Iterator[NDArrayJoinId]:
+    """Yield the joinids up to each border, permuted by the next draw of `rng`, but for the first `skip`."""
+    start = 0
+    for stop in borders:
+        if start < stop:
+            order = None if rng is None else rng.permutation(stop - start)
+            if skip < stop - start:
+                found = sequence.rows(start, stop)
+                yield (found if order is None else found[order])[skip:]
+            skip = max(0, skip - (stop - start))
+            start = stop
 
 
 class _Windows:
@@ -326,33 +395,14 @@ class _Windows:
 
 
 def id_batches(
-    chunks: Chunks, io_batch_size: int, rng: np.random.Generator | None, skip: int = 0
+    chunks: Chunks, io_batch_size: int, rng: np.random.Generator | None
 ) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time; without the first `skip`.
+    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
 
     With `rng`, each batch is permuted by the generator's next draw.
     """
-    n_whole = skip // io_batch_size
-    if rng is not None:
-        for _ in range(n_whole):
-            rng.permutation(io_batch_size)
-    left = skip - n_whole * io_batch_size
-    for batch in _rebatched(_without_first(chunks, n_whole * io_batch_size), io_batch_size):
-        order = slice(None) if rng is None else rng.permutation(len(batch))
-        if left < len(batch):
-            yield batch[order][left:]
-        left = max(0, left - len(batch))
-
-
-def _without_first(chunks: Chunks, n_rows: int) -> Chunks:
-    """Return chunks but for their first rows."""
-    if not n_rows:
-        return chunks
-    ends = np.cumsum([len(chunk) for chunk in chunks])
-    first = int(np.searchsorted(ends, n_rows, side="right"))
-    if first == len(chunks):
-        return []
-    return [chunks[first][len(chunks[first]) - (ends[first] - n_rows) :], *chunks[first + 1 :]]
+    for batch in _rebatched(chunks, io_batch_size):
+        yield batch if rng is None else batch[rng.permutation(len(batch))]
 
 
 def predicted_mixing(n_chunks: float, batch_size: int) -> float:
@@ -428,13 +478,11 @@ def choose_sizes(
     return Sizes(run_length, rows, first, reached)
 
 
-def tile_chunks(joinids: NDArrayJoinId, run_length: int) -> Chunks:
-    """Return sorted joinids as chunks: one for each run of `run_length` rows of the layer that has any."""
-    return np.split(joinids, _chunk_starts(joinids, run_length)[1:])
-
-
 def _chunk_starts(joinids: NDArrayJoinId, run_length: int) -> NDArrayJoinId:
-    """Return where chunks start; a block of joinids at a time, because there may be 100 million."""
+    """Return where chunks of sorted joinids start: one for each run of so many rows that has any.
+
+    A block of joinids at a time is looked at, because there may be 100 million.
+    """
     starts, block = [], 2**20
     for begin in range(0, len(joinids), block):
         run = joinids[max(0, begin - 1) : begin + block] // run_length
@@ -452,28 +500,6 @@ def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
     n_left = math.ceil((n_rows - borders[-1]) / sizes.window_rows)
     even = np.linspace(borders[-1], n_rows, n_left + 1).round().astype(int).tolist()
     return [*borders[1:], *even[1:]]
-
-
-def whole_chunk_batches(
-    chunks: Chunks, borders: list[int], rng: np.random.Generator | None, skip: int = 0
-) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of whole chunks, put end to end: each batch up to the first that reaches its border.
-
-    The first `skip` rows are left out.
-
-    With `rng`, each batch is permuted by the generator's next draw.
-    """
-    ends = np.cumsum([len(chunk) for chunk in chunks])
-    start = 0
-    for border in borders:
-        stop = int(np.searchsorted(ends, border)) + 1 if border < ends[-1] else len(chunks)
-        n_rows = int(ends[stop - 1] - (ends[start - 1] if start else 0)) if start < stop else 0
-        if n_rows:
-            order = slice(None) if rng is None else rng.permutation(n_rows)
-            if skip < n_rows:
-                yield np.concatenate(chunks[start:stop])[order][skip:]
-            skip = max(0, skip - n_rows)
-        start = stop
 
 
 def _run_lengths(row_tile: int) -> Iterator[int]:
