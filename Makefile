@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+STRESS_ARGS ?=
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
 
-.PHONY: help demo test bench viz docs lint format clean
+.PHONY: help demo test stress bench viz docs lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -20,6 +21,9 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
 	$(BIN)/pytest -m "not ray" --numprocesses auto --dist worksteal
 	$(BIN)/pytest -m ray  # a cluster of processes: nothing else beside it
+
+stress: $(VENV)/test.installed  ## Read obs beside busy loops: no process may die; STRESS_ARGS="--minutes 60"
+	$(BIN)/python tests/stress_obs.py $(STRESS_ARGS)
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,10 @@ from tiledbsoma_ml import XLocator
 # would have nothing to test; TileDB would even call what it takes for a handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# TileDB's parallel merge can crash any process that reads `obs`, also one that opens it as a user might. The
+# tests of what the package itself sets take this away.
+os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE", "0")
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
 
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, context
 
 N_OBS, N_VARS = 311, 23
 MEASUREMENT = "RNA"
@@ -123,7 +123,7 @@ class Store:
         """Query rows (by joinids, or by a value filter) and columns (by joinids)."""
         obs_query = soma.AxisQuery(value_filter=obs) if isinstance(obs, str) else _by_coords(obs)
         with (
-            soma.Experiment.open(self.uri) as experiment,
+            soma.Experiment.open(self.uri, context=context()) as experiment,
             experiment.axis_query(MEASUREMENT, obs_query=obs_query, var_query=_by_coords(var)) as query,
         ):
             yield query

@@ -38,6 +38,7 @@ PACKAGE = Path(tiledbsoma_ml.__file__).parent
 LAYOUT = [
     "_budget",
     "_common",
+    "_context",
     "_distributed",
     "_epoch",
     "x_locator",

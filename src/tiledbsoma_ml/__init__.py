@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from tiledbsoma_ml._context import context
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset, ShuffleMode
@@ -26,6 +27,7 @@ __all__ = [
     "ShuffleMode",
     "Snapshot",
     "XLocator",
+    "context",
     "experiment_dataloader",
 ]
 

@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 import tiledbsoma.io
 
+from tiledbsoma_ml._context import context, open_experiment
 from tiledbsoma_ml._h5ad_file import H5adFile, Matrix, Say, check_exists, choose_matrix, open_h5ad
 from tiledbsoma_ml._snapshot_progress import locked
 
@@ -74,9 +75,9 @@ def _write(uri: str, paths: Sequence[Path], layer_name: str | None, say: Say, ch
             var_of_files.append(_with_unique_names(file.var(matrix)))
     obs, var = clean(_concat(obs_of_files), "obs", say), clean(_genes(var_of_files), "var", say)
     empty = anndata.AnnData(X=sp.csr_matrix((len(obs), len(var)), dtype=np.float32), obs=obs, var=var)
-    tiledbsoma.io.from_anndata(uri, empty, MEASUREMENT_NAME, X_layer_name=LAYER_NAME)
+    tiledbsoma.io.from_anndata(uri, empty, MEASUREMENT_NAME, context=context(), X_layer_name=LAYER_NAME)
     start = 0
-    with soma.Experiment.open(uri, "w") as experiment:
+    with open_experiment(uri, "w") as experiment:
         X = experiment.ms[MEASUREMENT_NAME].X[LAYER_NAME]
         for path, key, genes in zip(paths, keys, var_of_files, strict=True):
             columns = var.index.get_indexer(genes.index).astype(np.int64)
@@ -176,7 +177,7 @@ def build_once(folder: Path, build: Callable[[str], None], say: Say) -> None:
 
 
 def _is_built(folder: Path, say: Say) -> bool:
-    if soma.Experiment.exists(str(folder)):
+    if soma.Experiment.exists(str(folder), context()):
         say(f"using the experiment built before: {folder}")
         return True
     if folder.exists():

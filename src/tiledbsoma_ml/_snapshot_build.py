@@ -204,9 +204,7 @@ def source_of(
 @contextmanager
 def _opened(locator: XLocator) -> Iterator[tuple[soma.Measurement, soma.DataFrame]]:
     """Open the measurement, and `obs`, of an address."""
-    context = soma.SOMATileDBContext(tiledb_config=locator.tiledb_config)
-    timestamp = locator.tiledb_timestamp_ms
-    with soma.Experiment.open(locator.uri, tiledb_timestamp=timestamp, context=context) as experiment:
+    with locator.open_experiment() as experiment:
         yield experiment.ms[locator.measurement_name], experiment.obs
 
 

@@ -41,7 +41,8 @@ class ExperimentDataModule(LightningDataModule):
     """Train, validation, test and predict loaders over the rows of a query, for a Lightning `Trainer`.
 
     ```python
-    with tiledbsoma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
+    experiment = tiledbsoma.Experiment.open(uri, context=tiledbsoma_ml.context())
+    with experiment, experiment.axis_query("RNA") as query:
         data = ExperimentDataModule(query, obs_column_names=["cell_type"], batch_size=1024, snapshot=True)
     Trainer(strategy="ddp", devices=2).fit(model, datamodule=data)
     ```
@@ -146,7 +147,7 @@ class ExperimentDataModule(LightningDataModule):
         columns, locator = self.query_ids.var_joinids, self._predict.x_locator
         if locator is None:
             return self._snapshot().var.set_index("soma_joinid", drop=False).loc[columns, list(column_names)]
-        with locator._open_experiment(locator.tiledb_config) as experiment:
+        with locator.open_experiment() as experiment:
             var = experiment.ms[locator.measurement_name].var
             return ObsColumns.read(var, column_names, columns).take(columns)
 

@@ -62,7 +62,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     ```python
     lung = tiledbsoma.AxisQuery(value_filter="tissue == 'lung'")
-    with tiledbsoma.Experiment.open(uri) as experiment:
+    with tiledbsoma.Experiment.open(uri, context=tiledbsoma_ml.context()) as experiment:
         with experiment.axis_query("RNA", obs_query=lung) as query:
             dataset = ExperimentDataset(query, obs_column_names=["cell_type"], batch_size=1024)
     for X, obs in experiment_dataloader(dataset):

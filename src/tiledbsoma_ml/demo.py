@@ -16,6 +16,7 @@ import tiledbsoma as soma
 import torch
 from torch.utils.data import DataLoader
 
+from tiledbsoma_ml import _context
 from tiledbsoma_ml._common import check_name
 from tiledbsoma_ml._h5ad import build_once, fingerprint, ingest_h5ads, is_categorical, is_kept
 from tiledbsoma_ml._h5ad_file import Say, find_counts, first_line, open_h5ad
@@ -214,7 +215,7 @@ def load_task(
 def open_experiment(uri: str) -> Iterator[soma.Experiment]:
     """Open an experiment; raise a ValueError if there is none."""
     try:
-        experiment = soma.Experiment.open(uri)
+        experiment = _context.open_experiment(uri)
     except (soma.SOMAError, TypeError, ValueError) as err:
         raise ValueError(
             f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({first_line(err)}); "

@@ -17,6 +17,7 @@ import attrs
 import tiledbsoma as soma
 
 from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._h5ad import MEASUREMENT_NAME, ingest_h5ads
 from tiledbsoma_ml.data_module import ExperimentDataModule, Transform
 from tiledbsoma_ml.snapshot import Snapshot
@@ -227,7 +228,7 @@ class _Queried:
 
     def module(self, uri: str, options: Mapping[str, Any]) -> ExperimentDataModule:
         with (
-            soma.Experiment.open(uri) as experiment,
+            open_experiment(uri) as experiment,
             experiment.axis_query(
                 self.measurement_name, obs_query=self.obs_query, var_query=self.var_query
             ) as query,

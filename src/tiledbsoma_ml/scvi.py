@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, check_count, check_name
+from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._obs_labels import Unseen
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._scvi_cells import Batch, Cells, Fields, Genes, Known
@@ -509,7 +510,7 @@ def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding:
         ValueError: If the measurement does not exist, the name is taken, or rows are not rows of `obs`.
     """
     joinids, values = embedding.index.to_numpy(), embedding.to_numpy(dtype=np.float32)
-    with soma.Experiment.open(experiment_uri) as experiment:
+    with open_experiment(experiment_uri) as experiment:
         n_obs = _check_obsm(experiment, measurement_name, name, embedding)
     table = pa.table(
         {
@@ -518,7 +519,7 @@ def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding:
             "soma_data": values.ravel(),
         }
     )
-    with soma.Experiment.open(experiment_uri, "w") as experiment:
+    with open_experiment(experiment_uri, "w") as experiment:
         measurement = experiment.ms[measurement_name]
         obsm = measurement["obsm"] if "obsm" in measurement else measurement.add_new_collection("obsm")
         obsm.add_new_sparse_ndarray(name, type=pa.float32(), shape=(n_obs, values.shape[1])).write(table)

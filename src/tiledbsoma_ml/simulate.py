@@ -9,6 +9,8 @@ import scipy.sparse as sp
 import tiledbsoma.io
 from numpy.typing import NDArray
 
+from tiledbsoma_ml._context import context
+
 __all__ = ["N_CELLS", "N_GENES", "simulate_cells", "simulate_experiment"]
 
 N_CELLS = 20_000
@@ -46,7 +48,9 @@ def simulate_experiment(uri: str, n_cells: int = N_CELLS, n_genes: int = N_GENES
     The counts are the layer "raw" of the measurement "RNA"; `feature_id` is the key of its `var`.
     """
     cells = simulate_cells(n_cells, n_genes, seed)
-    tiledbsoma.io.from_anndata(uri, cells, "RNA", X_layer_name="raw", var_id_name="feature_id")
+    tiledbsoma.io.from_anndata(
+        uri, cells, "RNA", context=context(), X_layer_name="raw", var_id_name="feature_id"
+    )
 
 
 def simulate_cells(n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0) -> anndata.AnnData:

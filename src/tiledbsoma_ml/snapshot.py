@@ -31,7 +31,8 @@ class Snapshot:
     """The rows and columns of a query in a folder on a local disk, memory-mapped: the same, much faster.
 
     ```python
-    with tiledbsoma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
+    experiment = tiledbsoma.Experiment.open(uri, context=tiledbsoma_ml.context())
+    with experiment, experiment.axis_query("RNA") as query:
         snapshot = Snapshot.create("lung.snapshot", query, obs_column_names=["cell_type"])
     X, obs = snapshot[[3, 5, 9]]
     ```

@@ -11,6 +11,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
 from tiledbsoma_ml._common import check_name
+from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
 
 
 @attrs.frozen(kw_only=True)
@@ -43,6 +44,8 @@ class XLocator:
                 there are several and none is "raw".
         """
         check_open(experiment)
+        config = experiment.context.tiledb_config
+        tell_if_unprotected(config)
         check_name(
             "measurement_name", measurement_name, experiment.ms.keys(), of="a measurement of the experiment"
         )
@@ -53,7 +56,7 @@ class XLocator:
             measurement_name=measurement_name,
             layer_name=_choose_layer(layer_name, layers, measurement_name),
             tiledb_timestamp_ms=experiment.tiledb_timestamp_ms,
-            tiledb_config=experiment.context.tiledb_config,
+            tiledb_config=config,
         )
 
     @property
@@ -75,16 +78,24 @@ class XLocator:
         if budget.keeps_freed_memory:
             keep_freed_memory()
         config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget)}
-        with self._open_experiment(config) as experiment:
+        with self.open_experiment(config) as experiment:
             check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
             layers = experiment.ms[self.measurement_name].X
             check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
             yield layers[self.layer_name], experiment.obs
 
-    def _open_experiment(self, config: dict[str, str | float]) -> soma.Experiment:
+    def open_experiment(self, config: dict[str, str | float] | None = None) -> soma.Experiment:
+        """Open the experiment as of its timestamp.
+
+        Args:
+            config: In place of `tiledb_config`.
+
+        Raises:
+            ValueError: If it cannot be opened.
+        """
         try:
-            context = soma.SOMATileDBContext(tiledb_config=config)
-            return soma.Experiment.open(self.uri, tiledb_timestamp=self.tiledb_timestamp_ms, context=context)
+            chosen = self.tiledb_config if config is None else config
+            return open_experiment(self.uri, config=chosen, timestamp=self.tiledb_timestamp_ms)
         except (soma.SOMAError, RuntimeError, TypeError, ValueError) as err:
             reason = str(err).strip().partition("\n")[0].rstrip(".")
             raise ValueError(
