@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.tuner import Tuner
 
 from lightning_run import Model, for_the_model
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
@@ -197,6 +199,50 @@ def test_a_snapshot_is_made_once_of_the_whole_query_and_gives_the_same_batches(
     np.testing.assert_array_equal(joinids_of(alone.test_dataloader()), joinids_of(streamed.test_dataloader()))
 
 
+# Like any data module -------------------------------------------------------------------------------------
+
+
+def test_printing_makes_no_loader_and_so_no_snapshot(store: Store, tmp_path: Path) -> None:
+    data = make(store, snapshot=tmp_path / "s")
+    expected = "<ExperimentDataModule: 311 rows by 23 columns; train 249, val 31, test 31; batch_size=16>"
+    assert str(data) == repr(data) == expected
+    assert not list(tmp_path.iterdir())
+
+
+class Mine(ExperimentDataModule):
+    def __init__(self, source: Any, factor: int, **options: Any) -> None:
+        super().__init__(source, **options)
+        self.save_hyperparameters()
+
+
+def test_a_subclass_saves_its_hyperparameters_and_leaves_the_query_out(store: Store) -> None:
+    with store.query() as query:
+        data = Mine(query, 3, batch_size=8)
+    assert dict(data.hparams) == dict(data.hparams_initial) == {"factor": 3, "batch_size": 8}
+
+
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_a_batch_size_that_is_set_holds_for_all_parts(
+    store: Store, tmp_path: Path, is_snapshot: bool
+) -> None:
+    options = {"snapshot": tmp_path / "s"} if is_snapshot else {}
+    data, expected = make(store, **options), make(store, batch_size=40)
+    first = list(data.train_dataloader())
+    data.batch_size = 40
+    assert (data.batch_size, len(first[0][1])) == (40, 16)
+    expected._train.set_epoch(1)  # the first one is over
+    for part in ("train", "val", "test", "predict"):
+        loader, fresh = (getattr(each, f"{part}_dataloader")() for each in (data, expected))
+        found = list(loader)
+        assert max(len(obs) for _, obs in found) == min(40, sum(len(obs) for _, obs in found))
+        assert len(found) == len(loader) == len(fresh)
+        np.testing.assert_array_equal(joinids_of(found), joinids_of(fresh))
+    if is_snapshot:  # nothing but the snapshot is needed
+        alone = ExperimentDataModule(snapshot=Snapshot.open(tmp_path / "s"), batch_size=16, seed=3)
+        alone.batch_size = 40
+        np.testing.assert_array_equal(joinids_of(alone.val_dataloader()), joinids_of(data.val_dataloader()))
+
+
 # What is refused ------------------------------------------------------------------------------------------
 
 
@@ -240,21 +286,31 @@ def test_fewer_training_rows_than_ranks_are_refused(store: Store, monkeypatch: p
         data.train_dataloader()
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"), [("ExperimentDataModule", "lightning"), ("RayTrainRunner", "ray")]
-)
-def test_a_missing_extra_is_named_with_how_to_install_it(name: str, extra: str) -> None:
-    code = f"""
+WITHOUT_EXTRAS = """
 import sys
-sys.modules[{extra!r}] = None
 import tiledbsoma_ml
-try:
-    tiledbsoma_ml.{name}
-except ImportError as err:
-    print(err)
+
+needed_by = {"lightning": ["ExperimentDataModule", "SCVIDataModule"], "ray": ["RayTrainRunner"]}
+for extra, names in needed_by.items():
+    sys.modules[extra] = None
+    for name in names:
+        try:
+            getattr(tiledbsoma_ml, name)
+        except ImportError as err:
+            print(err)
+    del sys.modules[extra]
 """
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert f"pip install 'tiledbsoma-ml[{extra}]'" in output
+
+
+def test_a_missing_extra_is_named_with_how_to_install_it() -> None:
+    output = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], check=True, capture_output=True, text=True
+    ).stdout
+    assert re.findall(r"(\w+) needs .* run `pip install 'tiledbsoma-ml\[(\w+)\]'`", output) == [
+        ("ExperimentDataModule", "lightning"),
+        ("SCVIDataModule", "scvi"),
+        ("RayTrainRunner", "ray"),
+    ]
 
 
 # Under a Trainer ------------------------------------------------------------------------------------------
@@ -365,6 +421,39 @@ def test_an_epoch_that_was_limited_to_some_batches_is_followed_by_the_next_one_a
     whole = rows_of(3)
     assert rows_of(1) == whole[:3]
     assert rows_of(3, tmp_path / "1.ckpt") == whole[3:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_batch_size_that_lightning_finds_is_trained_with_from_the_first_epoch_on(
+    store: Store, tmp_path: Path
+) -> None:
+    data, model = make(store, transform=for_the_model), Model(N_VARS)
+    trainer = in_this_process(tmp_path, max_epochs=1, enable_checkpointing=False)
+    found = Tuner(trainer).scale_batch_size(
+        model, datamodule=data, init_val=20, max_trials=2, steps_per_trial=1
+    )
+    assert found == data.batch_size == 40
+    model.seen["train"].clear()
+    trainer.fit(model, datamodule=data)
+    steps = [rows for _, rows, _ in model.seen["train"]]
+    assert [len(rows) for rows in steps] == [40] * 6 + [9]
+    expected = make(store, batch_size=40).train_dataloader()
+    assert [row for rows in steps for row in rows] == joinids_of(expected).tolist()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_says_nothing_of_inaccurate_lengths_and_leaves_the_filters_of_warnings_as_they_were(
+    store: Store, tmp_path: Path, fails: bool
+) -> None:
+    data, model = make(store, transform=None if fails else for_the_model), Model(N_VARS)
+    trainer = in_this_process(tmp_path, max_epochs=1, limit_train_batches=1, enable_checkpointing=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with pytest.raises(TypeError) if fails else contextlib.nullcontext():
+            trainer.fit(model, datamodule=data)
+        assert warnings.filters == before
+    assert not [warning for warning in caught if "__len__" in str(warning.message)]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -74,6 +74,7 @@ LAYOUT = [
     "dataloader",
     "_h5ad_file",
     "_h5ad",
+    "_lightning",
     "data_module",
     "ray_train",
     "_obs_labels",

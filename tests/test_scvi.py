@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,10 +87,9 @@ def test_a_batch_has_the_keys_order_and_types_that_scvi_tools_expects(counts: St
     np.testing.assert_array_equal(batch["extra_continuous_covs"].numpy(), expected)
 
 
-def test_without_covariates_their_values_are_none(counts: Store) -> None:
+def test_without_covariates_a_batch_has_no_key_of_them(counts: Store) -> None:
     batch, _ = next(epoch_of(module(counts)))
-    assert batch["extra_categorical_covs"] is None
-    assert batch["extra_continuous_covs"] is None
+    assert list(batch) == ["X", "batch", "labels", "sample"]
     assert batch["labels"].eq(0).all()
 
 
@@ -234,6 +231,24 @@ def test_options_reach_the_dataset_by_position_and_by_name(counts: Store) -> Non
     assert loader.num_workers == 1
 
 
+def test_printing_makes_no_loader_and_so_no_snapshot(counts: Store, tmp_path: Path) -> None:
+    datamodule = module(counts, snapshot=tmp_path / "s", train_size=0.8, label_column_name="cell_type")
+    expected = (
+        "<SCVIDataModule: 311 cells by 23 genes; train 249, val 62; 2 batches, 3 labels; batch_size=128>"
+    )
+    assert str(datamodule) == repr(datamodule) == expected
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_size_that_is_set_leaves_the_parts_as_they_are(counts: Store) -> None:
+    datamodule, expected = module(counts, train_size=0.8), module(counts, train_size=0.8, batch_size=50)
+    datamodule.batch_size = 50
+    assert datamodule.batch_size == 50
+    for (batch, _), (other, _) in zip(epoch_of(datamodule), epoch_of(expected), strict=True):
+        assert torch.equal(batch["X"], other["X"])
+    assert (datamodule.val_idx == expected.val_idx).all()
+
+
 # Inference --------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +262,7 @@ def test_inference_yields_every_cell_once_in_the_order_of_the_query(counts: Stor
         assert joinids.tolist() == loader.soma_joinids.tolist() == list(range(N_OBS))
         X = torch.cat([batch["X"] for batch in batches]).numpy()
         np.testing.assert_array_equal(X, expected_X(joinids, range(N_VARS)))
-    assert list(batches[0])[:6] == KEYS
+    assert list(batches[0]) == ["X", "batch", "labels", "sample", "soma_joinid"]
 
 
 def test_inference_on_another_query_aligns_genes_and_codes(
@@ -424,23 +439,7 @@ def test_an_embedding_is_found_by_queries_and_never_overwritten(tmp_path: Path) 
         write_obsm(uri, "DNA", "other", embedding)
 
 
-# The extra --------------------------------------------------------------------------------------------------
-
-WITHOUT_LIGHTNING = """
-import sys
-sys.modules["lightning"] = None
-import tiledbsoma_ml
-try:
-    tiledbsoma_ml.SCVIDataModule
-except ImportError as err:
-    print(err)
-"""
-
-
-def test_a_missing_extra_names_the_line_that_installs_it() -> None:
-    command = [sys.executable, "-c", WITHOUT_LIGHTNING]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "pip install 'tiledbsoma-ml[scvi]'" in said
+# The package ----------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:

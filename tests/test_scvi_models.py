@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,63 @@ def test_scvi_trains_and_validates_and_keeps_the_indices(uri: str) -> None:
     assert model.get_elbo(dataloader=datamodule.inference_dataloader()) < 0
 
 
-def test_scvi_without_a_registry_is_built_from_the_data_module(uri: str) -> None:
+def test_scvi_without_a_registry_is_as_good_as_one_with_it_once_it_is_trained(
+    uri: str, tmp_path: Path
+) -> None:
     datamodule = module(uri, **COVARIATES)
-    model = trained(SCVI(n_hidden=8), datamodule)
+    model = SCVI(n_hidden=8)
+    for call in (lambda: datamodule.embed(model), lambda: module(uri, reference=model)):
+        with pytest.raises(ValueError, match="this SCVI was made without one and not trained with an SCVIDa"):
+            call()
+    trained(model, datamodule)
     assert model.module.n_batch == datamodule.n_batch == 6
     assert model.module.decoder.px_decoder.n_cat_list == [6, *datamodule.n_cats_per_cov]
+    model.save(tmp_path / "model")
+    loaded = load_scvi_model(SCVI, tmp_path / "model")
+    assert distance(datamodule.embed(loaded), datamodule.embed(model)) < 1e-5
+    assert module(uri, reference=model).registry.keys() == datamodule.registry.keys()
+
+
+@pytest.mark.parametrize("model_class", [SCVI, SCANVI])
+def test_checkpoints_are_kept_while_training_and_the_best_is_loaded(
+    uri: str, tmp_path: Path, model_class: Any
+) -> None:
+    datamodule = module(uri, train_size=0.8, **COVARIATES)
+    callback = scvi.train.SaveCheckpoint(
+        monitor="elbo_validation", dirpath=str(tmp_path), load_best_on_end=True
+    )
+    model = trained(make(model_class, datamodule), datamodule, callbacks=[callback])
+    [folder] = tmp_path.iterdir()
+    assert folder.name.startswith("epoch=0-step=4-elbo_validation=")
+    loaded = load_scvi_model(model_class, folder)
+    assert distance(datamodule.embed(loaded), datamodule.embed(model)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "who"),
+    [
+        ({"early_stopping": True}, "LoudEarlyStopping waits for 'elbo_validation'"),
+        ({"callbacks": [scvi.train.SaveCheckpoint()]}, "SaveCheckpoint waits for 'validation_loss'"),
+        ({"plan_kwargs": {"reduce_lr_on_plateau": True}}, "reduce_lr_on_plateau waits for 'elbo_validation'"),
+    ],
+)
+def test_waiting_for_a_validation_that_never_comes_is_refused_before_the_first_batch(
+    uri: str, options: dict[str, Any], who: str
+) -> None:
+    with query(uri) as found:
+        datamodule = Recording(found, batch_size=100)
+    with pytest.raises(ValueError, match=f"{who}, but train_size=1.0 leaves no cells for validation; make"):
+        trained(make(SCVI, datamodule), datamodule, **options)
+    assert not hasattr(datamodule, "handed")
+
+
+def test_nothing_is_warned_about_that_nobody_can_act_on(uri: str) -> None:
+    datamodule = module(uri, train_size=0.8, batch_size=61)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(make(SCVI, datamodule), datamodule, check_val_every_n_epoch=1)
+    said = [str(warning.message) for warning in caught]
+    assert not [text for text in said if "ambiguous" in text or "__len__" in text]
 
 
 def test_only_labelled_cells_reach_the_classification_loss(uri: str) -> None:
@@ -435,3 +488,13 @@ def test_a_data_module_of_other_classes_is_no_query_of_a_model(uri: str) -> None
         load_query_model(SCVI, model, module(uri, NEW))
     with pytest.raises(ValueError, match="batch_column_names must be left out where reference is given"):
         module(uri, NEW, reference=model, batch_column_names=["assay"])
+
+
+def test_a_reference_that_scvi_tools_could_not_take_can_still_be_taken(uri: str) -> None:
+    reference = module(uri, OLD)
+    model = trained(make(SCVI, reference), reference)
+    new = module(uri, NEW, reference=model, unseen="extend")
+    with suppress(TypeError, ValueError):
+        SCVI.load_query_data(registry=reference.registry, reference_model=model, datamodule=reference)
+    before, after = model.module.state_dict(), load_query_model(SCVI, model, new).module.state_dict()
+    assert before.keys() == after.keys()

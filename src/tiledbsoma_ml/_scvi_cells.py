@@ -22,7 +22,7 @@ from tiledbsoma_ml._obs_labels import Labels, Unseen, read_numbers
 VAR_ID_COLUMNS = ("feature_id", "var_id", "gene_id", "feature_name", "gene_name")
 """Where the id of a gene is looked for, in this order."""
 
-Batch: TypeAlias = dict[str, torch.Tensor | None]
+Batch: TypeAlias = dict[str, torch.Tensor]
 """What a model of scvi-tools takes."""
 
 logger = logging.getLogger(__name__)
@@ -154,17 +154,17 @@ class Cells:
         return np.ones(len(codes), bool) if self.unlabeled_code is None else codes != self.unlabeled_code
 
     def batch_of(self, X: torch.Tensor, places: NDArray[np.int64]) -> Batch:
-        """Return rows as models of scvi-tools take them, in the order of keys that they expect."""
-        categorical = [labels.codes[places].astype(np.int64) for labels in self.categorical]
-        continuous = None if self.continuous is None else torch.from_numpy(self.continuous[places])
-        return {
-            "X": X,
-            "batch": _column(self.batch, places),
-            "labels": _column(self.labels, places),
-            "extra_categorical_covs": torch.from_numpy(np.column_stack(categorical)) if categorical else None,
-            "extra_continuous_covs": continuous,
-            "sample": _column(self.sample, places),
-        }
+        """Return rows as models of scvi-tools take them; without covariates there is no key of them.
+
+        None in their place is what Lightning takes for a batch whose size is ambiguous.
+        """
+        batch = {"X": X, "batch": _column(self.batch, places), "labels": _column(self.labels, places)}
+        if self.categorical:
+            codes = [labels.codes[places].astype(np.int64) for labels in self.categorical]
+            batch["extra_categorical_covs"] = torch.from_numpy(np.column_stack(codes))
+        if self.continuous is not None:
+            batch["extra_continuous_covs"] = torch.from_numpy(self.continuous[places])
+        return batch | {"sample": _column(self.sample, places)}
 
 
 def _read_columns(query: soma.ExperimentAxisQuery, fields: Fields, rows: NDArrayJoinId) -> ObsColumns:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -88,7 +90,7 @@ def load_query_model(
     saved = _saved_of(reference)
     attributes = saved["attr_dict"]
     check_fits(attributes["registry_"], datamodule.registry)
-    if datamodule.n_batch < len(_names(attributes["registry_"], "batches")):
+    if datamodule.n_batch < n_batches_of(attributes["registry_"]):
         raise ValueError(
             f"the data module must know all batches of the model, but knows {datamodule.n_batch:,} only; "
             "make it with SCVIDataModule(query, reference=model)."
@@ -126,13 +128,56 @@ def read_saved(dir_path: str | os.PathLike[str], prefix: str = "") -> dict[str, 
 
 
 def registry_of(reference: Any) -> Mapping[str, Any]:
-    """Return the registry of a model, of the folder where one was saved, or a registry as it is."""
+    """Return the registry of a model, of the folder where one was saved, or a registry as it is.
+
+    Raises:
+        ValueError: If the model has none.
+    """
     if isinstance(reference, Mapping):
         return reference
     if isinstance(reference, str | os.PathLike):
         registry: Mapping[str, Any] = read_saved(reference)["attr_dict"]["registry_"]
         return registry
-    return cast("Mapping[str, Any]", reference.registry)
+    known: Mapping[str, Any] | None = getattr(reference, "registry_", None)
+    if known is None:
+        raise ValueError(
+            f"the model must have a registry, but this {type(reference).__name__} was made without one and "
+            "not trained with an SCVIDataModule; make it with registry=datamodule.registry."
+        )
+    return known
+
+
+def attach(model: Any, datamodule: Any) -> None:
+    """Let a model that is trained with a data module be saved and embedded, whatever it was made of.
+
+    `save` of scvi-tools needs the data module, and those who call it while a model is trained do not give it.
+    A model that was made without a registry gets that of the data module, as its constructor would have.
+    """
+    from scvi.data import AnnDataManager
+
+    model.save = partial(type(model).save, model, datamodule=datamodule)
+    if getattr(model, "registry_", None) is None:
+        model.registry_ = datamodule.registry
+        model.summary_stats = AnnDataManager._get_summary_stats_from_registry(model.registry_)
+        model._adata = model._adata_manager = None
+
+
+def check_monitors(trainer: Any, train_size: float) -> None:
+    """Raise a ValueError if something waits for a metric of validation, of which there is none."""
+    watched = [(type(each).__name__, getattr(each, "monitor", None)) for each in trainer.callbacks]
+    if getattr(trainer.lightning_module, "reduce_lr_on_plateau", False):
+        watched.append(("reduce_lr_on_plateau", trainer.lightning_module.lr_scheduler_metric))
+    for name, metric in watched:
+        if metric is not None and "validation" in metric:
+            raise ValueError(
+                f"{name} waits for {metric!r}, but train_size={train_size} leaves no cells for validation; "
+                "make the data module with train_size=0.9."
+            )
+
+
+def n_batches_of(registry: Mapping[str, Any]) -> int:
+    """Return how many batches a registry knows."""
+    return len(_names(registry, "batches"))
 
 
 def check_fits(model: Mapping[str, Any], module: Mapping[str, Any]) -> None:
@@ -171,6 +216,7 @@ class _LabelsOnly:
 def _saved_of(reference: Any) -> dict[str, Any]:
     if isinstance(reference, str | os.PathLike):
         return read_saved(reference)
+    registry_of(reference)
     names = [name for name in vars(reference) if name.endswith("_") and not name.endswith("__")]
     attributes = {name: getattr(reference, name) for name in names}
     return {"model_state_dict": reference.module.state_dict(), "attr_dict": attributes}
@@ -179,11 +225,12 @@ def _saved_of(reference: Any) -> dict[str, Any]:
 def _build(model_class: Any, registry: Mapping[str, Any], attributes: Mapping[str, Any], labels: Any) -> Any:
     """Return a model with fresh weights, built from the options of `attributes`."""
     options = attributes["init_params_"]
-    named, others = dict(options["non_kwargs"]), options["kwargs"]
-    if "datamodule" in named:
-        named["datamodule"] = _LabelsOnly(registry, labels)
-    for extra in others.values():
+    named = dict(options["non_kwargs"])
+    for extra in options["kwargs"].values():
         named |= extra
+    named.pop("datamodule", None)  # scvi-tools' own `load_query_data` leaves it there, for `SCVI` too
+    if "datamodule" in inspect.signature(model_class).parameters:
+        named["datamodule"] = _LabelsOnly(registry, labels)
     return model_class(registry=registry, **named)
 
 

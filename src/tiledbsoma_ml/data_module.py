@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -22,7 +23,7 @@ from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset
 from tiledbsoma_ml.snapshot import Snapshot
 
 try:
-    from lightning.pytorch import LightningDataModule
+    from tiledbsoma_ml._lightning import QueryDataModule
 except ImportError as err:
     raise ImportError(
         "ExperimentDataModule needs Lightning; run `pip install 'tiledbsoma-ml[lightning]'`."
@@ -37,7 +38,7 @@ PADDING_COLUMN_NAME = "is_padding"
 """Column of `obs` that is true for rows of evaluation batches that repeat others: not to be counted."""
 
 
-class ExperimentDataModule(LightningDataModule):
+class ExperimentDataModule(QueryDataModule):
     """Train, validation, test and predict loaders over the rows of a query, for a Lightning `Trainer`.
 
     ```python
@@ -105,28 +106,67 @@ class ExperimentDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         seed = check_count("seed", seed, suggestion=0, minimum=0)
-        options = {"seed": seed, "batch_size": batch_size, "shuffle_scope": "global", **dataset_options}
-        train = ExperimentDataset(
-            query, layer_name, obs_column_names=obs_column_names, snapshot=snapshot, **options
-        )
-        self._reading = train._reading
-        self._predict = ExperimentDataset(
-            query,
-            layer_name,
-            obs_column_names=list(dict.fromkeys([*obs_column_names, "soma_joinid"])),
-            snapshot=self._reading.path if isinstance(self._reading, SnapshotReading) else None,
-            **options | {"shuffle": False, "tail": "pad", "padding_column_name": PADDING_COLUMN_NAME},
-        )
-        self.query_ids = train.query_ids
-        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        self.train_ids, self.val_ids, self.test_ids = _split(self.query_ids, sizes, seed)
-        self._train = train._over(self.train_ids)
-        self._val, self._test = self._predict._over(self.val_ids), self._predict._over(self.test_ids)
+        self._sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        self._options = {
+            "obs_column_names": obs_column_names,
+            "seed": seed,
+            "batch_size": batch_size,
+            "shuffle_scope": "global",
+            **dataset_options,
+        }
+        self._layer_name = layer_name
+        self._make_datasets(query=query, layer_name=layer_name, snapshot=snapshot)
         self._transform = transform
         self._device_transform = device_transform
         self._loader_options = dict(loader_options or {})
-        self._train_loader: ExperimentDataLoader | None = None
+        self._is_resized = False
         self._resumed: dict[str, Any] | None = None
+
+    def _make_datasets(self, **source: Any) -> None:
+        train = ExperimentDataset(**source, **self._options)
+        self._reading = train._reading
+        in_order = {
+            "obs_column_names": list(dict.fromkeys([*self._options["obs_column_names"], "soma_joinid"])),
+            "snapshot": self._snapshot_path,
+            "shuffle": False,
+            "tail": "pad",
+            "padding_column_name": PADDING_COLUMN_NAME,
+        }
+        self._predict = ExperimentDataset(**source | self._options | in_order)
+        self.query_ids = train.query_ids
+        self.train_ids, self.val_ids, self.test_ids = _split(
+            self.query_ids, self._sizes, self._options["seed"]
+        )
+        self._train = train._over(self.train_ids)
+        self._val, self._test = self._predict._over(self.val_ids), self._predict._over(self.test_ids)
+        self._train_loader: ExperimentDataLoader | None = None
+
+    def __repr__(self) -> str:
+        """Return what it holds, in a line; nothing is read for it, or written."""
+        parts = {"train": self.train_ids, "val": self.val_ids, "test": self.test_ids}
+        listed = ", ".join(f"{name} {len(ids.obs_joinids):,}" for name, ids in parts.items())
+        shape = f"{len(self.query_ids.obs_joinids):,} rows by {self.n_vars:,} columns"
+        return f"<{type(self).__name__}: {shape}; {listed}; batch_size={self.batch_size}>"
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch, on each rank.
+
+        Setting it makes all datasets anew: loaders have it that are made from then on, as Lightning's
+        `Tuner.scale_batch_size` does. An epoch that was left in the middle is over then.
+        """
+        return self._train.batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        if batch_size == self.batch_size:
+            return
+        epoch, locator = self._train._epoch.upcoming, self._predict.x_locator
+        of_layer = {"layer_name": self._layer_name} if locator is None else {"x_locator": locator}
+        self._options["batch_size"] = batch_size
+        self._make_datasets(query_ids=self.query_ids, snapshot=self._snapshot_path, **of_layer)
+        self._train.set_epoch(epoch)
+        self._is_resized = True
 
     @property
     def n_vars(self) -> int:
@@ -151,6 +191,10 @@ class ExperimentDataModule(LightningDataModule):
             var = experiment.ms[locator.measurement_name].var
             return ObsColumns.read(var, column_names, columns).take(columns)
 
+    @property
+    def _snapshot_path(self) -> Path | None:
+        return self._reading.path if isinstance(self._reading, SnapshotReading) else None
+
     def _snapshot(self) -> Snapshot:
         assert isinstance(self._reading, SnapshotReading)
         return self._reading.prepare()
@@ -164,20 +208,20 @@ class ExperimentDataModule(LightningDataModule):
             # To Lightning the epoch was over, if only because it was limited to fewer batches than there are.
             self._train.set_epoch(state["epoch"] + bool(state["n_yielded"]))
         self._train_loader = self._loader(self._train, "train_size")
-        return self._train_loader
+        return self._handed(self._train_loader, "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
         """Return the loader of the validation part; none, as an empty list, if its size is 0."""
-        return self._loader(self._val, "val_size") if len(self.val_ids.obs_joinids) else []
+        return self._handed(self._loader(self._val, "val_size")) if len(self.val_ids.obs_joinids) else []
 
     def test_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of the test part."""
-        return self._loader(self._test, "test_size")
+        return self._handed(self._loader(self._test, "test_size"))
 
     def predict_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of all rows, in the order of the query."""
         n_workers = min(self._loader_options.get("num_workers", 0), 1)
-        return self._loader(self._predict, "query", num_workers=n_workers)
+        return self._handed(self._loader(self._predict, "query", num_workers=n_workers))
 
     def _loader(self, dataset: ExperimentDataset, part: str, **options: Any) -> ExperimentDataLoader:
         if isinstance(self._reading, SnapshotReading):
@@ -199,6 +243,10 @@ class ExperimentDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from where training stood; see `ExperimentDataset.load_state_dict`."""
+        if self._is_resized and not (state_dict["n_yielded"] or state_dict["earlier"]):
+            # A new epoch may have batches of another size, as when a `Tuner` has found it.
+            of_size = {name: self._train._identity[name] for name in ("batch_size", "auto")}
+            state_dict = {**state_dict, **of_size}
         self._train.load_state_dict(state_dict)
         self._resumed = state_dict
 

@@ -24,14 +24,22 @@ from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._obs_labels import Unseen
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._scvi_cells import Batch, Cells, Fields, Genes, Known
-from tiledbsoma_ml._scvi_models import check_fits, load_query_model, load_scvi_model, registry_of
+from tiledbsoma_ml._scvi_models import (
+    attach,
+    check_fits,
+    check_monitors,
+    load_query_model,
+    load_scvi_model,
+    n_batches_of,
+    registry_of,
+)
 from tiledbsoma_ml._scvi_registry import fields_of, gene_ids_of, known_of, make_registry
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.x_locator import XLocator
 
 try:
-    from lightning.pytorch import LightningDataModule
+    from tiledbsoma_ml._lightning import QueryDataModule
 except ImportError as err:
     raise ImportError(
         "SCVIDataModule needs lightning and scvi-tools; run `pip install 'tiledbsoma-ml[scvi]'`."
@@ -59,7 +67,7 @@ ROWS_TO_CHECK_AT_ONCE = 128
 """And how many of a mini-batch: to look at all of a large one takes longer than to make it."""
 
 
-class SCVIDataModule(LightningDataModule):
+class SCVIDataModule(QueryDataModule):
     """The cells of a query for `SCVI`, `SCANVI` and other models of scvi-tools that take a data module.
 
     ```python
@@ -152,9 +160,31 @@ class SCVIDataModule(LightningDataModule):
         self._cells = Cells.read(query, ids.obs_joinids, fields, known, unseen=unseen)
         self._obs_joinids = ids.obs_joinids
         self._dataloader_kwargs = dataloader_kwargs or {}
-        self._make_datasets(query, args, kwargs, train_size, seed)
+        self._train_size, self._seed = train_size, seed
+        self._options = self._read_options(query, args, kwargs, seed)
+        self._make_datasets()
         self._n_rows_to_check = ROWS_TO_CHECK
         self._waiting: Batch | None = None
+
+    def __repr__(self) -> str:
+        """Return what it holds, in a line; nothing is read for it, or written."""
+        shape = f"{self.n_obs:,} cells by {self.n_vars:,} genes"
+        parts = f"train {self.n_train:,}, val {self.n_val:,}"
+        codes = f"{self.n_batch:,} batches, {self.n_labels:,} labels"
+        return f"<{type(self).__name__}: {shape}; {parts}; {codes}; batch_size={self.batch_size}>"
+
+    @property
+    def batch_size(self) -> int:
+        """Cells per batch, on each rank. Once it is set, loaders that are made from then on have it."""
+        return self.train_dataset.batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        if batch_size != self.batch_size:
+            epoch = self.train_dataset._epoch.upcoming
+            self._options["batch_size"] = batch_size
+            self._make_datasets()
+            self.train_dataset.set_epoch(epoch)
 
     # What scvi-tools reads --------------------------------------------------------------------------------
 
@@ -250,13 +280,27 @@ class SCVIDataModule(LightningDataModule):
         """Number of cells for validation."""
         return 0 if self.val_dataset is None else len(self.val_dataset.query_ids.obs_joinids)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Begin a run; called by Lightning.
+
+        Raises:
+            ValueError: If a callback waits for a metric of validation, and no cells are left for it.
+        """
+        super().setup(stage)
+        if self.trainer is None or stage != "fit":
+            return
+        if self.val_dataset is None:
+            check_monitors(self.trainer, self._train_size)
+        if (model := getattr(self.trainer, "_model", None)) is not None:
+            attach(model, self)
+
     def train_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of the cells to train on, shuffled anew every epoch."""
-        return self._dataloader(self.train_dataset)
+        return self._handed(self._dataloader(self.train_dataset), "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
         """Return the loader of the cells for validation, sorted by joinid; an empty list without any."""
-        return [] if self.val_dataset is None else self._dataloader(self.val_dataset)
+        return [] if self.val_dataset is None else self._handed(self._dataloader(self.val_dataset))
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Batch:
         """Return a mini-batch as scvi-tools takes it; `X` is sparse still if the device makes it dense."""
@@ -279,7 +323,6 @@ class SCVIDataModule(LightningDataModule):
         It is always a pair, of None where there is nothing to classify: what scvi-tools does with a batch
         alone depends on its keys, and on the version.
         """
-        assert batch["X"] is not None
         batch["X"] = _dense(batch["X"])
         if not self._trains_semi_supervised():
             return batch
@@ -355,9 +398,10 @@ class SCVIDataModule(LightningDataModule):
         Raises:
             ValueError: If the model does not know the genes or batches.
         """
-        check_fits(model.registry, self.registry)
+        registry = registry_of(model)
+        check_fits(registry, self.registry)
         loader = self.inference_dataloader(query, batch_size, unseen=unseen, device=model.device)
-        n_known = model.summary_stats.n_batch
+        n_known = n_batches_of(registry)
         if len(loader.batch_labels) > n_known and getattr(model.module, "encode_covariates", True):
             raise ValueError(
                 f"the model knows {n_known:,} batches and its encoder looks at them, but the query has "
@@ -369,39 +413,35 @@ class SCVIDataModule(LightningDataModule):
 
     # Datasets ---------------------------------------------------------------------------------------------
 
-    def _make_datasets(
-        self,
-        query: soma.ExperimentAxisQuery,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        train_size: float,
-        seed: int,
-    ) -> None:
+    def _read_options(
+        self, query: soma.ExperimentAxisQuery, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+    ) -> dict[str, Any]:
+        """Return the options of the `ExperimentDataset`."""
         given = inspect.signature(ExperimentDataset).bind(query, *args, **kwargs).arguments
-        options: dict[str, Any] = {
-            **DATASET_DEFAULTS,
-            "seed": seed,
-            **given,
-            "obs_column_names": ["soma_joinid"],
-        }
+        own = {"obs_column_names": ["soma_joinid"]}
+        options: dict[str, Any] = {**DATASET_DEFAULTS, "seed": seed, **given, **own}
         del options["query"]
         self._is_sparse_asked = options.get("return_sparse_X")
-        self._layer_name: str | None = options.pop("layer_name", None)
-        self._x_locator = XLocator.create(query.experiment, query.measurement_name, self._layer_name)
+        self._x_locator = XLocator.create(
+            query.experiment, query.measurement_name, options.pop("layer_name", None)
+        )
         self._layer_name = self._x_locator.layer_name
         self._ids = attrs.evolve(QueryIDs.create(query), var_joinids=self._genes.var_joinids)
-        make = partial(ExperimentDataset, x_locator=self._x_locator, query_ids=self._ids)
-        in_order = {**options, "shuffle": False, "shuffle_mode": "cpu"}
         keep = ("snapshot", "memory_budget", "use_eager_fetch")
         kept = {name: value for name, value in options.items() if name in keep}
         self._inference_options = {**DATASET_DEFAULTS, "shuffle": False, **kept}
-        self.train_dataset = make(**options)
+        return options
+
+    def _make_datasets(self) -> None:
+        make = partial(ExperimentDataset, x_locator=self._x_locator, query_ids=self._ids)
+        in_order = {**self._options, "shuffle": False, "shuffle_mode": "cpu"}
+        self.train_dataset = make(**self._options)
         self.val_dataset: ExperimentDataset | None = None
-        if train_size != 1:
-            shares = (train_size, 1 - train_size)
-            self.train_dataset, _ = self.train_dataset.random_split(*shares, seed=seed)
-            _, self.val_dataset = make(**in_order).random_split(*shares, seed=seed)
-            _check_parts(train_size, self.n_train, self.n_val)
+        if self._train_size != 1:
+            shares = (self._train_size, 1 - self._train_size)
+            self.train_dataset, _ = self.train_dataset.random_split(*shares, seed=self._seed)
+            _, self.val_dataset = make(**in_order).random_split(*shares, seed=self._seed)
+            _check_parts(self._train_size, self.n_train, self.n_val)
 
     def _places_of(self, dataset: ExperimentDataset | None) -> NDArray[np.int64]:
         if dataset is None:
@@ -427,18 +467,19 @@ class SCVIDataModule(LightningDataModule):
 
         return isinstance(self.trainer.lightning_module, SemiSupervisedTrainingPlan)
 
-    def _labeled(self, batch: Batch, rows: torch.Tensor | None) -> Batch | None:
+    def _labeled(self, batch: Batch, rows: torch.Tensor) -> Batch | None:
         """Return these rows, if any. In training a single one waits for the next: see `_twice`."""
-        labeled = {key: _rows(value, rows) for key, value in batch.items()}
+        labeled = {key: value[rows] for key, value in batch.items()}
         if not self._is_training():
-            return labeled if rows is not None and len(rows) else None
+            return labeled if len(rows) else None
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            labeled = {key: _joined(waiting[key], value) for key, value in labeled.items()}
-        codes = labeled["labels"]
-        if codes is not None and len(codes) > 1:
+            labeled = {
+                key: torch.cat([waiting[key].to(value.device), value]) for key, value in labeled.items()
+            }
+        if len(labeled["labels"]) > 1:
             return labeled
-        self._waiting = labeled if codes is not None and len(codes) else None
+        self._waiting = labeled if len(labeled["labels"]) else None
         return None
 
     def _is_training(self) -> bool:
@@ -605,17 +646,9 @@ def _dense(X: torch.Tensor) -> torch.Tensor:
     return X if X.layout == torch.strided else X.to_dense()
 
 
-def _rows(value: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else value[rows]
-
-
-def _joined(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    return None if first is None or second is None else torch.cat([first.to(second.device), second])
-
-
-def _twice(value: torch.Tensor | None) -> torch.Tensor | None:
+def _twice(value: torch.Tensor) -> torch.Tensor:
     """Return a row twice: batch normalization cannot train on one, and two equal ones have the same loss."""
-    return None if value is None else _dense(value).repeat(2, 1)
+    return _dense(value).repeat(2, 1)
 
 
 def _values(X: torch.Tensor) -> torch.Tensor:
