@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -296,6 +297,18 @@ def test_windows_in_files_give_what_windows_in_memory_give(
             assert (other_X != X).sum() == 0
             pd.testing.assert_frame_equal(obs, other_obs)
             assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed on Linux")
+def test_windows_in_files_need_few_open_files(large: Store, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 30, hard))
+    try:
+        dataset = dataset_of(large, io_batch_size=300, window_dir=tmp_path, window_budget="64MiB")
+        assert len(joinids_of(dataset)) == N_ROWS
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("small_windows")

@@ -54,6 +54,7 @@ LAYOUT = [
     "_csr",
     "_pool",
     "_eager_iter",
+    "_parts",
     "_window",
     "_arrays",
     "_obs",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import _reader
+from tiledbsoma_ml._parts import Extents
 from tiledbsoma_ml._reader import SOMAReader
 
 DTYPES = [
@@ -92,7 +93,11 @@ def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
     in_files: bool,
 ) -> None:
     folder = tmp_path_factory.getbasetemp() if in_files else None
-    options = {"n_parts": n_parts, "use_eager_fetch": eager, "folder": folder}
+    options = {
+        "n_parts": n_parts,
+        "use_eager_fetch": eager,
+        "store": Extents(folder, 2**12) if folder else None,
+    }
     X, obs = read(dense_store if dense else store, obs_joinids, var_joinids, **options)
     np.testing.assert_array_equal(X, expected_X(obs_joinids, var_joinids))
     assert obs["soma_joinid"].tolist() == obs_joinids

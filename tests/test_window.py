@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import resource
 import sys
 import threading
 import warnings
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._kernels import as_bits
-from tiledbsoma_ml._window import Columns, Pages, Room, Window, _File
+from tiledbsoma_ml._parts import Extents, Pages
+from tiledbsoma_ml._window import Columns, Room, Window
 
 LONG = 60  # seconds; only a failure waits as long
 
@@ -121,6 +124,11 @@ def assert_same_bits(found: NDArray[Any], expected: NDArray[Any]) -> None:
     np.testing.assert_array_equal(as_bits(found), as_bits(expected))
 
 
+def store_in(folder: Path | None) -> Pages | Extents:
+    """Return where rows wait: in memory, or in a file whose extents hold a few of them."""
+    return Pages() if folder is None else Extents(folder, 2**10)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("windows")
@@ -131,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_parts_put_together_are_the_rows_in_the_order_asked_for_with_every_bit_of_every_value(
     folder: Path, layer: Layer, n_parts: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_parts=n_parts, folder=folder if in_files else None)
+    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
@@ -144,7 +152,7 @@ def test_rows_that_fill_many_pages_come_out_as_they_went_in(
 ) -> None:
     layer = random_layer(seed, n_tables=n_tables)
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
-        window = layer.filled(n_parts=n_parts, folder=folder if in_files else None)
+        window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
         assert_same_bits(put_together(list(window)), layer.dense())
 
 
@@ -153,7 +161,7 @@ def test_rows_that_fill_many_pages_come_out_as_they_went_in(
 def test_narrow_parts_hold_every_bit_in_the_smallest_type_that_was_needed(
     folder: Path, layer: Layer, n_parts: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_parts=n_parts, folder=folder if in_files else None)
+    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
     parts = list(window.give_out(narrow=True))
     assert_same_bits(np.concatenate([as_rows(part).astype(layer.dtype) for part in parts]), layer.dense())
     assert all(part.data.dtype in (np.uint8, np.uint16, np.uint32, layer.dtype) for part in parts)
@@ -175,7 +183,7 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
     ]
     n_rows = len(tables)
     layer = Layer(tables, dtype, np.arange(n_rows)[::-1], np.arange(4))
-    window = layer.filled(n_parts=3, folder=folder if in_files else None)
+    window = layer.filled(n_parts=3, store=store_in(folder if in_files else None))
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
@@ -337,7 +345,7 @@ class WindowReader:
     """Rows of `rows_of_counts`, read into windows that share pages and a room."""
 
     def __init__(self, **options: Any) -> None:
-        self._options = {"pages": Pages(), **options}
+        self._options = {"store": Pages(), **options}
 
     def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[IOBatch]:
         window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
@@ -365,7 +373,7 @@ def test_windows_that_are_filled_while_those_before_are_given_out_never_block_ea
     rng = np.random.default_rng(sum(sizes))
     batches = np.split(rng.permutation(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
     room = WatchedRoom(limit)
-    reader = WindowReader(n_parts=n_parts, room=room, folder=folder if in_files else None)
+    reader = WindowReader(n_parts=n_parts, room=room, store=store_in(folder if in_files else None))
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**13):
         read = io_batches(iter(batches), reader, use_eager_fetch=True, room=room)
         found = [part.slice_tonumpy(slice(None)) for part, _ in read]
@@ -439,14 +447,14 @@ def test_a_page_is_never_handed_to_two_threads_at_once() -> None:
 def test_a_window_gives_its_pages_back_part_by_part_and_the_next_one_uses_them() -> None:
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
         pages = CountedPages()
-        parts = iter(random_layer(0).filled(n_parts=6, pages=pages))
+        parts = iter(random_layer(0).filled(n_parts=6, store=pages))
         n_out = [len(pages.out)] + [len(pages.out) for _ in parts]
         assert n_out == sorted(n_out, reverse=True)
         assert len(set(n_out)) == len(n_out)
         assert n_out[-1] == 0
         n_pages = len(pages.times_taken)
         for seed in (0, 0):
-            assert list(random_layer(seed).filled(n_parts=6, pages=pages))
+            assert list(random_layer(seed).filled(n_parts=6, store=pages))
         slab = Pages.SLAB // Pages.SIZE
     assert len(pages.times_taken) <= -(-n_pages // slab) * slab
     assert max(pages.times_taken.values()) > 1
@@ -456,7 +464,7 @@ def test_a_window_that_is_filled_while_another_is_given_out_leaves_its_rows_alon
     first, other = random_layer(1), random_layer(2)
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
         pages = CountedPages()
-        parts, later = iter(first.filled(n_parts=5, pages=pages)), other.window(n_parts=5, pages=pages)
+        parts, later = iter(first.filled(n_parts=5, store=pages)), other.window(n_parts=5, store=pages)
         given_out = []
         for table in other.tables:
             given_out.append(next(parts))
@@ -496,9 +504,9 @@ def test_no_file_has_a_name_at_any_moment(tmp_path: Path) -> None:
 
     layer = random_layer(3)
     with mock.patch.multiple(
-        _File, __init__=spied(_File.__init__), put=spied(_File.put), take=spied(_File.take)
+        Extents, __init__=spied(Extents.__init__), write=spied(Extents.write), read=spied(Extents.read)
     ):
-        for part in layer.filled(n_parts=4, folder=tmp_path):
+        for part in layer.filled(n_parts=4, store=store_in(tmp_path)):
             assert len(part)
             seen.append(list(tmp_path.iterdir()))
     assert len(seen) > 20
@@ -506,11 +514,44 @@ def test_no_file_has_a_name_at_any_moment(tmp_path: Path) -> None:
 
 
 @needs_proc
-def test_the_space_of_a_part_is_given_back_when_it_is_taken(tmp_path: Path) -> None:
-    window = random_layer(4).filled(n_parts=5, folder=tmp_path)
-    assert len(open_files(tmp_path)) == 5
-    n_open = [len(open_files(tmp_path)) for _ in window]
-    assert n_open == [4, 3, 2, 1, 0]
+def test_windows_of_many_parts_need_one_file_however_few_may_be_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    layers = [random_layer(seed) for seed in range(3)]
+    store = Extents(tmp_path, 2**12)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, hard))
+    try:
+        windows = [layer.filled(n_parts=200, store=store) for layer in layers]
+        assert len(open_files(tmp_path)) == 1
+        for layer, window in zip(layers, windows, strict=True):
+            assert_same_bits(put_together(list(window)), layer.dense())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@needs_proc
+def test_the_space_of_a_part_is_used_again_once_it_was_taken(tmp_path: Path) -> None:
+    n_parts, layers = 5, [random_layer(seed) for seed in range(4)]
+    store = Extents(tmp_path, 2**12)
+    windows = [layer.filled(n_parts=n_parts, store=store) for layer in layers[:2]]
+    [at_first] = open_files(tmp_path)
+    n_bytes = sum(window.nbytes for window in windows)
+    assert n_bytes - 2 * n_parts * 2**11 < at_first < n_bytes + 2 * n_parts * 2**12
+    for number, layer in enumerate(layers):
+        assert_same_bits(put_together(list(windows[number])), layer.dense())
+        if number + 2 < len(layers):
+            windows.append(layers[number + 2].filled(n_parts=n_parts, store=store))
+    [at_last] = open_files(tmp_path)
+    assert at_last < at_first + n_bytes / 10  # windows differ a little
+
+
+def test_an_operating_system_that_writes_and_reads_less_than_asked_for_is_asked_again(tmp_path: Path) -> None:
+    pwrite, preadv, layer = os.pwrite, os.preadv, random_layer(5)
+    with (
+        mock.patch.object(os, "pwrite", lambda file, data, start: pwrite(file, data[:999], start)),
+        mock.patch.object(os, "preadv", lambda file, into, start: preadv(file, [into[0][:777]], start)),
+    ):
+        window = layer.filled(n_parts=3, store=store_in(tmp_path))
+        assert_same_bits(put_together(list(window)), layer.dense())
 
 
 @needs_proc
@@ -518,7 +559,7 @@ def test_the_space_of_a_part_is_given_back_when_it_is_taken(tmp_path: Path) -> N
 def test_files_of_a_window_that_is_not_used_up_are_closed_with_it(tmp_path: Path, n_taken: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # the next test is about those
-        leave_early(random_layer(6).filled(n_parts=5, folder=tmp_path), n_taken)
+        leave_early(random_layer(6).filled(n_parts=5, store=store_in(tmp_path)), n_taken)
     assert open_files(tmp_path) == []
 
 
@@ -526,7 +567,7 @@ def test_files_of_a_window_that_is_not_used_up_are_closed_with_it(tmp_path: Path
 def test_nothing_complains_about_a_window_that_is_not_used_up(tmp_path: Path, n_taken: int) -> None:
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always", ResourceWarning)
-        leave_early(random_layer(6).filled(n_parts=5, folder=tmp_path), n_taken)
+        leave_early(random_layer(6).filled(n_parts=5, store=store_in(tmp_path)), n_taken)
     assert [str(warning.message) for warning in complaints] == []
 
 
@@ -540,4 +581,4 @@ def leave_early(window: Window, n_taken: int) -> None:
 
 def test_a_folder_that_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"):
-        rows_of_counts(3).filled(folder=tmp_path / "gone")
+        rows_of_counts(3).filled(store=store_in(tmp_path / "gone"))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -18,8 +17,9 @@ from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._obs import ObsColumns
+from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._plan import Layout
-from tiledbsoma_ml._window import Columns, Pages, Room, Window
+from tiledbsoma_ml._window import Columns, Room, Window
 
 IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
 """Rows of `X` and the same rows of `obs`, read together."""
@@ -67,7 +67,7 @@ class SOMAReader:
         n_parts: In how many IO batches to give out what is read at once.
         use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
         room: What limits the bytes held.
-        folder: Where to keep rows, in files, until they are wanted; in memory if None.
+        store: Where to keep rows until they are wanted; in memory of its own if None.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SOMAReader:
         n_parts: int = 1,
         use_eager_fetch: bool = False,
         room: Room | None = None,
-        folder: Path | None = None,
+        store: Pages | Extents | None = None,
     ) -> None:
         check_obs_column_names(obs_column_names, obs)
         self._X = X
@@ -95,8 +95,7 @@ class SOMAReader:
         self._window_options: dict[str, Any] = {
             "n_parts": n_parts,
             "room": room,
-            "folder": folder,
-            "pages": Pages(),
+            "store": store or Pages(),
             "may_repeat": _may_repeat(X),
         }
 

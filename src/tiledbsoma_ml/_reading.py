@@ -15,6 +15,7 @@ import tiledbsoma as soma
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._obs import ObsColumns
+from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._plan import EpochPart, Layout, Plan, read_amplification
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
@@ -34,7 +35,13 @@ N_PARTS = 32
 """In how many parts the rows of a window are given out, and what they held is freed."""
 
 MAX_PARTS = 200
-"""The same for windows in files, of which each part is one."""
+"""The same for windows in files."""
+
+EXTENTS_PER_PART = 16
+"""A part of a window in a file is kept in so many stretches of it, of which the last one is not full."""
+
+FILE_SHARE = 1 + 2 / EXTENTS_PER_PART
+"""Bytes of a file for each byte of two windows: one that is filled, and one that is given out."""
 
 EXPANSION = 5.0
 """Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
@@ -53,7 +60,8 @@ class Reading:
         plan: What is read together.
         budget: Of memory.
         window_bytes: What windows may hold together.
-        window_dir: Where windows are kept in files; in memory if None.
+        window_dir: Where windows are kept in a file; in memory if None.
+        extent_bytes: Size of the stretches that it consists of.
         n_parts: In how many parts a window is given out.
     """
 
@@ -63,6 +71,7 @@ class Reading:
     budget: Budget
     window_bytes: int
     window_dir: Path | None
+    extent_bytes: int
     n_parts: int
 
     @classmethod
@@ -100,7 +109,7 @@ class Reading:
         if "auto" in (plan.io_batch_size, plan.shuffle_chunk_size):
             plan = attrs.evolve(plan, layout=_measured(locator, ids, budget))
         if window_dir is None or window_budget is None:
-            n_parts, window_bytes = N_PARTS, memory
+            n_parts, window_bytes, extent_bytes = N_PARTS, memory, 0
             plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
@@ -108,7 +117,9 @@ class Reading:
             if plan.layout is not None:
                 largest = min(window_budget, math.ceil(len(ids.obs_joinids) * plan.layout.bytes_per_row))
             n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(largest / part_bytes)))
-            window_bytes = min(window_budget, n_parts * part_bytes)
+            file_bytes = min(window_budget, n_parts * part_bytes)
+            extent_bytes = _power_of_two(file_bytes // n_parts // EXTENTS_PER_PART)
+            window_bytes = int(file_bytes / FILE_SHARE)
             plan = attrs.evolve(plan, window_bytes=window_bytes)
         if plan.io_batch_size == "auto":
             _check_budget(plan, len(ids.obs_joinids), budget, memory, window_budget)
@@ -119,6 +130,7 @@ class Reading:
             budget=budget,
             window_bytes=window_bytes,
             window_dir=window_dir,
+            extent_bytes=extent_bytes,
             n_parts=n_parts if in_parts else 1,
         )
 
@@ -142,7 +154,7 @@ class Reading:
                 n_parts=self.n_parts,
                 use_eager_fetch=use_eager_fetch,
                 room=room,
-                folder=self.window_dir,
+                store=Pages() if self.window_dir is None else Extents(self.window_dir, self.extent_bytes),
             )
             marked = mark_padding(reader, padding_column_name, self.plan.padding_of(part))
             batches = self.plan.batches_of(part)
@@ -224,10 +236,10 @@ def _check_budget(plan: Plan, n_rows: int, budget: Budget, memory: int, window_b
     n_held = min(plan.layout.row_tile, n_rows)
     tile_bytes = n_held * plan.layout.bytes_per_row
     tile = f"one tile of {n_held:,} rows"
-    if window_budget is not None and window_budget < tile_bytes:
+    if window_budget is not None and window_budget < tile_bytes * FILE_SHARE:
         raise ValueError(
             f"window_budget={window_budget / 2**20:.0f} MiB must hold {tile}, "
-            f"{math.ceil(tile_bytes / 2**20)} MiB; raise it."
+            f"{math.ceil(tile_bytes * FILE_SHARE / 2**20)} MiB; raise it."
         )
     held = min(plan.window_bytes, memory)
     if held < tile_bytes:
@@ -238,6 +250,11 @@ def _check_budget(plan: Plan, n_rows: int, budget: Budget, memory: int, window_b
             f"buffers, {math.ceil(needed / 2**20)} MiB; raise it, or take a smaller batch_size or "
             "return_sparse_X=True."
         )
+
+
+def _power_of_two(size: int) -> int:
+    """Return the largest power of two up to `size`, within the sizes that are written well."""
+    return 1 << min(max(size.bit_length() - 1, 14), 22)
 
 
 def check_window_dir(window_dir: object, window_budget: int | None) -> Path | None:

@@ -7,19 +7,17 @@ together, and what it held is free for the window that is filled meanwhile.
 
 from __future__ import annotations
 
-import tempfile
 import threading
-import weakref
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+from tiledbsoma_ml._parts import Block, Extents, Pages, Part
 
 _Ints: TypeAlias = NDArray[np.int32]
 
@@ -117,8 +115,7 @@ class Window:
         dtype: Of the values, which are kept in the smallest type that holds them exactly.
         n_parts: In how many parts to give them out.
         room: What limits the bytes held.
-        folder: Where to keep them in files; in memory if None.
-        pages: Memory to use; new memory if None.
+        store: Where to keep them; in memory of its own if None.
         may_repeat: Whether the layer may have a coordinate more than once: its values are added up.
     """
 
@@ -130,8 +127,7 @@ class Window:
         *,
         n_parts: int = 1,
         room: Room | None = None,
-        folder: Path | None = None,
-        pages: Pages | None = None,
+        store: Pages | Extents | None = None,
         may_repeat: bool = False,
     ) -> None:
         n_rows = len(obs_joinids)
@@ -147,10 +143,8 @@ class Window:
         self._borders = np.linspace(0, n_rows, min(n_parts, max(n_rows, 1)) + 1).astype(np.int32)
         n_parts = len(self._borders) - 1
         self._counts = np.zeros(n_rows, dtype=np.int32)
-        pages = pages or Pages()
-        self._parts: list[_Part] = [
-            _Memory(pages) if folder is None else _File(folder) for _ in range(n_parts)
-        ]
+        store = store or Pages()
+        self._parts = [store.part() for _ in range(n_parts)]
         self._scratch = np.empty(0, columns.dtype), np.empty(0, dtype)
         self.nbytes = 0
 
@@ -177,7 +171,7 @@ class Window:
         for part in np.flatnonzero(np.diff(runs)).tolist():
             mine, its = slice(*runs[part : part + 2]), slice(*entries[part : part + 2])
             rows = places[mine] - self._borders[part]
-            self._put(part, _Block(rows, lengths[mine], cols[its], kept[its]))
+            self._put(part, Block(rows, lengths[mine], cols[its], kept[its]))
 
     def __iter__(self) -> Iterator[CSR_IO_Buffer]:
         """Yield the parts in order; what a part held is free once it is made."""
@@ -236,13 +230,13 @@ class Window:
         _kernels.copy_runs(dim_1, values, columns.first, columns.place_of, starts, stops, begins, cols, into)
         return cols, kept
 
-    def _put(self, part: int, block: _Block) -> None:
+    def _put(self, part: int, block: Block) -> None:
         if self._room is not None:
             self._room.take(self, block.nbytes)
         self._parts[part].put(block)
         self.nbytes += block.nbytes
 
-    def _finish(self, part: _Part, counts: _Ints, dtype: np.dtype[Any] | None) -> CSR_IO_Buffer:
+    def _finish(self, part: Part, counts: _Ints, dtype: np.dtype[Any] | None) -> CSR_IO_Buffer:
         """Return the rows of a part, which has so many entries in each, and empty it."""
         from tiledbsoma_ml import _kernels
 
@@ -301,162 +295,3 @@ def _narrowed(values: NDArrayNumber) -> np.dtype[Any]:
         if holds_counts and values.max() <= np.iinfo(narrow).max and narrow.itemsize < values.dtype.itemsize:
             return narrow
     return values.dtype
-
-
-# Where parts are kept -------------------------------------------------------------------------------------
-
-
-_ALIGNMENT = 8
-"""Arrays start at multiples of so many bytes."""
-
-
-class _Block(NamedTuple):
-    """Runs of entries: the row and length of each run, then the entries of all, one run after the other."""
-
-    rows: _Ints
-    lengths: _Ints
-    cols: NDArray[Any]
-    values: NDArray[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self)
-
-    def cut(self, n_entries: int) -> tuple[_Block, _Block]:
-        """Return the first entries and the others; a run that is cut through becomes two."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        run = int(np.searchsorted(ends, n_entries))
-        n_before = n_entries - (int(ends[run]) - int(self.lengths[run]))
-        first, rest = self.lengths[: run + 1].copy(), self.lengths[run:].copy()
-        first[-1], rest[0] = n_before, rest[0] - n_before
-        return (
-            _Block(self.rows[: run + 1], first, self.cols[:n_entries], self.values[:n_entries]),
-            _Block(self.rows[run:], rest, self.cols[n_entries:], self.values[n_entries:]),
-        )
-
-
-class _Part(Protocol):
-    nbytes: int
-
-    @property
-    def values_dtype(self) -> np.dtype[Any] | None: ...
-
-    def put(self, block: _Block) -> None: ...
-
-    def take(self) -> Iterator[_Block]: ...
-
-
-class Pages:
-    """Memory in pieces of one size, used again and again.
-
-    Memory that is new to a process is slow to write to at first, and memory that is freed in pieces of many
-    sizes is not all of use again. New pages are cut from slabs so large that NumPy asks for huge pages of the
-    operating system.
-    """
-
-    SIZE = 2**18
-    SLAB = 2**25
-
-    def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
-
-    def take(self) -> NDArray[np.uint8]:
-        with self._lock:
-            if not self._free:
-                slab = np.empty(self.SLAB, dtype=np.uint8)
-                self._free = [slab[start : start + self.SIZE] for start in range(0, self.SLAB, self.SIZE)]
-            return self._free.pop()
-
-    def give_back(self, page: NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._free.append(page)
-
-
-class _Memory:
-    """Blocks in pages, cut where a page is full."""
-
-    def __init__(self, pages: Pages) -> None:
-        self.nbytes = 0
-        self._pages = pages
-        self._filled: list[tuple[NDArray[np.uint8], list[_Block]]] = []
-        self._n_free = 0
-
-    def put(self, block: _Block) -> None:
-        self.nbytes += block.nbytes
-        while len(block.cols):
-            n_entries = (self._n_free - 16) // (block.cols.itemsize + block.values.itemsize)
-            if n_entries < min(len(block.cols), 256):
-                self._filled.append((self._pages.take(), []))
-                self._n_free = Pages.SIZE
-            elif n_entries < len(block.cols):
-                piece, block = block.cut(n_entries)
-                self._put_whole(piece)
-            else:
-                self._put_whole(block)
-                break
-
-    @property
-    def values_dtype(self) -> np.dtype[Any] | None:
-        """The smallest type that holds all values; None without any."""
-        return _widest({block.values.dtype for _, blocks in self._filled for block in blocks})
-
-    def take(self) -> Iterator[_Block]:
-        for page, blocks in self._filled:
-            yield from blocks
-            self._pages.give_back(page)
-        self._filled = []
-
-    def _put_whole(self, block: _Block) -> None:
-        page, blocks = self._filled[-1]
-        kept = []
-        for array in (block.cols, block.values):
-            start = Pages.SIZE - self._n_free
-            kept.append(page[start : start + array.nbytes].view(array.dtype))
-            kept[-1][:] = array
-            self._n_free -= array.nbytes + -array.nbytes % _ALIGNMENT
-        blocks.append(_Block(block.rows.copy(), block.lengths.copy(), *kept))
-
-
-class _File:
-    """Blocks in a file that is unlinked from the start: nothing is left behind, whatever happens."""
-
-    BUFFER = 2**18
-
-    def __init__(self, folder: Path) -> None:
-        self.nbytes = 0
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=self.BUFFER)  # noqa: SIM115 - closed when dropped
-        weakref.finalize(self, self._file.close)
-        self._layout: list[tuple[int, int, np.dtype[Any], np.dtype[Any]]] = []
-
-    def put(self, block: _Block) -> None:
-        padded = [part for array in block for part in (array.data, bytes(-array.nbytes % _ALIGNMENT))]
-        self._file.write(b"".join(padded))
-        self._layout.append((len(block.rows), len(block.cols), block.cols.dtype, block.values.dtype))
-        self.nbytes += block.nbytes
-
-    @property
-    def values_dtype(self) -> np.dtype[Any] | None:
-        """The smallest type that holds all values; None without any."""
-        return _widest({value_type for *_, value_type in self._layout})
-
-    def take(self) -> Iterator[_Block]:
-        with self._file:
-            self._file.seek(0)
-            content = np.fromfile(self._file, np.uint8)
-        start = 0
-
-        def next_array(n: int, dtype: Any) -> NDArray[Any]:
-            nonlocal start
-            array: NDArray[Any] = content[start : start + n * np.dtype(dtype).itemsize].view(dtype)
-            start += array.nbytes + -array.nbytes % _ALIGNMENT
-            return array
-
-        for n_runs, n, col_type, value_type in self._layout:
-            rows, lengths = next_array(n_runs, np.int32), next_array(n_runs, np.int32)
-            yield _Block(rows, lengths, next_array(n, col_type), next_array(n, value_type))
-
-
-def _widest(dtypes: set[np.dtype[Any]]) -> np.dtype[Any] | None:
-    """Return the type that holds the values of all: one that was not narrowed, else the largest."""
-    return max(dtypes, key=lambda dtype: (dtype.kind != "u", dtype.itemsize), default=None)
