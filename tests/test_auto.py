@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from stores import N_OBS, N_VARS, Store, joinids_of, make_obs
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, _plan, _reader, _reading, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._reading import Reading
@@ -339,6 +340,23 @@ def test_the_device_does_not_change_the_order_of_windows_in_files(large: Store, 
     on_cpu = dataset_of(large, **options)
     on_device = dataset_of(large, **options, shuffle_mode="gpu_iobatch", device="cpu")
     np.testing.assert_array_equal(joinids_of(on_device), joinids_of(on_cpu))
+
+
+@pytest.mark.parametrize("mode", ["cpu", "gpu_iobatch", "gpu_minibatch"])
+def test_windows_in_files_go_to_the_device_in_parts(
+    large: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    put, n_rows = DeviceRows.put, []
+
+    def counted(indptr: Any, *args: Any) -> DeviceRows:
+        n_rows.append(len(indptr) - 1)
+        return put(indptr, *args)
+
+    monkeypatch.setattr(DeviceRows, "put", counted)
+    files = {"window_dir": tmp_path, "window_budget": "64MiB"}
+    dataset = dataset_of(large, io_batch_size=320, **files, shuffle_mode=mode, device="cpu")
+    assert len(joinids_of(dataset)) == N_ROWS
+    assert max(n_rows) <= 320 / 10
 
 
 # Workers --------------------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ class _Paged:
 class Extents:
     """Stretches of one size of a file, used again and again.
 
-    The file is unlinked from the start: nothing is left behind, whatever happens. It is as large as what is in
-    use was at most.
+    The file is unlinked from the start: nothing is left behind, whatever happens. It is as large as the
+    stretches that were in use at one time, at most.
 
     Args:
         folder: Where to make the file.

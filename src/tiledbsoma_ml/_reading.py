@@ -85,7 +85,7 @@ class Reading:
         budget: Budget,
         window_dir: Path | None,
         window_budget: int | None,
-        in_parts: bool,
+        permutes_on_device: bool,
         is_dense: bool,
     ) -> Reading:
         """Return how to read the rows of a query within a budget.
@@ -98,7 +98,8 @@ class Reading:
             budget: Of memory.
             window_dir: Where to keep windows in files.
             window_budget: How many bytes these may take.
-            in_parts: Whether windows may be given out in parts.
+            permutes_on_device: Whether IO batches are to be permuted there, which takes them as a whole.
+                Those that wait in a file come in parts, and so permuted, all the same.
             is_dense: Whether mini-batches are.
 
         Raises:
@@ -109,7 +110,7 @@ class Reading:
         if "auto" in (plan.io_batch_size, plan.shuffle_chunk_size):
             plan = attrs.evolve(plan, layout=_measured(locator, ids, budget))
         if window_dir is None or window_budget is None:
-            n_parts, window_bytes, extent_bytes = N_PARTS, memory, 0
+            n_parts, window_bytes, extent_bytes = 1 if permutes_on_device else N_PARTS, memory, 0
             plan = attrs.evolve(plan, window_bytes=int(memory / (1 + EXPANSION / N_PARTS)))
         else:
             part_bytes = max(1, memory // 5)
@@ -120,7 +121,8 @@ class Reading:
             file_bytes = min(window_budget, n_parts * part_bytes)
             extent_bytes = _power_of_two(file_bytes // n_parts // EXTENTS_PER_PART)
             window_bytes = int(file_bytes / FILE_SHARE)
-            plan = attrs.evolve(plan, window_bytes=window_bytes)
+            permutes = plan.permutes or permutes_on_device
+            plan = attrs.evolve(plan, window_bytes=window_bytes, permutes=permutes)
         if plan.io_batch_size == "auto":
             _check_budget(plan, len(ids.obs_joinids), budget, memory, window_budget)
         return cls(
@@ -131,7 +133,7 @@ class Reading:
             window_bytes=window_bytes,
             window_dir=window_dir,
             extent_bytes=extent_bytes,
-            n_parts=n_parts if in_parts else 1,
+            n_parts=n_parts,
         )
 
     def room(self) -> Room:

@@ -101,13 +101,15 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             there, the current CUDA device is taken. Device work is done in the training process; with workers
             that takes `experiment_dataloader`.
         memory_budget: Bytes, or a string like "2GiB", for buffers, windows and what is read ahead, in each
-            process that reads. It decides the window where `io_batch_size` is "auto". With a `device` an IO
-            batch is put together before it goes there, and takes more.
+            process that reads. It decides the window where `io_batch_size` is "auto". In the mode
+            "gpu_iobatch" an IO batch is put together before it goes to the device, and takes more.
         mixing: Where `shuffle_chunk_size` is "auto": mean entropy of labels in a mini-batch as a share of a
             truly random one's, from 0.8 to 1, as predicted for data stored like the CELLxGENE Census. If
             None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows).
-        window_dir: Folder on a local disk where windows wait, in files that are unlinked from the start.
-        window_budget: Bytes, or a string like "64GiB", that these files may take.
+        window_dir: Folder on a local disk where windows wait, in a file that is unlinked from the start. Rows
+            come from there in parts, so that it is the CPU that permutes them, in every mode but
+            "gpu_minibatch": the order is the same.
+        window_budget: Bytes, or a string like "64GiB", that this file may take.
         snapshot: A `Snapshot`, or the path of one: the same mini-batches in the same order, read from local
             disk. If nothing is at the path the query is written there when it is first iterated. True for a
             folder of its own in the user's cache directory. A `Snapshot` that exists needs no query.
@@ -218,7 +220,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 budget=Budget(memory_bytes, self.x_locator.is_remote),
                 window_dir=folder,
                 window_budget=window_bytes,
-                in_parts=self.device is None,
+                permutes_on_device=shuffle and self.shuffle_mode is ShuffleMode.GPU_IOBATCH,
                 is_dense=not return_sparse_X,
             )
             self._reading.log(ids)
