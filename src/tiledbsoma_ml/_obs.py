@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._arrays import ranges, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._query_ids import check_once
+from tiledbsoma_ml.x_locator import XLocator
 
 GAP_ROWS = 1024
 """Rows of `obs` that are this near are asked for in one range, with those between them."""
@@ -34,20 +35,34 @@ _NULLABLE_DTYPES = {
 class ObsColumns:
     """Columns of `obs` (or `var`) for a set of rows, by joinid."""
 
-    def __init__(self, joinids: NDArrayJoinId, columns: dict[str, pa.Array]) -> None:
+    def __init__(
+        self, joinids: NDArrayJoinId, columns: dict[str, pa.Array], types: ObsTypes | None = None
+    ) -> None:
         self._joinids = joinids
         self._columns = columns
-        self._table = ObsTable(columns)
+        nullable = with_missing(columns)
+        self._table = ObsTable(columns, nullable | (frozenset() if types is None else types.nullable))
 
     @classmethod
-    def read(cls, obs: soma.DataFrame, column_names: Sequence[str], joinids: NDArrayJoinId) -> ObsColumns:
+    def read(
+        cls,
+        obs: soma.DataFrame,
+        column_names: Sequence[str],
+        joinids: NDArrayJoinId,
+        types: ObsTypes | None = None,
+    ) -> ObsColumns:
         """Read the columns for the rows of `joinids`, in one scan.
+
+        Args:
+            obs: The open `obs`, or `var`.
+            column_names: The columns.
+            joinids: The rows.
+            types: Of the columns in the query that these rows are part of; by what is read if None.
 
         Raises:
             ValueError: If `obs` lacks one of the rows, or has one twice.
         """
-        is_sorted = bool((joinids[1:] > joinids[:-1]).all())
-        wanted = joinids if is_sorted else np.unique(joinids)
+        wanted = ascending(joinids)
         table = obs.read(
             coords=_coords(obs, wanted),
             column_names=list(dict.fromkeys(["soma_joinid", *column_names])),
@@ -57,7 +72,9 @@ class ObsColumns:
             table = table.take(pa.array(_places(obs, wanted, found)))
         # A copy: what a read returns lies in buffers that are much larger.
         columns = {name: table[name].unify_dictionaries().combine_chunks() for name in column_names}
-        return cls(wanted, columns)
+        if types is not None:
+            types.learn(obs, columns)
+        return cls(wanted, columns, types)
 
     def codes(self, column_name: str) -> NDArray[np.int64]:
         """Return a number for each row, in the order of the joinids, that is the same where the value is.
@@ -84,6 +101,11 @@ class ObsColumns:
         rows = np.searchsorted(self._joinids, joinids)
         assert np.array_equal(self._joinids.take(rows, mode="clip"), joinids)
         return rows
+
+
+def ascending(joinids: NDArrayJoinId) -> NDArrayJoinId:
+    """Return joinids in ascending order, none twice; themselves if they are."""
+    return joinids if (joinids[1:] > joinids[:-1]).all() else np.unique(joinids)
 
 
 def _places(obs: soma.DataFrame, wanted: NDArrayJoinId, found: NDArrayJoinId) -> NDArray[np.int64]:
@@ -117,22 +139,107 @@ def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
 
 
+# Types ----------------------------------------------------------------------------------------------------
+
+
+class ObsTypes:
+    """Which columns of `obs` come as pandas' nullable types: decided once for a query.
+
+    Every part of the query has the same types then: of a worker, of a rank, of a split, or after a resume. A
+    column of integers or booleans is nullable if a value is missing in one of the rows of the query. Found
+    out when it is first needed, in every process the same; a pickled copy knows it.
+
+    Args:
+        locator: Address of the experiment.
+        column_names: Columns of `obs`.
+        joinids: The rows of the query.
+    """
+
+    def __init__(self, locator: XLocator, column_names: Sequence[str], joinids: NDArrayJoinId) -> None:
+        self._locator = locator
+        self._column_names = [name for name in column_names if name != "soma_joinid"]
+        self._joinids: NDArrayJoinId | None = joinids
+        self._nullable: frozenset[str] | None = None if self._column_names else frozenset()
+
+    @property
+    def nullable(self) -> frozenset[str]:
+        """Names of the columns that are nullable."""
+        if self._nullable is None:
+            with self._locator.open() as (_, obs):
+                self.learn(obs)
+        assert self._nullable is not None
+        return self._nullable
+
+    def learn(self, obs: soma.DataFrame, columns: Mapping[str, pa.Array] | None = None) -> None:
+        """Find out what is nullable.
+
+        Args:
+            obs: The open `obs`; it is read unless `columns` have all rows.
+            columns: Columns for rows of the query, none twice.
+        """
+        if self._nullable is not None:
+            return
+        assert self._joinids is not None
+        rows = ascending(self._joinids)
+        if columns and all(len(column) == len(rows) for column in columns.values()):
+            self._nullable = with_missing(columns)
+        else:
+            self._nullable = _read_missing(obs, self._column_names, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_nullable": self.nullable, "_joinids": None}
+
+
+def with_missing(columns: Mapping[str, pa.Array], rows: NDArray[np.int64] | None = None) -> frozenset[str]:
+    """Return the columns of integers or booleans without a value in one of `rows`, or in any row."""
+    found = {name for name, x in columns.items() if x.null_count and x.type in _NULLABLE_DTYPES}
+    if rows is not None:
+        found = {name for name in found if columns[name].take(pa.array(rows)).null_count}
+    return frozenset(found)
+
+
+def _read_missing(
+    obs: soma.DataFrame, column_names: Sequence[str], sorted_ids: NDArrayJoinId
+) -> frozenset[str]:
+    """Do what `with_missing` does by reading those columns of `obs` in which a value may be missing."""
+    fields = {name: obs.schema.field(name) for name in column_names}
+    names = {name for name, field in fields.items() if field.nullable and field.type in _NULLABLE_DTYPES}
+    found: set[str] = set()
+    if names and len(sorted_ids):
+        wanted = ["soma_joinid", *names]
+        for table in obs.read(coords=_coords(obs, sorted_ids), column_names=wanted):
+            found |= {name for name in names - found if _is_missing_in(table, name, sorted_ids)}
+            if found == names:
+                break
+    return frozenset(found)
+
+
+def _is_missing_in(table: pa.Table, name: str, sorted_ids: NDArrayJoinId) -> bool:
+    """Whether a column has no value in one of some rows: a table may have others beside them."""
+    if not table[name].null_count:
+        return False
+    joinids = to_numpy(table["soma_joinid"].filter(table[name].is_null()))
+    places = np.searchsorted(sorted_ids, joinids)
+    return bool((sorted_ids.take(places, mode="clip") == joinids).any())
+
+
 # Decoding -------------------------------------------------------------------------------------------------
 
 
 class ObsTable:
     """Columns of `obs`, by row number.
 
-    Dictionary columns become categoricals with all their categories. Integer and boolean columns in which a
-    value is missing become the nullable types of pandas, and hold every value exactly.
+    Dictionary columns become categoricals with all their categories.
 
     Args:
         columns: By name, each of one piece; they may be mapped.
-        subset: The rows that will be asked for; None for all.
+        nullable: Columns of integers or booleans that become the nullable types of pandas, which hold every
+            value exactly and tell which are missing.
     """
 
-    def __init__(self, columns: Mapping[str, pa.Array], subset: NDArray[np.int64] | None = None) -> None:
-        self._takers = {name: _Taker(column, subset) for name, column in columns.items()}
+    def __init__(self, columns: Mapping[str, pa.Array], nullable: Collection[str]) -> None:
+        self.nullable = frozenset(nullable)
+        self._takers = {name: _Taker(column, name in nullable) for name, column in columns.items()}
 
     def take(self, rows: NDArray[np.int64]) -> pd.DataFrame:
         """Return rows, in that order, with a fresh index."""
@@ -143,15 +250,16 @@ class ObsTable:
 class _Taker:
     """Takes values of a column, by the shortest way that gives what Arrow gives."""
 
-    def __init__(self, column: pa.Array, subset: NDArray[np.int64] | None) -> None:
-        self._nullable = _nullable(column, subset)
+    def __init__(self, column: pa.Array, is_nullable: bool) -> None:
+        self._nullable: Any = _NULLABLE_DTYPES.get(column.type) if is_nullable else None
         self._categories: pd.CategoricalDtype | None = None
         if pa.types.is_dictionary(column.type):
             self._categories = column.slice(0, 0).to_pandas().dtype
             column = column.indices
         self._column = column
         self._numbers: NDArray[Any] | None = None
-        if not column.null_count and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        if is_number and self._nullable is None and not column.null_count:
             self._numbers = column.to_numpy(zero_copy_only=True)
 
     def take(self, rows: NDArray[np.int64]) -> Any:
@@ -171,10 +279,3 @@ def _codes(indices: pa.Array) -> NDArray[np.int64]:
     """Return the codes of a dictionary column, -1 where a value is missing."""
     codes: NDArray[np.int64] = indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     return codes
-
-
-def _nullable(column: pa.Array, subset: NDArray[np.int64] | None) -> Any:
-    """Return pandas' nullable type for integers or booleans with a value missing; None for all others."""
-    if column.null_count and subset is not None:
-        column = column.take(pa.array(subset))
-    return _NULLABLE_DTYPES.get(column.type) if column.null_count else None

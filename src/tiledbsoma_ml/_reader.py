@@ -16,7 +16,7 @@ from tiledbsoma_ml._arrays import ranges, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
-from tiledbsoma_ml._obs import ObsColumns
+from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._plan import Layout
 from tiledbsoma_ml._window import Columns, Room, Window
@@ -64,6 +64,7 @@ class SOMAReader:
         var_joinids: Columns of `X`, in the order in which they are wanted; unique.
         obs_column_names: Columns of `obs`, in the order in which they are wanted.
         obs_joinids: Every row that will be asked for: their `obs` is read once, at the first `read`.
+        obs_types: Of the columns of `obs` in the query that these rows are part of; by these rows if None.
         n_parts: In how many IO batches to give out what is read at once.
         use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
         room: What limits the bytes held.
@@ -78,6 +79,7 @@ class SOMAReader:
         *,
         obs_column_names: Sequence[str],
         obs_joinids: NDArrayJoinId,
+        obs_types: ObsTypes | None = None,
         n_parts: int = 1,
         use_eager_fetch: bool = False,
         room: Room | None = None,
@@ -88,6 +90,7 @@ class SOMAReader:
         self._obs = obs
         self._obs_column_names = list(obs_column_names)
         self._obs_joinids = obs_joinids
+        self._obs_types = obs_types
         self._obs_columns: ObsColumns | None = None
         self._var_joinids = var_joinids
         self._columns = Columns(var_joinids)
@@ -106,7 +109,9 @@ class SOMAReader:
             IO batches that together are these rows in exactly this order. What was taken is not held.
         """
         if self._obs_columns is None:
-            self._obs_columns = ObsColumns.read(self._obs, self._obs_column_names, self._obs_joinids)
+            self._obs_columns = ObsColumns.read(
+                self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
+            )
         return self._with_obs(obs_joinids, self.read_window(obs_joinids))
 
     def read_window(self, obs_joinids: NDArrayJoinId) -> Window:

@@ -14,7 +14,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
-from tiledbsoma_ml._obs import ObsColumns
+from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._plan import EpochPart, Layout, Plan, read_amplification
 from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
@@ -57,6 +57,7 @@ class Reading:
     Attributes:
         locator: Address of the layer.
         obs_column_names: Columns of `obs`.
+        obs_types: Their types in the query.
         plan: What is read together.
         budget: Of memory.
         window_bytes: What windows may hold together.
@@ -67,6 +68,7 @@ class Reading:
 
     locator: XLocator
     obs_column_names: Sequence[str]
+    obs_types: ObsTypes = attrs.field(eq=False)
     plan: Plan
     budget: Budget
     window_bytes: int
@@ -128,6 +130,7 @@ class Reading:
         return cls(
             locator=locator,
             obs_column_names=obs_column_names,
+            obs_types=ObsTypes(locator, obs_column_names, ids.obs_joinids),
             plan=plan,
             budget=budget,
             window_bytes=window_bytes,
@@ -153,6 +156,7 @@ class Reading:
                 part.ids.var_joinids,
                 obs_column_names=self.obs_column_names,
                 obs_joinids=joinids,
+                obs_types=self.obs_types,
                 n_parts=self.n_parts,
                 use_eager_fetch=use_eager_fetch,
                 room=room,

@@ -26,7 +26,7 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._csr import smallest_uint
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
-from tiledbsoma_ml._obs import ObsColumns
+from tiledbsoma_ml._obs import ObsColumns, ascending
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_layout, row_tile
 from tiledbsoma_ml._snapshot_format import (
@@ -87,11 +87,7 @@ class Rows:
     @classmethod
     def of(cls, locator: XLocator, ids: QueryIDs) -> Rows:
         """Return the rows of a query."""
-        return cls(locator, attrs.evolve(ids, obs_joinids=_ascending(ids.obs_joinids)))
-
-
-def _ascending(joinids: NDArrayJoinId) -> NDArrayJoinId:
-    return joinids if (joinids[1:] > joinids[:-1]).all() else np.unique(joinids)
+        return cls(locator, attrs.evolve(ids, obs_joinids=ascending(ids.obs_joinids)))
 
 
 def create(

@@ -73,6 +73,11 @@ class SnapshotReader:
         n_bytes = self.dtype.itemsize + (np.dtype(np.int32).itemsize if is_sparse else 0)
         self.pool = Pool(math.ceil(n_rows * n_values * n_bytes))
 
+    @property
+    def nullable(self) -> frozenset[str]:
+        """Columns of `obs` that come as pandas' nullable types."""
+        return self._obs.nullable
+
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
         """Read the rows of `obs_joinids`, which may repeat.
 

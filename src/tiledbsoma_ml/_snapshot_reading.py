@@ -71,6 +71,8 @@ class SnapshotReading:
         self._layer_name = layer_name if locator is None else locator.layer_name
         self._obs_column_names = obs_column_names
         self._memory_bytes = memory_bytes
+        self._rows = None if ids is None else ids.obs_joinids
+        self._nullable: frozenset[str] | None = None
         self._to_make = None if locator is None or ids is None else (locator, ids)
         self._snapshot = snapshot if isinstance(snapshot, Snapshot) else None
         self.path = snapshot.path if isinstance(snapshot, Snapshot) else self._place(snapshot)
@@ -187,11 +189,24 @@ class SnapshotReading:
 
     def _reader(self, ids: QueryIDs, obs_joinids: NDArrayJoinId) -> SnapshotReader:
         return self.prepare().reader(
-            obs_joinids, ids.var_joinids, self._obs_column_names, layer_name=self._layer_name
+            obs_joinids,
+            ids.var_joinids,
+            self._obs_column_names,
+            layer_name=self._layer_name,
+            nullable=self._obs_nullable(),
         )
 
+    def _obs_nullable(self) -> frozenset[str]:
+        """Return which columns of `obs` are nullable: decided once for the query, as by `ObsTypes`."""
+        if self._nullable is None:
+            rows = self.prepare().query_ids.obs_joinids if self._rows is None else self._rows
+            self._nullable = self.prepare().reader(rows, None, self._obs_column_names).nullable
+        return self._nullable
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"_to_make": None} if self._snapshot is not None else {})
+        if self._snapshot is None:
+            return self.__dict__
+        return self.__dict__ | {"_to_make": None, "_rows": None, "_nullable": self._obs_nullable()}
 
 
 class _Whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
-from tiledbsoma_ml._obs import ObsTable, in_one_piece
+from tiledbsoma_ml._obs import ObsTable, in_one_piece, with_missing
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._snapshot_build import Rows, create, source_of
@@ -206,14 +206,15 @@ class Snapshot:
     @property
     def obs(self) -> pd.DataFrame:
         """The columns of `obs`, of all rows."""
-        return self._obs_table(self.obs_column_names, None).take(np.arange(len(self)))
+        columns = self._obs_columns(self.obs_column_names)
+        return ObsTable(columns, with_missing(columns)).take(np.arange(len(self)))
 
     @property
     def var(self) -> pd.DataFrame:
         """All columns of `var`, of the columns of `X`."""
         table = self._frame("var")
         columns = {name: in_one_piece(table[name]) for name in table.column_names}
-        return ObsTable(columns).take(np.arange(self.shape[1]))
+        return ObsTable(columns, with_missing(columns)).take(np.arange(self.shape[1]))
 
     @property
     def obsm(self) -> dict[str, NDArrayNumber]:
@@ -249,6 +250,7 @@ class Snapshot:
         obs_column_names: Sequence[str] | None = None,
         *,
         layer_name: str | None = None,
+        nullable: Collection[str] | None = None,
     ) -> SnapshotReader:
         """Return what reads rows by joinid.
 
@@ -257,6 +259,8 @@ class Snapshot:
             var_joinids: Columns, in the order in which they are wanted; all as they are stored if None.
             obs_column_names: Columns of `obs`, in the order in which they are wanted; all if None.
             layer_name: Layer of `X`.
+            nullable: Columns of integers or booleans that come as pandas' nullable types; those in which a
+                value is missing in the rows of `obs_joinids` if None.
 
         Raises:
             ValueError: If the snapshot does not hold one of them.
@@ -268,12 +272,15 @@ class Snapshot:
         layer = self._layer(layer_name)
         names = self.obs_column_names if obs_column_names is None else obs_column_names
         index = self._row_index()
-        subset = None if obs_joinids is None else index.find(obs_joinids)
+        rows = None if obs_joinids is None else index.find(obs_joinids)
+        columns = self._obs_columns(names)
+        if nullable is None:
+            nullable = with_missing(columns, rows)
         places, n_cols = self._places(var_joinids)
         if layer.name not in self._layers:
             self._layers[layer.name] = MappedLayer(self.path, layer)
         return SnapshotReader(
-            self._layers[layer.name], index, self._obs_table(names, subset), places=places, n_cols=n_cols
+            self._layers[layer.name], index, ObsTable(columns, nullable), places=places, n_cols=n_cols
         )
 
     def check_holds(self, locator: XLocator, obs_column_names: Sequence[str]) -> None:
@@ -379,13 +386,13 @@ class Snapshot:
         places[columns] = np.arange(len(columns), dtype=np.int32)
         return places, len(columns)
 
-    def _obs_table(self, names: Sequence[str], subset: NDArray[np.int64] | None) -> ObsTable:
+    def _obs_columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
         self._check_columns(names)
         stored = [name for name in names if name in self.obs_column_names]
         columns = {name: in_one_piece(self._frame("obs")[name]) for name in stored}
         if "soma_joinid" not in columns:
             columns["soma_joinid"] = pa.array(self.obs_joinids)
-        return ObsTable({name: columns[name] for name in names}, subset)
+        return {name: columns[name] for name in names}
 
     def _check_columns(self, names: Sequence[str]) -> None:
         check_obs_column_names(names, dict.fromkeys(names))
