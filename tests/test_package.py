@@ -49,6 +49,7 @@ LAYOUT = [
     "_state",
     "_agreement",
     "_quality",
+    "_threads",
     "_jit",
     "_kernels",
     "_csr",

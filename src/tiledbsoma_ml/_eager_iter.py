@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
+
+from tiledbsoma_ml._threads import at_rest, at_work, check_process
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
@@ -25,15 +28,18 @@ class EagerIterator(Iterator[_T], Generic[_T]):
 
     def __init__(self, iterator: Iterator[_T], pool: Executor | None = None) -> None:
         self._iterator = iterator
+        self._pid = os.getpid()
         self._pool = pool or ThreadPoolExecutor(max_workers=1, thread_name_prefix="EagerIterator")
         self._owns_pool = pool is None
         self._next: Future[tuple[_T] | None] | None = self._pool.submit(self._advance)
 
     def __next__(self) -> _T:
+        check_process(self._pid)
         if self._next is None:
             raise StopIteration
         try:
-            item = self._next.result()
+            with at_rest():
+                item = self._next.result()
         except BaseException:
             self.close()
             raise
@@ -45,11 +51,14 @@ class EagerIterator(Iterator[_T], Generic[_T]):
 
     def close(self) -> None:
         """Wait for the item that is being computed, drop it, and end the thread."""
+        if os.getpid() != self._pid:  # the thread is not here, and what it holds is its own
+            return
         pending, self._next = self._next, None
-        if pending is not None and not pending.cancel():
-            pending.exception()
-        if self._owns_pool:
-            self._pool.shutdown(wait=True)
+        with at_rest():
+            if pending is not None and not pending.cancel():
+                pending.exception()
+            if self._owns_pool:
+                self._pool.shutdown(wait=True)
         if close := getattr(self._iterator, "close", None):
             close()
 
@@ -62,10 +71,11 @@ class EagerIterator(Iterator[_T], Generic[_T]):
         self.close()
 
     def _advance(self) -> tuple[_T] | None:
-        try:
-            return (next(self._iterator),)
-        except StopIteration:
-            return None
+        with at_work():
+            try:
+                return (next(self._iterator),)
+            except StopIteration:
+                return None
 
 
 class EagerMap(Iterator[_T], Generic[_S, _T]):
@@ -81,19 +91,22 @@ class EagerMap(Iterator[_T], Generic[_S, _T]):
     """
 
     def __init__(self, function: Callable[[_S], _T], items: Iterator[_S], n_threads: int) -> None:
-        self._function = function
+        self._function = at_work()(function)
         self._items = items
+        self._pid = os.getpid()
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="EagerMap")
         self._pending: deque[Future[_T]] = deque()
         for _ in range(n_threads):
             self._submit()
 
     def __next__(self) -> _T:
+        check_process(self._pid)
         if not self._pending:
             self.close()
             raise StopIteration
         try:
-            result = self._pending.popleft().result()
+            with at_rest():
+                result = self._pending.popleft().result()
         except BaseException:
             self.close()
             raise
@@ -102,8 +115,11 @@ class EagerMap(Iterator[_T], Generic[_S, _T]):
 
     def close(self) -> None:
         """Wait for what is being computed, drop it, and end the threads."""
+        if os.getpid() != self._pid:
+            return
         self._pending.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        with at_rest():
+            self._pool.shutdown(wait=True, cancel_futures=True)
         if close := getattr(self._items, "close", None):
             close()
 

@@ -14,6 +14,7 @@ from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._plan import id_batches
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
 from tiledbsoma_ml._reader import IOBatch, Reader, SOMAReader
+from tiledbsoma_ml._threads import ClosedWhenDropped
 from tiledbsoma_ml._window import Room
 
 __all__ = ["IOBatch", "IOBatchIterable", "io_batches"]
@@ -47,7 +48,7 @@ class IOBatchIterable(Iterable[IOBatch]):
     use_eager_fetch: bool = True
     epoch: int = 0
 
-    def __iter__(self) -> Iterator[IOBatch]:
+    def __iter__(self) -> ClosedWhenDropped[IOBatch]:
         reader = SOMAReader(
             self.X,
             self.obs,
@@ -57,7 +58,7 @@ class IOBatchIterable(Iterable[IOBatch]):
         )
         rng = seeded_rng(self.seed, self.epoch) if self.shuffle else None
         batches = id_batches(self.chunks, self.io_batch_size, rng)
-        return io_batches(batches, reader, use_eager_fetch=self.use_eager_fetch)
+        return ClosedWhenDropped(io_batches(batches, reader, use_eager_fetch=self.use_eager_fetch))
 
 
 def io_batches(

@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
 from filelock import FileLock
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
+
+from tiledbsoma_ml._threads import hold_at_forks
 
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 _NO_LOCK = OSError, NotImplementedError
-"""Raised where files cannot be locked: there, nothing is kept."""
+"""Raised where files cannot be locked, or not in time: there, nothing is kept."""
+
+MAX_WAIT_S = 60.0
+"""A process that holds the lock needs milliseconds; one that was stopped meanwhile is not waited for."""
+
+DIGEST_BYTES = 16
+
+
+class _WholeFiles(IndexDataCacheFile):  # type: ignore[misc]
+    """Files of numba's cache that end in a digest: what is damaged is as if it were not there.
+
+    Numba raises for ever where it cannot read a file, and calls machine code that has changed. It does not
+    look at bytes that follow what it wrote.
+    """
+
+    def _load_index(self) -> Any:
+        return super()._load_index() if _is_whole(Path(self._index_path)) else {}
+
+    def _load_data(self, name: str) -> Any:
+        if not _is_whole(Path(self._data_path(name))):
+            raise FileNotFoundError(name)
+        return super()._load_data(name)
+
+    @contextmanager
+    def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
+        content = io.BytesIO()
+        yield content
+        with super()._open_for_write(filepath) as file:
+            file.write(content.getvalue() + _digest(content.getvalue()))
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes() if path.exists() else b""
+    return content[-DIGEST_BYTES:] == _digest(content[:-DIGEST_BYTES])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 class _OneAtATime(FunctionCache):  # type: ignore[misc]
@@ -29,15 +69,20 @@ class _OneAtATime(FunctionCache):  # type: ignore[misc]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
+        self._cache_file = _WholeFiles(
+            cache_path=self.cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=self._impl.locator.get_source_stamp(),
+        )
         self._lock_path = Path(self.cache_path) / "tiledbsoma_ml.lock"
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        with suppress(*_NO_LOCK), FileLock(self._lock_path):
+        with suppress(*_NO_LOCK), FileLock(self._lock_path, timeout=MAX_WAIT_S):
             return super().load_overload(sig, target_context)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(*_NO_LOCK), FileLock(self._lock_path):
+        with suppress(*_NO_LOCK), FileLock(self._lock_path, timeout=MAX_WAIT_S):
             super().save_overload(sig, data)
 
 
@@ -50,8 +95,4 @@ def jit(loop: _Loop) -> _Loop:
 
 
 # A process that is forked while another thread compiles would wait for that thread forever: it has none.
-os.register_at_fork(
-    before=global_compiler_lock.acquire,
-    after_in_parent=global_compiler_lock.release,
-    after_in_child=global_compiler_lock.release,
-)
+hold_at_forks(global_compiler_lock)

@@ -19,6 +19,7 @@ from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._pool import Pool
+from tiledbsoma_ml._threads import ClosedWhenDropped
 
 MANY_CATEGORIES = 1000
 """From so many on, `pd.concat` is slower than what is done instead."""
@@ -71,7 +72,10 @@ class MiniBatchIterable(Iterable[MiniBatch]):
                 "device=None must be a device where gpu_shuffle=True; try device='cuda' or 'cpu'."
             )
 
-    def __iter__(self) -> Generator[MiniBatch, None, None]:
+    def __iter__(self) -> ClosedWhenDropped[MiniBatch]:
+        return ClosedWhenDropped(self._mini_batches())
+
+    def _mini_batches(self) -> Generator[MiniBatch, None, None]:
         made = self._on_cpu() if self.device is None else self._on_device(self.device)
         with closing(EagerIterator(made) if self.use_eager_fetch else made) as mini_batches:
             yield from mini_batches

@@ -51,6 +51,7 @@ from tiledbsoma_ml._snapshot_format import (
     write_atomically,
 )
 from tiledbsoma_ml._snapshot_progress import Progress, locked
+from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml._window import Window, _narrowed, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -382,7 +383,7 @@ class _Builder:
         n_done = sum(shards[-1].row_stop for shards in self._finished.values() if shards)
         n_rows = self._content.n_obs * len(self._content.layer_names)
         with self._progress.of(n_rows, n_done), _Fsyncs() as fsyncs, ThreadPoolExecutor(1) as pool:
-            self._frames = pool.submit(self._write_frames)
+            self._frames = pool.submit(at_work()(self._write_frames))
             self._keep_partial()
             layers = tuple(
                 self._write_layer(number, name, fsyncs)
@@ -519,7 +520,7 @@ class _Fsyncs:
         return self
 
     def add(self, path: Path) -> None:
-        self._pending.append(self._pool.submit(fsync, path))
+        self._pending.append(self._pool.submit(at_work()(fsync), path))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._pool.shutdown(cancel_futures=error is not None)

@@ -8,6 +8,7 @@ together, and what it held is free for the window that is filled meanwhile.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._parts import Block, Extents, Pages, Part
+from tiledbsoma_ml._threads import at_rest, at_work, before_exit
 
 _Ints: TypeAlias = NDArray[np.int32]
 
@@ -78,10 +80,11 @@ class Room:
         self._held: dict[Window, int] = {}
         self._changed = threading.Condition()
         self._is_closed = False
+        _rooms.add(self)
 
     def take(self, window: Window, n_bytes: int) -> None:
         """Wait until there is room for more; raise a RuntimeError if the room is closed meanwhile."""
-        with self._changed:
+        with at_rest(), self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._has_room(window, n_bytes))
             if self._is_closed:
                 raise RuntimeError("the iterator was closed while rows were read ahead")
@@ -104,6 +107,18 @@ class Room:
     def _has_room(self, window: Window, n_bytes: int) -> bool:
         total = sum(self._held.values())
         return total + n_bytes <= self._n_bytes or total == self._held.get(window, 0)
+
+
+_rooms: weakref.WeakSet[Room] = weakref.WeakSet()
+
+
+def _close_rooms() -> None:
+    """Let no thread wait for the use of rows that nobody will use: the interpreter waits for the thread."""
+    for room in list(_rooms):
+        room.close()
+
+
+before_exit(_close_rooms)
 
 
 class Window:
@@ -263,7 +278,7 @@ class Window:
 @cache
 def preload_kernels() -> threading.Thread:
     """Load the compiled loops on a thread: it takes half a second that nobody has to wait for later."""
-    thread = threading.Thread(target=_use_kernels, name="preload_kernels")
+    thread = threading.Thread(target=at_work()(_use_kernels), name="preload_kernels")
     thread.start()
     return thread
 

@@ -38,6 +38,7 @@ from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
 from tiledbsoma_ml._state import Position
+from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
 from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -228,6 +229,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def __iter__(self) -> Iterator[MiniBatch]:
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
+        if torch.utils.data.get_worker_info() is not None:
+            end_with_parent()
+        return ClosedWhenDropped(self._iterate())
+
+    def _iterate(self) -> Generator[MiniBatch, None, None]:
         part = self._begin()
         room = self._reading.room()
         if self._leaves_device_work_to_loader:
