@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
-from tiledbsoma_ml import experiment_dataloader
+from tiledbsoma_ml import dataloader, experiment_dataloader
 
 # 311 rows over 2 workers are 156 and 155: with 31 rows a mini-batch, 6 and 5 mini-batches.
 UNEVEN = {"batch_size": 31, "io_batch_size": 64, "seed": 4}
@@ -136,6 +139,29 @@ def test_an_error_in_a_worker_reaches_the_training_process_with_its_cause(store:
     dataset = store.dataset([1, N_OBS + 5])
     with pytest.raises(ValueError, match=r"obs_joinids must exist in obs, but 1 do not, 316 for instance"):
         list(experiment_dataloader(dataset, num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "told"),
+    [
+        (-signal.SIGKILL, "signal 9: memory may be short: take fewer workers"),
+        (-signal.SIGBUS, r"signal 7: a file that it had mapped is damaged or was cut.*`verify\(\)`"),
+        (-signal.SIGSEGV, r"signal 11: native code crashed: set PYTHONFAULTHANDLER=1.*`verify\(\)`"),
+        (-signal.SIGABRT, "signal 6: native code crashed: set PYTHONFAULTHANDLER=1"),
+        (-signal.SIGTERM, "signal 15: somebody ended it"),
+        (3, "exit code 3: what it wrote before says why"),
+    ],
+)
+def test_a_worker_that_died_is_told_with_its_cause_and_what_to_do(exit_code: int, told: str) -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise RuntimeError("told by torch")
+
+    workers = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=exit_code, pid=17)]
+    named = dataloader._naming_dead_workers(items(), workers)  # type: ignore[arg-type]
+    assert next(named) == 0
+    with pytest.raises(RuntimeError, match=rf"worker 1 of 2 \(process 17\) died by {told}.*told by torch"):
+        next(named)
 
 
 @pytest.mark.parametrize(

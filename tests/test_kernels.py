@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
+import numba
 import numpy as np
 import pytest
 from numba.core.dispatcher import Dispatcher
 from numpy.typing import NDArray
 
 from tiledbsoma_ml import _kernels
+from tiledbsoma_ml._jit import jit
 
 Arrays: TypeAlias = tuple[NDArray[np.generic], ...]
 
@@ -241,6 +243,43 @@ def hits_misses_and_dtypes(process: subprocess.Popen[bytes]) -> list[int | str]:
 def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path) -> None:
     assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [0, 1, "uint32"]
     assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [1, 0, "uint32"]
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("damage", [cut, emptied, flipped])
+def test_what_is_damaged_on_disk_is_compiled_anew(
+    pattern: str, damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+
+    def hits_and_misses() -> tuple[int, int]:
+        compiled = jit(add_one)
+        assert compiled(2) == 3
+        stats = compiled.stats  # type: ignore[attr-defined]
+        return sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
+
+    assert hits_and_misses() == (0, 1)
+    [path] = tmp_path.rglob(pattern)
+    path.write_bytes(damage(path.read_bytes()))
+    assert hits_and_misses() == (0, 1)
+    assert hits_and_misses() == (1, 0)
+
+
+def add_one(number: int) -> int:
+    return number + 1
 
 
 MEET = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -124,14 +125,32 @@ def _naming_dead_workers(items: Iterator[_T], workers: Sequence[BaseProcess]) ->
     except RuntimeError as err:
         for number, worker in enumerate(workers):
             if worker.exitcode:
-                cause = (
-                    f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
-                )
                 raise RuntimeError(
-                    f"worker {number} of {len(workers)} (process {worker.pid}) died by {cause}: {err}; where "
-                    "memory is short, take fewer workers or a smaller memory_budget."
+                    f"worker {number} of {len(workers)} (process {worker.pid}) died by "
+                    f"{_cause_of_death(worker.exitcode)} ({err})"
                 ) from err
         raise
+
+
+def _cause_of_death(exit_code: int) -> str:
+    """Return what an exit code that is not zero says, and what to do about it."""
+    if exit_code > 0:
+        return f"exit code {exit_code}: what it wrote before says why"
+    if exit_code == -signal.SIGKILL:
+        way_out = "memory may be short: take fewer workers or a smaller memory_budget"
+    elif exit_code == -signal.SIGBUS:
+        way_out = (
+            "a file that it had mapped is damaged or was cut, or a disk or /dev/shm is full: call "
+            "`verify()` on the snapshot, and look at `df`"
+        )
+    elif exit_code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE):
+        way_out = (
+            "native code crashed: set PYTHONFAULTHANDLER=1, and it tells where; damaged files can be the "
+            "reason: call `verify()` on a snapshot"
+        )
+    else:
+        way_out = "somebody ended it"
+    return f"signal {-exit_code}: {way_out}"
 
 
 def _by_worker(items: Iterator[tuple[int, IOBatch]], n_workers: int) -> list[Iterator[IOBatch]]:
