@@ -66,6 +66,7 @@ LAYOUT = [
     "_snapshot_format",
     "_snapshot_progress",
     "_snapshot_kernels",
+    "_snapshot_check",
     "_snapshot_build",
     "_snapshot_reader",
     "snapshot",

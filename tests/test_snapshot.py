@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import _snapshot_build
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._reader import SOMAReader
-from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest
+from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest, sealed
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -568,6 +573,215 @@ def test_missing_and_truncated_files_are_named_when_a_snapshot_is_opened(copied:
             assert re.search(rf"must have {len(content):,} bytes \(SHA-256 \w+\), not", str(raised.value))
         file.write_bytes(content)
     Snapshot.open(copied)
+
+
+def with_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a snapshot; its checksum and those of all files are made to fit."""
+    fields = json.loads((path / MANIFEST).read_text())
+    del fields["sha256"]
+    change(fields)
+    for file in all_files(fields):
+        if (path / file["name"]).is_file():
+            file["sha256"] = hashlib.sha256((path / file["name"]).read_bytes()).hexdigest()
+    (path / MANIFEST).write_text(sealed(fields))
+
+
+def all_files(fields: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(fields, dict) and "nbytes" in fields and isinstance(fields["name"], str):
+        yield fields
+    elif isinstance(fields, dict | list):
+        for value in fields.values() if isinstance(fields, dict) else fields:
+            yield from all_files(value)
+
+
+def set_value(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    """Return what sets the last of some keys to a value."""
+    *where, last, value = keys
+
+    def change(fields: Any) -> None:
+        for key in where:
+            fields = fields[key]
+        fields[last] = value
+
+    return change
+
+
+SHARD = ("layers", 0, "shards", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_value("obs", "name", "../obs.arrow"), "'../obs.arrow' is no plain name"),
+        (set_value("obs", "name", ".."), "is no plain name"),
+        (set_value("obs", "name", MANIFEST), "is no plain name"),
+        (set_value(*SHARD, "data", "name", "shard-00000.data"), "two files have one name"),
+        (set_value(*SHARD, "data_dtype", "<f8"), "has values of '<f8', in which '<f4' is not kept"),
+        (set_value(*SHARD, "data_dtype", "|O"), "has values of '|O'"),
+        (set_value(*SHARD, "nnz", 3), "not the 6 of 3 values of '<u2'"),
+        (set_value(*SHARD, "nnz", 2**62), "has more values than 64 rows of 23 columns"),
+        (set_value(*SHARD, "row_start", 63), "has rows 63 to 128, not from 64 on"),
+        (set_value("layers", 0, "shards", -1, "row_stop", N_OBS + 1), "bytes, not the"),
+        (lambda fields: fields["layers"][0]["shards"].pop(), "end with row 256, not 311"),
+        (set_value("layers", 0, "dtype", "|O"), "has the dtype '|O', which is none of X"),
+        (set_value("layers", 0, "indices_dtype", "<u4"), "has indices of '<u4', not '<u2'"),
+        (set_value("layers", []), "has other layers than"),
+        (set_value("content", "n_vars", 22), "fingerprint"),
+        (set_value("obs_joinids", "nbytes", 8), "obs_joinids has 8 bytes, not the"),
+        (set_value(*SHARD, "nnz", "3"), "must be a manifest, but 'nnz' must be"),
+        (set_value(*SHARD, "nnz", -3), "must be a manifest, but 'nnz' must be >= 0"),
+        (set_value("layers", 0, "shards", 7), "must be a manifest, but"),
+        (lambda fields: fields.pop("var"), "must be a manifest, but lacks 'var'"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_together_is_refused_whatever_its_checksum(
+    copied: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with_manifest(copied, change)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Snapshot.open(copied)
+    assert MANIFEST in str(raised.value)
+
+
+def test_files_that_are_links_or_folders_are_refused(copied: Path, tmp_path: Path) -> None:
+    for name in ("shard-00001.data", MANIFEST):
+        (copied / name).rename(tmp_path / name)
+        (copied / name).symlink_to(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{re.escape(name)}' must be a plain file, no link"):
+            Snapshot.open(copied)
+        (copied / name).unlink()
+        (copied / name).mkdir()
+        with pytest.raises(
+            ValueError, match=f"{re.escape(name)}' must be a plain file, no link and no folder"
+        ):
+            Snapshot.open(copied)
+        (copied / name).rmdir()
+        (tmp_path / name).rename(copied / name)
+    Snapshot.open(copied)
+
+
+def in_array(dtype: str, place: int, value: int) -> Callable[[bytes], bytes]:
+    """Return what sets a value of an array, given as bytes."""
+
+    def change(content: bytes) -> bytes:
+        values = np.frombuffer(content, dtype).copy()
+        values[place] = value
+        return values.tobytes()
+
+    return change
+
+
+def other_arrow(change: Callable[[pa.Table], pa.Table]) -> Callable[[bytes], bytes]:
+    """Return what changes a table, given as an Arrow IPC file."""
+
+    def changed(content: bytes) -> bytes:
+        sink, table = pa.BufferOutputStream(), change(pa.ipc.open_file(content).read_all())
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    return changed
+
+
+def bad_codes(table: pa.Table) -> pa.Table:
+    codes = pa.array(np.full(len(table), 99, np.int8))
+    column = pa.DictionaryArray.from_arrays(codes, pa.array(["a"]), safe=False)
+    return table.set_column(table.column_names.index("cell_type"), "cell_type", column)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("shard-00001.indptr", in_array("<i8", 0, 1), "must lead from 0 to"),
+        ("shard-00001.indptr", in_array("<i8", -1, 2**40), "must lead from 0 to"),
+        ("shard-00001.indptr", in_array("<i8", 5, 2**40), "must not descend, but does after row 69"),
+        ("shard-00001.indptr", in_array("<i8", 5, -(2**62)), "must not descend, but does after row 68"),
+        ("shard-00001.indices", in_array("<u2", 0, N_VARS), "columns below 23, but .*row 64"),
+        ("shard-00001.indices", in_array("<u2", -1, 65_535), "columns below 23, but .*row 127"),
+        ("shard-00001.indices", in_array("<u2", 0, 22), None),  # exists, but is not ascending
+        ("obs_joinids", in_array("<i8", 7, 5), "must hold ascending joinids, but has 5 after 6"),
+        ("obs_joinids", in_array("<i8", 0, -1), "must hold no negative joinids"),
+        ("obs_joinids", in_array("<i8", -1, N_OBS), None),
+        ("var_joinids", in_array("<i8", -1, N_VARS), None),
+        ("obs.arrow", lambda _: b"no Arrow", "must be an Arrow IPC file"),
+        ("obs.arrow", other_arrow(lambda table: table.slice(1)), "must have 311 rows, but has 310"),
+        ("obs.arrow", other_arrow(bad_codes), "must hold a column 'cell_type', but"),
+        ("obs.arrow", other_arrow(lambda table: table.drop(["score"])), "must have the column 'score'"),
+        ("var.arrow", other_arrow(lambda table: table[::-1]), None),
+    ],
+)
+def test_damage_that_goes_with_its_checksum_is_told_by_verify_and_before_it_harms(
+    copied: Path, name: str, damage: Callable[[bytes], bytes], message: str | None
+) -> None:
+    content = damage((copied / name).read_bytes())
+    (copied / name).write_bytes(content)
+    with_manifest(
+        copied, lambda fields: [f.update(nbytes=len(content)) for f in all_files(fields) if f["name"] == name]
+    )
+    pattern = f"{name}.* {message}.*: it is damaged"
+    with nullcontext() if message is None else pytest.raises(ValueError, match=pattern):
+        snapshot = Snapshot.open(copied)
+        X, _ = snapshot[:]
+        np.testing.assert_array_equal(X.toarray(), dense_of(snapshot.reader(), snapshot.obs_joinids))
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.*it is damaged"):
+        Snapshot(copied, Manifest.read(copied)).verify()
+
+
+FUZZ = """
+import random, shutil, sys
+from pathlib import Path
+import numpy as np
+from test_snapshot import MANIFEST, Snapshot, with_manifest
+
+source, path = Path(sys.argv[1]), Path(sys.argv[2])
+names = sorted(file.name for file in source.iterdir() if file.stat().st_size and file.name != MANIFEST)
+rng = random.Random(0)
+
+def read(snapshot):
+    ids, found = snapshot.query_ids.obs_joinids, []
+    some = snapshot.var_joinids[[7, 3, 20]]
+    for reader in (snapshot.reader(), snapshot.reader(ids, some, ["soma_joinid"])):
+        X, dense = reader.csr(ids[::-1]), np.empty((len(ids), reader.n_cols), reader.dtype)
+        X @ X.T
+        reader.fill_dense(ids[::-1], dense)
+        found += [X.toarray(), dense, *(rows.slice_tonumpy(slice(None)) for rows, _ in reader.read(ids))]
+    return [array.tobytes() for array in found] + [snapshot.obs.to_csv(), snapshot.var.to_csv()]
+
+right, results = read(Snapshot.open(source)), []
+for k in range(120):
+    content = bytearray((source / names[k % len(names)]).read_bytes())
+    for _ in range(rng.choice([1, 1, 3])):
+        place = rng.randrange(len(content))
+        content[place] = rng.choice([content[place] ^ 1 << rng.randrange(8), 0, 127, 255])
+    (path / names[k % len(names)]).write_bytes(content)
+    is_same = content == (source / names[k % len(names)]).read_bytes()
+    if is_fitted := k % 3 > 0:
+        with_manifest(path, lambda fields: None)
+    try:
+        results.append("right" if read(Snapshot.open(path)) == right else "other")
+    except ValueError as err:
+        assert str(path) in str(err), err
+        results.append("told")
+    try:
+        Snapshot(path, Snapshot.open(source)._manifest).verify()
+        assert is_same or is_fitted
+    except ValueError as err:
+        assert str(path) in str(err), err
+        assert not is_same
+    for name in (names[k % len(names)], MANIFEST):
+        shutil.copy(source / name, path / name)
+print(*(f"{results.count(result)} {result}" for result in ("right", "other", "told")))
+"""
+
+
+def test_bytes_that_change_in_any_file_never_end_a_process(whole: Snapshot, copied: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, "-c", FUZZ, str(whole.path), str(copied)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = dict(zip(done.stdout.split()[1::2], map(int, done.stdout.split()[::2]), strict=True))
+    assert counts["told"] > 10
+    assert counts["other"] > 10
 
 
 def test_a_newer_format_is_refused(copied: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -298,6 +299,73 @@ def test_a_damaged_part_of_a_creation_is_made_anew(
         file.write_bytes(content[:-1])
     else:
         file.write_bytes(content[:7] + bytes([content[7] ^ 1]) + content[8:])
+    make(path, store)
+    assert_is_right(path)
+
+
+def drop_rows(fields: dict[str, Any]) -> None:
+    fields["borders"] = fields["borders"][:-1]
+
+
+def drop_first_border(fields: dict[str, Any]) -> None:
+    fields["borders"] = fields["borders"][1:]
+    fields["shards"]["raw"] = fields["shards"]["raw"][1:]
+
+
+def swap_shards(fields: dict[str, Any]) -> None:
+    shards = fields["shards"]["raw"]
+    for what in ("indptr", "indices", "data"):
+        shards[0][what], shards[1][what] = shards[1][what], shards[0][what]
+
+
+def name_another_file(fields: dict[str, Any]) -> None:
+    fields["shards"]["raw"][0]["data"]["name"] = "../outside"
+
+
+def tell_other_types(fields: dict[str, Any]) -> None:
+    fields["shards"]["raw"][0]["data_dtype"] = "|i1"
+    fields["shards"]["raw"][1]["nnz"] = 10**6
+
+
+def tell_nonsense(fields: dict[str, Any]) -> None:
+    fields["borders"], fields["shards"] = {"0": 1}, [7]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [drop_rows, drop_first_border, swap_shards, name_another_file, tell_other_types, tell_nonsense],
+)
+def test_a_continued_creation_believes_nothing_that_is_not_so(
+    store: Store, path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial(path, store, monkeypatch)
+    fields = json.loads((building(path) / PARTIAL).read_text())
+    del fields["sha256"]
+    change(fields)
+    (building(path) / PARTIAL).write_text(_snapshot_format.sealed(fields))
+    make(path, store)
+    assert_is_right(path)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("indices", 2**15), ("indices", 0), ("indptr", 2**40)])
+def test_a_creation_checks_what_it_wrote(
+    store: Store, path: Path, kind: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = _ShardWriter.write
+
+    def wrong(self: Any, name: str, window: Any) -> Any:
+        written = write(self, name, window)
+        file = self._folder / f"{name}.{kind}"
+        values = np.fromfile(file, "<u2" if kind == "indices" else "<i8")
+        values[1] = value
+        values.tofile(file)
+        return written | {kind: _snapshot_format.describe_file(file)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_ShardWriter, "write", wrong)
+        with pytest.raises(ValueError, match=rf"shard-0000\d\.{kind}.* it is damaged"):
+            make(path, store)
+    assert not path.exists()
     make(path, store)
     assert_is_right(path)
 

@@ -17,6 +17,7 @@ _rng = np.random.default_rng(0)
 N_ROWS, N_COLS = 60, 300
 DENSE = np.where(_rng.random((N_ROWS, N_COLS)) < 0.2, _rng.integers(1, 200, (N_ROWS, N_COLS)), 0)
 STARTS = np.array([0, 10, 45])
+BORDERS = np.append(STARTS, N_ROWS)
 TYPES = ["|u1", "<u2", "<f4"]
 
 
@@ -30,6 +31,7 @@ SHARDS = [shard(number) for number in range(3)]
 INDPTR_AT, INDICES_AT, DATA_AT = (
     np.array([arrays[k].ctypes.data for arrays in SHARDS], dtype=np.int64) for k in range(3)
 )
+N_VALUES = np.array([len(indices) for _, indices, _ in SHARDS])
 INDICES_KINDS = np.full(3, kernels.KINDS["<u2"], dtype=np.uint8)
 DATA_KINDS = np.array([kernels.KINDS[name] for name in TYPES], dtype=np.uint8)
 ROWS = _rng.integers(0, N_ROWS, 200)
@@ -37,14 +39,14 @@ ROWS = _rng.integers(0, N_ROWS, 200)
 
 def located() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     found = np.empty(200, np.int32), np.empty(200, np.int64), np.empty(201, np.int64)
-    kernels.locate_rows(ROWS, STARTS, INDPTR_AT, *found)
+    assert kernels.locate_rows(ROWS, BORDERS, INDPTR_AT, N_VALUES, *found) == -1
     return found
 
 
 def gathered(dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     *where, indptr = located()
     indices, data = np.empty(indptr[-1], np.uint32), np.empty(indptr[-1], dtype)
-    kernels.gather_rows(*where, indptr, INDICES_AT, INDICES_KINDS, indices)
+    assert kernels.gather_columns(*where, indptr, INDICES_AT, INDICES_KINDS, N_COLS, indices) == -1
     kernels.gather_rows(*where, indptr, DATA_AT, DATA_KINDS, data)
     return indptr, indices, data
 
@@ -62,6 +64,38 @@ def locate_rows() -> None:
         borders = SHARDS[number][0][row - STARTS[number] :][:2]
         assert (shards[k], begins[k]) == (number, borders[0])
         assert indptr[k + 1] - indptr[k] == borders[1] - borders[0]
+
+
+def gather_columns() -> None:
+    *where, indptr = located()
+    for dtype in (np.uint16, np.uint32):
+        out = np.empty(indptr[-1], dtype)
+        assert kernels.gather_columns(*where, indptr, INDICES_AT, INDICES_KINDS, N_COLS, out) == -1
+        np.testing.assert_array_equal(out, gathered()[1])
+
+
+def first_descent() -> None:
+    for values, strict, expected in (
+        ([], True, -1),
+        ([5], True, -1),
+        ([0, 0, 3, 3, 9], False, -1),
+        ([0, 0, 3, 3, 9], True, 1),
+        ([1, 2, 2, 1], True, 2),
+        ([1, 2, 2, 1], False, 3),
+        ([-(2**63), 2**63 - 1, -(2**63)], True, 2),
+    ):
+        assert kernels.first_descent(np.array(values, dtype=np.int64), strict) == expected
+
+
+def first_bad_row() -> None:
+    for indptr, indices, _ in SHARDS:
+        assert kernels.first_bad_row(indptr, indices, N_COLS) == -1
+        row = len(indptr) // 2
+        for place, column in ((indptr[row + 1] - 1, N_COLS), (indptr[row], indices[indptr[row] + 1])):
+            wrong = indices.copy()
+            wrong[place] = column
+            assert kernels.first_bad_row(indptr, wrong, N_COLS) == row
+        assert kernels.first_bad_row(indptr * 1000, indices, N_COLS) <= 0, "rows that are not there"
 
 
 def gather_rows() -> None:
@@ -111,7 +145,7 @@ def fill_rows() -> None:
     for place_of, expected in ((np.empty(0, np.int32), DENSE[ROWS]), (some, DENSE[ROWS][:, columns])):
         indices, data = np.empty(longest, np.uint16), np.empty(longest, np.float32)
         out = np.full(expected.shape, 7, dtype=np.float32)
-        kernels.fill_rows(
+        wrong = kernels.fill_rows(
             shards,
             begins,
             indptr,
@@ -125,6 +159,7 @@ def fill_rows() -> None:
             data.view(np.uint32),
             out.view(np.uint32),
         )
+        assert wrong == -1
         np.testing.assert_array_equal(out, expected)
 
 
@@ -132,7 +167,17 @@ def _rng_of(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-CHECKS = [find_rows, locate_rows, gather_rows, keep_columns, sort_rows_of_few, fill_rows]
+CHECKS = [
+    find_rows,
+    first_descent,
+    first_bad_row,
+    locate_rows,
+    gather_columns,
+    gather_rows,
+    keep_columns,
+    sort_rows_of_few,
+    fill_rows,
+]
 
 
 def dispatchers() -> dict[str, Dispatcher]:
@@ -180,3 +225,48 @@ def test_values_of_every_stored_type_are_given_out(name: str) -> None:
         out,
     )
     np.testing.assert_array_equal(out, [1, 2, 3, 100, 127])
+
+
+# What files must not hold ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [-1, N_ROWS, 2**62])
+def test_rows_that_are_not_there_are_not_looked_up(row: int) -> None:
+    out = np.empty(2, np.int32), np.empty(2, np.int64), np.empty(3, np.int64)
+    assert kernels.locate_rows(np.array([3, row]), BORDERS, INDPTR_AT, N_VALUES, *out) == 1
+
+
+@pytest.mark.parametrize(("place", "value"), [(4, -1), (4, 2**62), (5, 0), (4, 10**6)])
+def test_rows_that_would_lie_outside_of_their_shard_are_told(place: int, value: int) -> None:
+    starts = SHARDS[0][0].copy()
+    starts[place] = value
+    at, out = INDPTR_AT.copy(), (np.empty(1, np.int32), np.empty(1, np.int64), np.empty(2, np.int64))
+    at[0] = starts.ctypes.data
+    assert kernels.locate_rows(np.array([4]), BORDERS, at, N_VALUES, *out) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("beyond", [N_COLS, N_COLS + 1, 65_535])
+def test_columns_that_are_not_there_are_told_and_never_written_to(dtype: type, beyond: int) -> None:
+    stored, data = np.arange(40, dtype=dtype), np.ones(40, np.float32)
+    stored[33] = beyond
+    shards, begins, indptr = np.zeros(2, np.int32), np.array([0, 20]), np.array([0, 20, 40])
+    at, data_at = (np.array([array.ctypes.data]) for array in (stored, data))
+    kinds = np.array([kernels.KINDS[stored.dtype.str]], np.uint8)
+    out = np.empty(40, np.uint32)
+    assert kernels.gather_columns(shards, begins, indptr, at, kinds, N_COLS, out) == 1
+    guarded = np.full((4, N_COLS), 7, np.float32)
+    scratch, values = np.empty(20, np.uint32), np.empty(20, np.float32)
+    where, types = (shards, begins, indptr, at, kinds), np.array([kernels.KINDS["<f4"]], np.uint8)
+    for place_of in (np.empty(0, np.int32), np.arange(N_COLS, dtype=np.int32)):
+        bits = values.view(np.uint32), guarded[:2].view(np.uint32)
+        assert kernels.fill_rows(*where, data_at, types, place_of, scratch, values, *bits) == 1
+        assert (guarded[2:] == 7).all()
+
+
+def test_joinids_in_no_order_are_looked_up_within_their_bounds() -> None:
+    for first_rows in ([0, 5, 5], [5, 5, 5], [0, 3]):
+        rows = np.empty(4, dtype=np.int64)
+        joinids, asked = np.array([1, 90, 3, 2, 100]), np.array([1, 100, 99, 3])
+        kernels.find_rows(asked, joinids, np.array(first_rows), 6, rows)
+        assert ((rows == -1) | (joinids[rows] == asked)).all()

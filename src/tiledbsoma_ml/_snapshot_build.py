@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_name
-from tiledbsoma_ml._csr import smallest_uint
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
 from tiledbsoma_ml._obs import ObsColumns, ascending
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_layout, row_tile
+from tiledbsoma_ml._snapshot_check import check_content, check_shard, verify
 from tiledbsoma_ml._snapshot_format import (
     FORMAT,
     FORMAT_VERSION,
@@ -44,9 +44,11 @@ from tiledbsoma_ml._snapshot_format import (
     describe_file,
     digest,
     fsync,
+    indices_dtype,
     read_sealed,
     sealed,
     shard_from,
+    stored_dtypes,
     write_array,
     write_atomically,
 )
@@ -143,7 +145,7 @@ def is_there(path: Path, content: Content) -> bool:
             f"path={str(path)!r} must be free or hold this query, but holds another one "
             f"({'; '.join(differences)}); choose another path, or remove it."
         )
-    manifest.check_sizes(path)
+    manifest.check_files(path)
     return True
 
 
@@ -289,10 +291,12 @@ class _Builder:
     def _is_only_to_be_renamed(self) -> bool:
         try:
             manifest = Manifest.read(self._folder)
-            manifest.check_sizes(self._folder)
+            if manifest.content.fingerprint != self._content.fingerprint:
+                return False
+            verify(self._folder, manifest)
         except ValueError:
             return False
-        return manifest.content.fingerprint == self._content.fingerprint
+        return True
 
     def _resume(self) -> None:
         """Take over the shards that are whole; what is of another query or format is removed."""
@@ -303,15 +307,34 @@ class _Builder:
         if fields.get("fingerprint") != self._content.fingerprint:
             shutil.rmtree(self._folder, ignore_errors=True)
             return
-        self._borders = fields["borders"]
-        for name, shards in fields["shards"].items():
-            for shard in map(shard_from, shards):
-                try:
-                    for file in (shard.indptr, shard.indices, shard.data):
-                        file.check_content(self._folder)
-                except ValueError:
-                    break
-                self._finished[name].append(shard)
+        try:
+            self._borders = _borders_from(fields["borders"], self._content.n_obs)
+            for name in self._content.layer_names:
+                self._finished[name] += self._finished_shards(name, fields["shards"][name])
+        except (KeyError, TypeError, ValueError):
+            self._borders, self._finished = [], {name: [] for name in self._content.layer_names}
+
+    def _finished_shards(self, name: str, told: Sequence[dict[str, Any]]) -> Iterator[Shard]:
+        """Yield the first shards of a layer, of those that a killed creation tells of, that are right."""
+        dtype, n_vars = self._dtype_of(name), self._content.n_vars
+        columns = indices_dtype(n_vars).str
+        for number, (shard, rows) in enumerate(zip(map(shard_from, told), pairwise(self._borders))):  # noqa: B905
+            names = [self._shard_name(name, number) + ending for ending in (".indptr", ".indices", ".data")]
+            if (shard.row_start, shard.row_stop) != rows or [file.name for file in shard.files] != names:
+                return
+            if any(shard.contradictions(dtype, columns, n_vars)):
+                return
+            try:
+                for file in shard.files:
+                    file.check_content(self._folder)
+                check_shard(self._folder, columns, shard, n_vars)
+            except ValueError:
+                return
+            yield shard
+
+    def _shard_name(self, layer_name: str, number: int) -> str:
+        layer = self._content.layer_names.index(layer_name)
+        return f"layer{layer}-shard-{number:05}" if layer else f"shard-{number:05}"
 
     def _keep_partial(self) -> None:
         fields = {
@@ -385,10 +408,7 @@ class _Builder:
         with self._progress.of(n_rows, n_done), _Fsyncs() as fsyncs, ThreadPoolExecutor(1) as pool:
             self._frames = pool.submit(at_work()(self._write_frames))
             self._keep_partial()
-            layers = tuple(
-                self._write_layer(number, name, fsyncs)
-                for number, name in enumerate(self._content.layer_names)
-            )
+            layers = tuple(self._write_layer(name, fsyncs) for name in self._content.layer_names)
             obsm = tuple(
                 self._write_obsm(number, name) for number, name in enumerate(self._content.obsm_names)
             )
@@ -403,32 +423,26 @@ class _Builder:
             )
             for file in [*files.values(), *(embedding.values for embedding in obsm)]:
                 fsyncs.add(self._folder / file.name)
+        check_content(self._folder, manifest)
         manifest.write(self._folder)
 
-    def _write_layer(self, number: int, name: str, fsyncs: _Fsyncs) -> Layer:
-        shards = self._finished[name]
-        dtypes = {self._layer_dtype(part, name).str: part.locator.uri for part in self._parts}
-        if len(dtypes) > 1:
-            listed = ", ".join(f"{dtype} in {uri!r}" for dtype, uri in dtypes.items())
-            raise ValueError(
-                f"layer {name!r} must have one type in all queries, but has {listed}; make one snapshot each."
-            )
-        [dtype] = dtypes
+    def _write_layer(self, name: str, fsyncs: _Fsyncs) -> Layer:
+        shards, dtype = self._finished[name], self._dtype_of(name)
         borders = list(pairwise(self._borders))[len(shards) :]
         writer = _ShardWriter(self._folder, np.dtype(dtype))
         with closing(self._windows(name, borders)) as windows, EagerIterator(windows) as ahead:
             for (start, stop), window in zip(borders, ahead, strict=True):
-                prefix = f"shard-{len(shards):05}" if not number else f"layer{number}-shard-{len(shards):05}"
-                shard = Shard(row_start=start, row_stop=stop, **writer.write(prefix, window))
-                for file in (shard.indptr, shard.indices, shard.data):
+                written = writer.write(self._shard_name(name, len(shards)), window)
+                shard = Shard(row_start=start, row_stop=stop, **written)
+                for file in shard.files:
                     fsyncs.add(self._folder / file.name)
                 shards.append(shard)
                 self._keep_partial()
                 self._progress.advance(stop - start)
                 if self._frames.done():
                     self._frames.result()  # rather now than at the end, if it failed
-        indices_dtype = _indices_dtype(self._content.n_vars).str
-        return Layer(name=name, dtype=dtype, indices_dtype=indices_dtype, shards=tuple(shards))
+        columns = indices_dtype(self._content.n_vars).str
+        return Layer(name=name, dtype=dtype, indices_dtype=columns, shards=tuple(shards))
 
     def _windows(self, name: str, borders: Sequence[tuple[int, int]]) -> Generator[Window, None, None]:
         """Yield the rows between borders, read on this thread; more of them are there than one."""
@@ -462,6 +476,17 @@ class _Builder:
             n_parts=n_parts,
             use_eager_fetch=True,
         )
+
+    def _dtype_of(self, name: str) -> str:
+        """Return the type of a layer, which is the same in all queries."""
+        dtypes = {self._layer_dtype(part, name).str: part.locator.uri for part in self._parts}
+        if len(dtypes) > 1:
+            listed = ", ".join(f"{dtype} in {uri!r}" for dtype, uri in dtypes.items())
+            raise ValueError(
+                f"layer {name!r} must have one type in all queries, but has {listed}; make one snapshot each."
+            )
+        [dtype] = dtypes
+        return dtype
 
     def _layer_dtype(self, part: Rows, name: str) -> np.dtype[Any]:
         with attrs.evolve(part.locator, layer_name=name).open(self._budget) as (X, _):
@@ -601,9 +626,8 @@ def narrowed(values: NDArray[Any]) -> np.dtype[Any]:
 
 def smallest(parts: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the smallest type that holds every value of a layer of `dtype`, given in narrowed parts."""
-    narrower = {"f": "u1 u2 u4 f4", "u": "u1 u2 u4", "i": "u1 i1 u2 i2 u4 i4"}.get(dtype.kind, "")
-    candidates = [np.dtype(name) for name in narrower.split() if np.dtype(name).itemsize < dtype.itemsize]
-    return next((t for t in candidates if all(_holds(t, values) for values in parts)), dtype)
+    *narrower, _ = map(np.dtype, stored_dtypes(dtype.str))
+    return next((t for t in narrower if all(_holds(t, values) for values in parts)), dtype)
 
 
 def _holds(dtype: np.dtype[Any], values: NDArray[Any]) -> bool:
@@ -640,9 +664,16 @@ def _width(name: str, array: soma.SparseNDArray | soma.DenseNDArray) -> int:
     return int(last_col) + 1
 
 
-def _indices_dtype(n_vars: int) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = smallest_uint(n_vars).newbyteorder("<")
-    return dtype
+def _borders_from(told: Any, n_obs: int) -> list[int]:
+    """Return the borders of shards that a killed creation tells of.
+
+    Raises:
+        ValueError: If they do not ascend from 0 to the number of rows.
+    """
+    borders = [0, *(int(border) for border in told[1:])]
+    if borders != told or borders[-1] != n_obs or any(b <= a for a, b in pairwise(borders)):
+        raise ValueError(f"borders={told} must ascend from 0 to {n_obs}.")
+    return borders
 
 
 def _shard_borders(tiles: NDArray[np.int64], n_rows: int) -> list[int]:

@@ -1,8 +1,10 @@
 """The compiled loops of snapshots: from files in memory maps straight into the arrays that are handed out.
 
 Rows lie in many files, whose values have different types. So that one call serves rows of all of them, the
-loops are given the addresses of the maps; whoever calls keeps the maps open. Like all compiled loops they
-release the GIL, are cached on disk, may run in several threads at once, and are imported on first use.
+loops are given the addresses of the maps; whoever calls keeps the maps open. Whatever the files hold, and
+even if it changes meanwhile, no loop reads or writes outside of its arrays: an index is checked after it was
+copied. Like all compiled loops they release the GIL, are cached on disk, may run in several threads at once,
+and are imported on first use.
 """
 
 from __future__ import annotations
@@ -71,38 +73,81 @@ def find_rows(
         joinid, row = joinids[k], -1
         if len(sorted_ids) and sorted_ids[0] <= joinid <= sorted_ids[-1]:
             bucket = (joinid - sorted_ids[0]) >> shift
-            low, high = first_rows[bucket], first_rows[bucket + 1]
-            while low < high:
-                middle = (low + high) >> 1
-                if sorted_ids[middle] < joinid:
-                    low = middle + 1
-                else:
-                    high = middle
-            if sorted_ids[low] == joinid:
-                row = low
+            if 0 <= bucket < len(first_rows) - 1:
+                low, high = first_rows[bucket], first_rows[bucket + 1]
+                while low < high:
+                    middle = (low + high) >> 1
+                    if sorted_ids[middle] < joinid:
+                        low = middle + 1
+                    else:
+                        high = middle
+                if low < len(sorted_ids) and sorted_ids[low] == joinid:
+                    row = low
         rows[k] = row
         n_missing += row < 0
     return n_missing
 
 
 @jit
+def first_descent(values: NDArray[np.int64], is_strict: bool) -> int:
+    """Return the number of the first value below the one before it, or equal to it if strict; or -1."""
+    for k in range(1, len(values)):
+        if values[k] < values[k - 1] or (is_strict and values[k] == values[k - 1]):
+            return k
+    return -1
+
+
+@jit
+def first_bad_row(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int) -> int:
+    """Return the number of the first row whose columns do not all exist or do not ascend, or -1."""
+    for row in range(len(indptr) - 1):
+        start, stop = max(0, indptr[row]), min(indptr[row + 1], len(indices))
+        n_wrong = 0
+        for k in range(start + 1, stop):
+            n_wrong += indices[k] <= indices[k - 1]
+        if n_wrong or (stop > start and np.int64(indices[stop - 1]) >= n_cols):
+            return row
+    return -1
+
+
+@jit
 def locate_rows(
     rows: NDArray[np.int64],
-    shard_starts: NDArray[np.int64],
+    shard_borders: NDArray[np.int64],
     indptr_at: NDArray[np.int64],
+    n_values: NDArray[np.int64],
     shards: NDArray[np.int32],
     begins: NDArray[np.int64],
     indptr: NDArray[np.int64],
-) -> None:
-    """Write the shard of each row, where it begins there, and the row starts of these rows put end to end."""
+) -> int:
+    """Write the shard of each row, where it begins there, and the row starts of these rows put end to end.
+
+    Args:
+        rows: Their numbers.
+        shard_borders: First row of each shard, and the number of rows.
+        indptr_at: Addresses of the row starts of each shard.
+        n_values: Stored values of each shard.
+        shards: Of each row.
+        begins: Of each row in its shard.
+        indptr: Row starts.
+
+    Returns:
+        The place of the first row that is none, or whose values would lie outside of its shard; or -1.
+    """
     indptr[0] = 0
     for k in range(len(rows)):
-        shard = np.searchsorted(shard_starts, rows[k], side="right") - 1
-        row = rows[k] - shard_starts[shard]
+        if rows[k] < shard_borders[0] or rows[k] >= shard_borders[-1]:
+            return k
+        shard = np.searchsorted(shard_borders, rows[k], side="right") - 1
+        row = rows[k] - shard_borders[shard]
         borders = numba.carray(_at(indptr_at[shard] + 8 * row), 2, np.int64)
+        begin, end = borders[0], borders[1]
+        if begin < 0 or end < begin or end > n_values[shard]:
+            return k
         shards[k] = shard
-        begins[k] = borders[0]
-        indptr[k + 1] = indptr[k] + borders[1] - borders[0]
+        begins[k] = begin
+        indptr[k + 1] = indptr[k] + end - begin
+    return -1
 
 
 @jit
@@ -153,6 +198,51 @@ def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> Non
 
 
 @jit
+def _copy_columns(address: int, kind: int, begin: int, out: NDArray[Any]) -> int:
+    """Do what `_copy` does with columns, which are unsigned; return the largest, or -1 of none."""
+    n = len(out)
+    if n == 0:
+        return -1
+    if kind == 1:
+        u2 = numba.carray(_at(address + 2 * begin), n, np.uint16)
+        largest_u2 = np.uint16(0)
+        for k in range(n):
+            column_u2 = u2[k]
+            out[k] = column_u2
+            largest_u2 = max(largest_u2, column_u2)
+        return int(largest_u2)
+    u4 = numba.carray(_at(address + 4 * begin), n, np.uint32)
+    largest_u4 = np.uint32(0)
+    for k in range(n):
+        column_u4 = u4[k]
+        out[k] = column_u4
+        largest_u4 = max(largest_u4, column_u4)
+    return int(largest_u4)
+
+
+@jit
+def gather_columns(
+    shards: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    indptr: NDArray[np.int64],
+    addresses: NDArray[np.int64],
+    kinds: NDArray[np.uint8],
+    n_cols: int,
+    out: NDArray[Any],
+) -> int:
+    """Do what `gather_rows` does; return the place of the first row with a column beyond `n_cols`, or -1."""
+    for k in range(len(shards)):
+        if k + ROWS_AHEAD < len(shards):
+            shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
+            n = indptr[k + ROWS_AHEAD + 1] - indptr[k + ROWS_AHEAD]
+            _prefetch(addresses[shard], kinds[shard], out.itemsize, begin, n)
+        shard, row = shards[k], out[indptr[k] : indptr[k + 1]]
+        if _copy_columns(addresses[shard], kinds[shard], begins[k], row) >= n_cols:
+            return k
+    return -1
+
+
+@jit
 def gather_rows(
     shards: NDArray[np.int32],
     begins: NDArray[np.int64],
@@ -175,7 +265,10 @@ def gather_rows(
 def keep_columns(
     indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
-    """Replace each column by its place, dropping those without one (-1), in place; rows move together."""
+    """Replace each column by its place, dropping those without one (-1), in place; rows move together.
+
+    The columns are within `place_of`: `gather_columns` has checked them.
+    """
     end, start = 0, indptr[0]
     for row in range(len(indptr) - 1):
         for k in range(start, indptr[row + 1]):
@@ -192,7 +285,10 @@ def keep_columns(
 def sort_rows_of_few(
     indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
-    """Sort the entries of each row by column, in place: a pass over the columns, marked in a set of bits."""
+    """Sort the entries of each row by column, in place: a pass over the columns, marked in a set of bits.
+
+    The columns are below `n_cols`: `gather_columns` has checked them.
+    """
     words = np.zeros((n_cols + 63) // 64, dtype=np.uint64)
     values = np.empty(n_cols, dtype=bits.dtype)
     one = np.uint64(1)
@@ -238,12 +334,16 @@ def fill_rows(
     data: NDArray[Any],
     bits: NDArray[Any],
     out_bits: NDArray[Any],
-) -> None:
+) -> int:
     """Write rows into the dense `out_bits`, zeros included: each while it is in the cache.
 
     `indices` and `data`, of which `bits` is a view, have room for the longest row. Columns go to their place,
     if there is one; without any in `place_of`, all of them to where they are stored.
+
+    Returns:
+        The place of the first row with a column that does not exist, or -1.
     """
+    n_cols = len(place_of) if len(place_of) else out_bits.shape[1]
     for k in range(len(shards)):
         if k + ROWS_AHEAD < len(shards):
             shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
@@ -251,7 +351,8 @@ def fill_rows(
             _prefetch(indices_at[shard], indices_kinds[shard], indices.itemsize, begin, n)
             _prefetch(data_at[shard], data_kinds[shard], data.itemsize, begin, n)
         shard, n = shards[k], indptr[k + 1] - indptr[k]
-        _copy(indices_at[shard], indices_kinds[shard], begins[k], indices[:n])
+        if _copy_columns(indices_at[shard], indices_kinds[shard], begins[k], indices[:n]) >= n_cols:
+            return k
         _copy(data_at[shard], data_kinds[shard], begins[k], data[:n])
         row = out_bits[k]
         row[:] = 0
@@ -263,3 +364,4 @@ def fill_rows(
                 place = place_of[indices[i]]
                 if place >= 0:
                     row[place] = bits[i]
+    return -1

@@ -19,7 +19,8 @@ from tiledbsoma_ml._obs import ObsTable
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._query_ids import check_joinids
 from tiledbsoma_ml._reader import IOBatch
-from tiledbsoma_ml._snapshot_format import Layer, map_file
+from tiledbsoma_ml._snapshot_check import check_starts
+from tiledbsoma_ml._snapshot_format import Layer, Shard, damaged, map_file
 
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""
@@ -125,7 +126,7 @@ class SnapshotReader:
         found, layer = self._layer.locate(self._index.find(obs_joinids)), self._layer
         longest = int(np.diff(found.indptr).max(initial=0))
         indices, data = np.empty(longest, layer.indices_dtype), np.empty(longest, layer.dtype)
-        kernels.fill_rows(
+        wrong = kernels.fill_rows(
             found.shards,
             found.begins,
             found.indptr,
@@ -139,6 +140,7 @@ class SnapshotReader:
             as_bits(data),
             as_bits(out),
         )
+        layer.check_columns(found, wrong)
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
@@ -154,7 +156,8 @@ class SnapshotReader:
         indptr, n = found.indptr, int(found.indptr[-1])
         indices, data = self.pool.empty(n, indices_dtype), self.pool.empty(n, self.dtype)
         where, layer = (found.shards, found.begins, indptr), self._layer
-        kernels.gather_rows(*where, layer.indices_at, layer.indices_kinds, unsigned(indices))
+        columns = layer.indices_at, layer.indices_kinds, layer.n_vars
+        layer.check_columns(found, kernels.gather_columns(*where, *columns, unsigned(indices)))
         kernels.gather_rows(*where, layer.data_at, layer.data_kinds, unsigned(data))
         if self._places is not None:
             kernels.keep_columns(indptr, self._places, unsigned(indices), as_bits(data))
@@ -176,15 +179,21 @@ class Found:
 
 
 class MappedLayer:
-    """The files of a layer, mapped."""
+    """The files of a layer, mapped.
 
-    def __init__(self, folder: Path, layer: Layer) -> None:
+    Args:
+        folder: Of the snapshot.
+        layer: What its manifest, which was checked, says about the layer.
+        n_vars: Number of columns.
+    """
+
+    def __init__(self, folder: Path, layer: Layer, n_vars: int) -> None:
         from tiledbsoma_ml._snapshot_kernels import AS_GIVEN_OUT, KINDS
 
         self.dtype = np.dtype(layer.dtype)
-        self.nnz = layer.nnz
-        self.n_rows = sum(shard.row_stop - shard.row_start for shard in layer.shards)
         self.indices_dtype = np.dtype(layer.indices_dtype)
+        self.nnz, self.n_vars = layer.nnz, n_vars
+        self._folder, self._shards = folder, layer.shards
         self._maps = [
             (
                 map_file(folder, shard.indptr, "<i8"),
@@ -193,21 +202,52 @@ class MappedLayer:
             )
             for shard in layer.shards
         ]
-        self._starts = np.array([shard.row_start for shard in layer.shards], dtype=np.int64)
+        self._borders = np.array([0, *(shard.row_stop for shard in layer.shards)], dtype=np.int64)
+        self._n_values = np.array([shard.nnz for shard in layer.shards], dtype=np.int64)
+        self._is_unchecked = np.ones(len(layer.shards), dtype=np.bool_)
         at = [[array.ctypes.data for array in maps] for maps in self._maps]
         self._indptr_at, self.indices_at, self.data_at = np.array(at, dtype=np.int64).reshape(-1, 3).T.copy()
         self.indices_kinds = np.full(len(layer.shards), KINDS[layer.indices_dtype], dtype=np.uint8)
         kinds = [KINDS.get(shard.data_dtype, AS_GIVEN_OUT) for shard in layer.shards]
         self.data_kinds = np.array(kinds, dtype=np.uint8)
 
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return int(self._borders[-1])
+
     def locate(self, rows: NDArray[np.int64]) -> Found:
-        """Return where rows are."""
+        """Return where rows are, of which each is one.
+
+        Raises:
+            ValueError: If the starts of rows are not what they can be.
+        """
         from tiledbsoma_ml import _snapshot_kernels as kernels
 
         n = len(rows)
         found = Found(rows, np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n + 1, np.int64))
-        kernels.locate_rows(rows, self._starts, self._indptr_at, found.shards, found.begins, found.indptr)
+        where = self._borders, self._indptr_at, self._n_values
+        wrong = kernels.locate_rows(rows, *where, found.shards, found.begins, found.indptr)
+        if wrong >= 0:
+            shard = self._shards[int(np.searchsorted(self._borders, rows[wrong], side="right")) - 1]
+            self._check_starts(shard)
+            raise damaged(self._folder, shard.indptr, f"must say where row {rows[wrong]:,} is, but does not")
+        if self._is_unchecked.any():
+            for number in np.unique(found.shards[self._is_unchecked[found.shards]]).tolist():
+                self._check_starts(self._shards[number])
+                self._is_unchecked[number] = False
         return found
+
+    def check_columns(self, found: Found, wrong: int) -> None:
+        """Raise a ValueError if a loop has found a row, of those that were found, with a column too large."""
+        if wrong >= 0:
+            shard, row = self._shards[found.shards[wrong]], found.rows[wrong]
+            rule = f"must hold columns below {self.n_vars:,}, but row {row:,} has others"
+            raise damaged(self._folder, shard.indices, rule)
+
+    def _check_starts(self, shard: Shard) -> None:
+        starts, _, _ = self._maps[self._shards.index(shard)]
+        check_starts(self._folder, shard, starts)
 
 
 def unsigned(values: NDArray[Any]) -> NDArray[Any]:

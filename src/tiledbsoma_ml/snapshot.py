@@ -17,11 +17,18 @@ from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
-from tiledbsoma_ml._obs import ObsTable, in_one_piece, with_missing
+from tiledbsoma_ml._obs import ObsTable, with_missing
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._snapshot_build import Rows, create, source_of
-from tiledbsoma_ml._snapshot_format import Layer, Manifest, map_file
+from tiledbsoma_ml._snapshot_check import (
+    checked_column,
+    read_frame,
+    read_obs_joinids,
+    read_var_joinids,
+    verify,
+)
+from tiledbsoma_ml._snapshot_format import File, Layer, Manifest, map_file
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
 from tiledbsoma_ml._snapshot_reader import MappedLayer, RowIndex, SnapshotReader
 from tiledbsoma_ml.x_locator import XLocator
@@ -53,6 +60,7 @@ class Snapshot:
         self._index: RowIndex | None = None
         self._layers: dict[str, MappedLayer] = {}
         self._frames: dict[str, pa.Table] = {}
+        self._columns: dict[tuple[str, str], pa.Array] = {}
         self._whole: SnapshotReader | None = None
 
     @classmethod
@@ -138,10 +146,11 @@ class Snapshot:
         """Return the snapshot at `path`; its manifest and the sizes of its files are read, but no data.
 
         Raises:
-            ValueError: If there is none, it is of a newer format, or a file is missing or has another size.
+            ValueError: If there is none, it is of a newer format, or a file is missing, is a link, or has
+                another size. Damage within files is told when they are read, or by `verify`.
         """
         manifest = Manifest.read(Path(path))
-        manifest.check_sizes(Path(path))
+        manifest.check_files(Path(path))
         return cls(path, manifest)
 
     # What it holds ----------------------------------------------------------------------------------------
@@ -190,12 +199,12 @@ class Snapshot:
     @cached_property
     def obs_joinids(self) -> NDArrayJoinId:
         """Joinids of the rows, read-only; those of several queries may repeat."""
-        return map_file(self.path, self._manifest.obs_joinids, "<i8")
+        return read_obs_joinids(self.path, self._manifest)
 
     @cached_property
     def var_joinids(self) -> NDArrayJoinId:
         """Joinids of the columns, read-only."""
-        return map_file(self.path, self._manifest.var_joinids, "<i8")
+        return read_var_joinids(self.path, self._manifest)
 
     @cached_property
     def query_ids(self) -> QueryIDs:
@@ -213,7 +222,7 @@ class Snapshot:
     def var(self) -> pd.DataFrame:
         """All columns of `var`, of the columns of `X`."""
         table = self._frame("var")
-        columns = {name: in_one_piece(table[name]) for name in table.column_names}
+        columns = {name: self._column("var", name) for name in table.column_names}
         return ObsTable(columns, with_missing(columns)).take(np.arange(self.shape[1]))
 
     @property
@@ -278,7 +287,7 @@ class Snapshot:
             nullable = with_missing(columns, rows)
         places, n_cols = self._places(var_joinids)
         if layer.name not in self._layers:
-            self._layers[layer.name] = MappedLayer(self.path, layer)
+            self._layers[layer.name] = MappedLayer(self.path, layer, self.shape[1])
         return SnapshotReader(
             self._layers[layer.name], index, ObsTable(columns, nullable), places=places, n_cols=n_cols
         )
@@ -324,13 +333,13 @@ class Snapshot:
         return anndata.AnnData(X=X, obs=obs, var=var, layers=layers, obsm=obsm)
 
     def verify(self) -> None:
-        """Read every file, and compare it with its checksum.
+        """Read every file, compare it with its checksum, and check that it holds what it must.
 
         Raises:
-            ValueError: If a file is missing or was altered: it is named, with both checksums.
+            ValueError: If a file is missing or was altered: it is named, with both checksums; or if it breaks
+                a rule of the format, whatever its checksum.
         """
-        for file in Manifest.read(self.path).files:
-            file.check_content(self.path)
+        verify(self.path, Manifest.read(self.path))
 
     # Parts ------------------------------------------------------------------------------------------------
 
@@ -389,7 +398,7 @@ class Snapshot:
     def _obs_columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
         self._check_columns(names)
         stored = [name for name in names if name in self.obs_column_names]
-        columns = {name: in_one_piece(self._frame("obs")[name]) for name in stored}
+        columns = {name: self._column("obs", name) for name in stored}
         if "soma_joinid" not in columns:
             columns["soma_joinid"] = pa.array(self.obs_joinids)
         return {name: columns[name] for name in names}
@@ -405,10 +414,19 @@ class Snapshot:
 
     def _frame(self, name: str) -> pa.Table:
         if name not in self._frames:
-            file = self._manifest.obs if name == "obs" else self._manifest.var
-            file.check_size(self.path)
-            self._frames[name] = pa.ipc.open_file(pa.memory_map(str(self.path / file.name))).read_all()
+            file, n_rows = self._frame_file(name)
+            self._frames[name] = read_frame(self.path, file, n_rows)
         return self._frames[name]
+
+    def _column(self, frame: str, name: str) -> pa.Array:
+        if (frame, name) not in self._columns:
+            file, _ = self._frame_file(frame)
+            self._columns[frame, name] = checked_column(self.path, file, self._frame(frame), name)
+        return self._columns[frame, name]
+
+    def _frame_file(self, name: str) -> tuple[File, int]:
+        manifest, (n_obs, n_vars) = self._manifest, self.shape
+        return (manifest.obs, n_obs) if name == "obs" else (manifest.var, n_vars)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "fingerprint": self.fingerprint}
