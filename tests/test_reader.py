@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,9 +13,10 @@ import pytest
 import tiledbsoma as soma
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._utils import ExceptionWrapper
 
-from stores import N_OBS, N_VARS, Store, expected_X, make_obs
-from tiledbsoma_ml import _reader
+from stores import N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
+from tiledbsoma_ml import XLocator, _reader
 from tiledbsoma_ml._parts import Extents
 from tiledbsoma_ml._reader import SOMAReader
 
@@ -35,6 +37,7 @@ DTYPES = [
 def read(
     store: Store,
     obs_joinids: Sequence[int],
+    /,
     var_joinids: Sequence[int] = range(N_VARS),
     columns: Sequence[str] = ("soma_joinid",),
     among: Sequence[int] | None = None,
@@ -244,3 +247,27 @@ def test_a_column_with_missing_values_has_one_dtype_for_all_batches_of_a_reader(
 def test_rows_that_obs_lacks_are_named(store: Store) -> None:
     with pytest.raises(ValueError, match=r"obs_joinids must exist in obs, but 2 do not, 400 for instance"):
         read(store, [3, 400, 401])
+
+
+# Damage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("array", "dense", "file"),
+    [("ms/RNA/X/raw", False, "a0.tdb"), ("ms/RNA/X/raw", True, "a0.tdb"), ("obs", False, "a3.tdb")],
+)
+def test_what_cannot_be_read_is_told_with_its_address_and_rows_from_a_worker_too(
+    tmp_path: Path, array: str, dense: bool, file: str
+) -> None:
+    uri = make_experiment(tmp_path / "experiment", obs_joinids=range(40), dense=dense)
+    with soma.Experiment.open(uri) as experiment:
+        store = Store(uri, XLocator.create(experiment, "RNA"))
+    [damaged] = (tmp_path / "experiment" / array).glob(f"__fragments/*/{file}")
+    damaged.write_bytes(bytes(byte ^ 255 for byte in damaged.read_bytes()))
+    dataset = store.dataset(range(5, 40), obs_column_names=["barcode", "n_genes", "is_primary"])
+    told = rf"rows 5 to 39 of '[^']*/experiment/{array}' must be readable, but: .*TileDB"
+    with pytest.raises(soma.SOMAError, match=told) as caught:
+        list(dataset)
+    assert isinstance(caught.value.__cause__, soma.SOMAError)
+    with pytest.raises(soma.SOMAError, match=told):
+        ExceptionWrapper(caught._excinfo, where="in worker 0").reraise()  # as a DataLoader does

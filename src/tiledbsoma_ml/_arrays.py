@@ -1,12 +1,15 @@
-"""Arrays of an experiment: which coordinates to ask them for."""
+"""Arrays of an experiment: which coordinates to ask them for, and where it is that one cannot be read."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import tiledbsoma as soma
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId
@@ -38,3 +41,20 @@ def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
     array: NDArray[Any] = whole.to_numpy(zero_copy_only=False)
     return array
+
+
+@contextmanager
+def telling_where(
+    array: soma.SparseNDArray | soma.DenseNDArray | soma.DataFrame, sorted_ids: NDArrayJoinId
+) -> Iterator[None]:
+    """Tell with an error of TileDB in which rows of which array it happened: TileDB itself does not."""
+    try:
+        yield
+    except (soma.SOMAError, RuntimeError) as err:
+        reason = str(err).strip().rstrip(".")
+        rows = f"rows {sorted_ids[0]} to {sorted_ids[-1]}" if len(sorted_ids) else "no rows"
+        raise soma.SOMAError(
+            f"{rows} of {array.uri!r} must be readable, but: {reason}; try "
+            "again if the storage could not be reached, else a file is damaged: restore it, or write the "
+            "array anew."
+        ) from err

@@ -11,7 +11,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._arrays import ranges, to_numpy
+from tiledbsoma_ml._arrays import ranges, telling_where, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._query_ids import check_once
 from tiledbsoma_ml.x_locator import XLocator
@@ -63,10 +63,9 @@ class ObsColumns:
             ValueError: If `obs` lacks one of the rows, or has one twice.
         """
         wanted = ascending(joinids)
-        table = obs.read(
-            coords=_coords(obs, wanted),
-            column_names=list(dict.fromkeys(["soma_joinid", *column_names])),
-        ).concat()
+        names = list(dict.fromkeys(["soma_joinid", *column_names]))
+        with telling_where(obs, wanted):
+            table = obs.read(coords=_coords(obs, wanted), column_names=names).concat()
         found = to_numpy(table["soma_joinid"])
         if not np.array_equal(found, wanted):
             table = table.take(pa.array(_places(obs, wanted, found)))
@@ -206,11 +205,11 @@ def _read_missing(
     names = {name for name, field in fields.items() if field.nullable and field.type in _NULLABLE_DTYPES}
     found: set[str] = set()
     if names and len(sorted_ids):
-        wanted = ["soma_joinid", *names]
-        for table in obs.read(coords=_coords(obs, sorted_ids), column_names=wanted):
-            found |= {name for name in names - found if _is_missing_in(table, name, sorted_ids)}
-            if found == names:
-                break
+        with telling_where(obs, sorted_ids):
+            for table in obs.read(coords=_coords(obs, sorted_ids), column_names=["soma_joinid", *names]):
+                found |= {name for name in names - found if _is_missing_in(table, name, sorted_ids)}
+                if found == names:
+                    break
     return frozenset(found)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import tiledbsoma as soma
 
-from tiledbsoma_ml._arrays import ranges, to_numpy
+from tiledbsoma_ml._arrays import ranges, telling_where, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
@@ -220,9 +220,10 @@ def _sparse_entries(
 ) -> Generator[Entries, None, None]:
     """Yield the entries of rows and columns of a sparse layer, and some beside them, as they are stored."""
     coords = (_rows_to_read(X, sorted_ids), _columns_to_read(X, var_joinids))
-    for table in X.read(coords=coords).tables():
-        dim_0, dim_1, values = (to_numpy(table[name]) for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
-        yield dim_0, dim_1, values
+    with telling_where(X, sorted_ids):
+        for table in X.read(coords=coords).tables():
+            dim_0, dim_1, values = (to_numpy(table[f"soma_{name}"]) for name in ("dim_0", "dim_1", "data"))
+            yield dim_0, dim_1, values
 
 
 def _dense_entries(
@@ -234,7 +235,8 @@ def _dense_entries(
     n_rows = max(1, DENSE_READ_BYTES // ((last_col - first_col + 1) * itemsize))
     for start, stop in _near_runs(sorted_ids, DENSE_GAP_ROWS, n_rows):
         first_row, last_row = int(sorted_ids[start]), int(sorted_ids[stop - 1])
-        block = X.read(coords=(slice(first_row, last_row), slice(first_col, last_col))).to_numpy()
+        with telling_where(X, sorted_ids[start:stop]):
+            block = X.read(coords=(slice(first_row, last_row), slice(first_col, last_col))).to_numpy()
         i, j = block.nonzero()
         yield i + first_row, j + first_col, block[i, j]
 
