@@ -13,6 +13,9 @@ import torch
 
 MODEL_FILE = "model.pt"
 
+NO_COLUMN = ("_scvi_batch", "_scvi_labels")
+"""What a registry of scvi-tools names where cells in memory had no column of batches or labels."""
+
 
 def load_scvi_model(
     model_class: Any,
@@ -196,13 +199,13 @@ def check_fits(model: Mapping[str, Any], module: Mapping[str, Any]) -> None:
 
 
 def _names(registry: Mapping[str, Any], what: str) -> list[str]:
-    state = {name: field["state_registry"] for name, field in registry["field_registries"].items()}
+    fields = registry["field_registries"]
     if what == "genes":
-        return list(state["X"]["column_names"])
-    if what == "batches":
-        return list(state["batch"]["categorical_mapping"])
-    labels = state["labels"]
-    return [label for label in labels["categorical_mapping"] if label != labels["unlabeled_category"]]
+        return list(fields["X"]["state_registry"]["column_names"])
+    state = fields["batch" if what == "batches" else "labels"]["state_registry"]
+    if not state.get("column_names", state["original_key"] not in NO_COLUMN):
+        return ["all"]
+    return [name for name in state["categorical_mapping"] if name != state.get("unlabeled_category")]
 
 
 class _LabelsOnly:

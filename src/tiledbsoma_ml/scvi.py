@@ -284,13 +284,19 @@ class SCVIDataModule(QueryDataModule):
         """Begin a run; called by Lightning.
 
         Raises:
-            ValueError: If a callback waits for a metric of validation, and no cells are left for it.
+            ValueError: If a callback waits for a metric of validation, and no cells are left for it; or if
+                `SCANVI` has nothing to classify.
         """
         super().setup(stage)
         if self.trainer is None or stage != "fit":
             return
         if self.val_dataset is None:
             check_monitors(self.trainer, self._train_size)
+        if self._trains_semi_supervised() and self.n_labels < 2:
+            raise ValueError(
+                f"label_column_name={self._fields.label!r} must have two labels or more for a model to tell "
+                f"apart, but has {self.n_labels}; choose another column, or train SCVI."
+            )
         if (model := getattr(self.trainer, "_model", None)) is not None:
             attach(model, self)
 
@@ -388,7 +394,7 @@ class SCVIDataModule(QueryDataModule):
         """Return the latent representation of every cell: rows in the order of the query, by joinid.
 
         Args:
-            model: Trained with this data module, or one of the same genes and categories.
+            model: Trained with this data module, or on other cells of the same genes and categories.
             query: As for `inference_dataloader`, and so are `batch_size` and `unseen`.
             batch_size: See there.
             unseen: See there. Cells of new batches can be embedded without training where the encoder does
