@@ -156,12 +156,13 @@ def test_an_iterator_that_is_found_to_be_garbage_by_its_own_thread_is_closed() -
 # Forks ----------------------------------------------------------------------------------------------------
 
 FORKS = """
-import json, os, pathlib, signal, sys, threading, time
+import fcntl, json, os, pathlib, signal, sys, threading, time
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 import tiledbsoma
-from tiledbsoma_ml import ExperimentDataset, _threads, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
+from tiledbsoma_ml._snapshot_progress import locked
 
 def in_a_fork(check):
     "Return how a fork of this process ends that does something."
@@ -207,6 +208,19 @@ with EagerMap(str, iter(range(9)), 2) as mapped:
     found["a map goes on in a fork"] = in_a_fork(lambda: use_inherited(mapped))
 with EagerIterator(fork_and_wait()) as forking:
     found["a thread of the package forks"] = next(forking)
+
+path = pathlib.Path(sys.argv[0]).with_name("made")
+with locked(path, print):
+    waiting = path.with_name(".made.lock").open()  # as another process does
+    if not (child := os.fork()):
+        time.sleep(200)
+        os._exit(0)
+try:
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    found["a fork keeps a lock"] = 1
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
 
 with tiledbsoma.Experiment.open(sys.argv[1]) as experiment, experiment.axis_query("RNA") as query:
     dataset, other = (ExperimentDataset(query, batch_size=7, io_batch_size=64, seed=0) for _ in "ab")

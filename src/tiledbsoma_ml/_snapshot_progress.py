@@ -107,6 +107,7 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         lock.unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for what forked meanwhile and has it open as well
         os.close(descriptor)
 
 
