@@ -41,6 +41,7 @@ LAYOUT = [
     "_context",
     "_distributed",
     "_epoch",
+    "_vfs",
     "x_locator",
     "_query_ids",
     "_shared_ids",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,34 @@ def test_a_path_without_a_snapshot_and_without_a_query_says_what_is_missing(tmp_
         ExperimentDataset(snapshot=tmp_path / "none.snapshot")
     with pytest.raises(ValueError, match="snapshot=True needs a query"):
         ExperimentDataset(snapshot=True)
+
+
+def test_a_snapshot_of_another_experiment_that_appears_after_a_dataset_was_built_is_refused(
+    store: Store, make_store: Any, tmp_path: Path
+) -> None:
+    path, ids = tmp_path / "x.snapshot", QueryIDs(obs_joinids=np.arange(20), var_joinids=np.arange(N_VARS))
+    first, second = (
+        ExperimentDataset(x_locator=source.locator, query_ids=ids, snapshot=path)
+        for source in (make_store(obs_joinids=range(20), n_vars=N_VARS), store)
+    )
+    in_worker = pickle.dumps(second)
+    assert sorted(joinids_of(first)) == list(range(20))
+    with pytest.raises(ValueError, match=r"the experiment is .* there, not"):
+        next(iter(second))
+    with pytest.raises(ValueError, match=r"the experiment is .* there, not"):
+        next(iter(pickle.loads(in_worker)))
+
+
+def test_a_snapshot_whose_experiment_cannot_be_listed_is_used_with_a_warning(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlisted(_: object) -> None:
+        raise OSError
+
+    ids = QueryIDs(obs_joinids=np.arange(20), var_joinids=np.arange(N_VARS))
+    known = {"x_locator": store.locator, "query_ids": ids, "snapshot": tmp_path / "x.snapshot"}
+    next(iter(ExperimentDataset(**known)))
+    monkeypatch.setattr("tiledbsoma_ml._snapshot_build.open_vfs", unlisted)
+    with pytest.warns(UserWarning, match=r"holds .* as of 20.*; whether obs, var, X/raw changed since"):
+        dataset = ExperimentDataset(**known)
+    assert len(joinids_of(dataset)) == 20

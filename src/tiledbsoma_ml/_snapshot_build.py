@@ -7,9 +7,10 @@ import hashlib
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -54,6 +55,7 @@ from tiledbsoma_ml._snapshot_format import (
 )
 from tiledbsoma_ml._snapshot_progress import Progress, locked
 from tiledbsoma_ml._threads import at_work
+from tiledbsoma_ml._vfs import open_vfs
 from tiledbsoma_ml._window import Window, _narrowed, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -146,7 +148,21 @@ def is_there(path: Path, content: Content) -> bool:
             f"({'; '.join(differences)}); choose another path, or remove it."
         )
     manifest.check_files(path)
+    for made, asked in zip(manifest.content.sources, content.sources, strict=True):
+        warn_of_unknown(path, made, asked, content.arrays)
     return True
+
+
+def warn_of_unknown(path: Path, made: Source, asked: Source, arrays: Sequence[str]) -> None:
+    """Warn that of some arrays it cannot be told whether they were written to since a snapshot was made."""
+    if unknown := [name for name in arrays if name not in made.versions.keys() & asked.versions.keys()]:
+        date = datetime.fromtimestamp(made.tiledb_timestamp_ms / 1000, UTC).isoformat(timespec="seconds")
+        warnings.warn(
+            f"snapshot={str(path)!r} holds {made.uri!r} as of {date}; whether {', '.join(unknown)} changed "
+            "since cannot be told, because TileDB cannot list what was written there; if so, make it again "
+            "at another path.",
+            stacklevel=2,
+        )
 
 
 # What is asked for ----------------------------------------------------------------------------------------
@@ -189,12 +205,12 @@ def source_of(
         arrays = {"obs": obs, "var": measurement.var}
         arrays |= {f"X/{name}": measurement.X[name] for name in layer_names}
         arrays |= {f"obsm/{name}": measurement.obsm[name] for name in obsm}
-        versions = {name: _version(array.uri, locator) for name, array in arrays.items()}
+        uris = {name: _absolute(array.uri) for name, array in arrays.items()}
     return Source(
         uri=_absolute(locator.uri),
         measurement_name=locator.measurement_name,
         tiledb_timestamp_ms=locator.tiledb_timestamp_ms,
-        versions={name: found for name, found in versions.items() if found is not None},
+        versions=_versions(uris, locator),
         n_obs=len(joinids),
         obs_digest=digest(joinids),
     )
@@ -227,21 +243,30 @@ def _absolute(uri: str) -> str:
     return str(Path(rest if separator else uri).resolve())
 
 
-def _version(uri: str, locator: XLocator) -> str | None:
-    """Return a digest of the names of what was written to an array until the timestamp of an address.
+def _versions(uris: dict[str, str], locator: XLocator) -> dict[str, str]:
+    """Return, for each array, a digest of the names of what was written to it until a timestamp.
 
-    Whenever an experiment is opened it gets a new timestamp, which says nothing. None where the array is not
-    in local files.
+    Whenever an experiment is opened it gets a new timestamp, which says nothing. Arrays that cannot be listed
+    are left out.
     """
-    folder = Path(_absolute(uri))
-    if "://" in _absolute(uri) or not folder.is_dir():
-        return None
-    paths = [*folder.glob("__fragments/*"), *folder.glob("__commits/*.del"), *folder.glob("__commits/*.upd")]
+    found = {}
+    with suppress(OSError), open_vfs(locator.tiledb_config) as vfs:
+        for name, uri in uris.items():
+            with suppress(OSError):
+                fragments = vfs.names(f"{uri}/__fragments")
+                commits = vfs.names(f"{uri}/__commits")
+                found[name] = _version(fragments, commits, locator.tiledb_timestamp_ms)
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version(fragments: list[str], commits: list[str], timestamp_ms: int) -> str | None:
+    """Return a digest of the fragments, deletions and updates until a timestamp; None if it is not known."""
+    names = [*fragments, *(name for name in commits if name.endswith((".del", ".upd")))]
     try:
-        times = [int(path.name.lstrip("_").split("_")[0]) for path in paths]
+        times = [int(name.lstrip("_").split("_")[0]) for name in names]
     except ValueError:  # names of another version of TileDB
         return None
-    written = sorted(p.name for p, t in zip(paths, times, strict=True) if t <= locator.tiledb_timestamp_ms)
+    written = sorted(name for name, t in zip(names, times, strict=True) if t <= timestamp_ms)
     return hashlib.blake2b("\n".join(written).encode(), digest_size=8).hexdigest()
 
 

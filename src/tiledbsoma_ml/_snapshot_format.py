@@ -283,6 +283,11 @@ class Content:
         return sum(source.n_obs for source in self.sources)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Arrays that it comes from."""
+        return arrays_of(self.layer_names, self.obsm_names)
+
+    @property
     def fingerprint(self) -> str:
         """A digest of all but the timestamps, which are new whenever an experiment is opened."""
         text = json.dumps(attrs.asdict(self, filter=lambda a, _: a.name != "tiledb_timestamp_ms"))
@@ -302,9 +307,16 @@ class Content:
             found += ours.differences(its)
         if not found and self.var_digest != other.var_digest:
             found = ["var_joinids are others, or in another order"]
-        if not found and self.fingerprint != other.fingerprint:
+        if not found and any(
+            a.obs_digest != b.obs_digest for a, b in zip(self.sources, other.sources, strict=True)
+        ):
             found = ["obs_joinids are others"]
         return found
+
+
+def arrays_of(layer_names: Sequence[str], obsm_names: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return how versions name the arrays that layers and arrays of `obsm` come with."""
+    return ("obs", "var", *(f"X/{name}" for name in layer_names), *(f"obsm/{name}" for name in obsm_names))
 
 
 def _differences(*compared: tuple[str, Any, Any]) -> list[str]:

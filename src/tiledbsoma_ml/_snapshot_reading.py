@@ -71,19 +71,27 @@ class SnapshotReading:
         self._layer_name = layer_name if locator is None else locator.layer_name
         self._obs_column_names = obs_column_names
         self._memory_bytes = memory_bytes
-        self._rows = None if ids is None else ids.obs_joinids
+        self._ids = ids
         self._nullable: frozenset[str] | None = None
         self._to_make = None if locator is None or ids is None else (locator, ids)
         self._snapshot = snapshot if isinstance(snapshot, Snapshot) else None
         self.path = snapshot.path if isinstance(snapshot, Snapshot) else self._place(snapshot)
-        if self._to_make is None or self._snapshot is not None or self.path.exists():
-            self._check(ids)
+        if self._snapshot is not None:
+            self._check(self._snapshot)
+        elif self._to_make is None or self.path.exists():
+            self.prepare()
 
     def prepare(self) -> Snapshot:
-        """Return the snapshot, having made it if it is not there."""
+        """Return the snapshot, having made it if it is not there.
+
+        Raises:
+            ValueError: If another one is there, also if it came there just now.
+        """
         if self._snapshot is None:
             if self._to_make is None or self.path.exists():
-                self._snapshot = Snapshot.open(self.path)
+                found = Snapshot.open(self.path)
+                self._check(found)
+                self._snapshot = found
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._snapshot = Snapshot.create_from(
@@ -180,12 +188,13 @@ class SnapshotReading:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "tiledbsoma_ml" / f"{content.fingerprint}.snapshot"
 
-    def _check(self, ids: QueryIDs | None) -> None:
-        snapshot = self.prepare()
+    def _check(self, snapshot: Snapshot) -> None:
+        """Raise a ValueError unless a snapshot holds the query."""
         if self._locator is not None:
             snapshot.check_holds(self._locator, self._obs_column_names)
-        ids = snapshot.query_ids if ids is None else ids
-        self._reader(ids, ids.obs_joinids)
+        ids = snapshot.query_ids if self._ids is None else self._ids
+        names, layer_name = self._obs_column_names, self._layer_name
+        snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=layer_name)
 
     def _reader(self, ids: QueryIDs, obs_joinids: NDArrayJoinId) -> SnapshotReader:
         return self.prepare().reader(
@@ -199,14 +208,14 @@ class SnapshotReading:
     def _obs_nullable(self) -> frozenset[str]:
         """Return which columns of `obs` are nullable: decided once for the query, as by `ObsTypes`."""
         if self._nullable is None:
-            rows = self.prepare().query_ids.obs_joinids if self._rows is None else self._rows
-            self._nullable = self.prepare().reader(rows, None, self._obs_column_names).nullable
+            ids = self.prepare().query_ids if self._ids is None else self._ids
+            self._nullable = self.prepare().reader(ids.obs_joinids, None, self._obs_column_names).nullable
         return self._nullable
 
     def __getstate__(self) -> dict[str, Any]:
         if self._snapshot is None:
             return self.__dict__
-        return self.__dict__ | {"_to_make": None, "_rows": None, "_nullable": self._obs_nullable()}
+        return self.__dict__ | {"_to_make": None, "_ids": None, "_nullable": self._obs_nullable()}
 
 
 class _Whole:

@@ -20,7 +20,7 @@ from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._obs import ObsTable, with_missing
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._reader import check_obs_column_names
-from tiledbsoma_ml._snapshot_build import Rows, create, source_of
+from tiledbsoma_ml._snapshot_build import Rows, create, source_of, warn_of_unknown
 from tiledbsoma_ml._snapshot_check import (
     checked_column,
     read_frame,
@@ -28,7 +28,7 @@ from tiledbsoma_ml._snapshot_check import (
     read_var_joinids,
     verify,
 )
-from tiledbsoma_ml._snapshot_format import File, Layer, Manifest, map_file
+from tiledbsoma_ml._snapshot_format import File, Layer, Manifest, arrays_of, map_file
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
 from tiledbsoma_ml._snapshot_reader import MappedLayer, RowIndex, SnapshotReader
 from tiledbsoma_ml.x_locator import XLocator
@@ -305,11 +305,13 @@ class Snapshot:
         check_name("layer_name", locator.layer_name, self.layer_names, of=self._a("layer"))
         self._check_columns(obs_column_names)
         [source] = self._manifest.content.sources
-        if differences := source.differences(source_of(locator, [locator.layer_name])):
+        asked = source_of(locator, [locator.layer_name])
+        if differences := source.differences(asked):
             raise ValueError(
                 f"snapshot={str(self.path)!r} must be made from the experiment that is queried, but "
                 f"{'; '.join(differences)}; make a snapshot of this query at another path."
             )
+        warn_of_unknown(self.path, source, asked, arrays_of([locator.layer_name]))
 
     def to_anndata(self, rows: Any = None) -> Any:
         """Return rows, all if None, as an `AnnData`, with further layers and `obsm`.
