@@ -48,6 +48,7 @@ LAYOUT = [
     "_deal",
     "_plan",
     "_state",
+    "_progress",
     "_agreement",
     "_quality",
     "_threads",

@@ -110,7 +110,7 @@ def test_in_global_scope_the_mini_batches_of_a_rank_do_not_depend_on_its_workers
     device = None if mode == "cpu" else "cpu"
     options = {"shuffle_mode": mode, "device": device, "tail": tail, "batch_size": 7}
     dataset = dataset_of(whole, 150, shuffle_scope="global", **options)
-    dataset._rank_and_world_size = (1, 2)
+    dataset.ranks = (1, 2)
     if mode == "cpu":
         expected = sorted(epoch_of_rank(dataset, 1, 2, 0))
         for n_workers in (1, 2, 3):
@@ -118,7 +118,7 @@ def test_in_global_scope_the_mini_batches_of_a_rank_do_not_depend_on_its_workers
             assert sorted(found) == expected
             assert sum(len(batch) < 7 for batch in found) <= 1
     else:
-        dataset._rank_and_world_size = None
+        dataset.ranks = None
         with mock.patch.dict("os.environ", {"RANK": "1", "WORLD_SIZE": "2"}):
             expected = sorted(batches_of(copy.deepcopy(dataset)))
             context = {"num_workers": 2, "multiprocessing_context": "fork"}

@@ -1,9 +1,15 @@
-"""Ranks that iterate together make sure, before the first mini-batch, that they iterate the same."""
+"""Ranks that iterate together make sure, at the start of each epoch, that they iterate the same.
+
+They meet in the store of their process group rather than in a collective: it works with every backend, and
+whoever waits knows for whom.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,44 +18,56 @@ from tiledbsoma_ml._deal import ShuffleScope
 
 logger = logging.getLogger("tiledbsoma_ml")
 
+WARN_AFTER_S = 15.0
+"""After waiting so long for a rank, a rank says so."""
+
+_ALONE = "iterate on all ranks alike, or give ExperimentDataset(ranks=(0, 1)) what one rank reads alone"
+
+_meetings: list[str] = []
+"""Keys of the meetings of this process, but for those that are cleared away."""
+
+_n_meetings = 0
+
 
 def agreed_seed(
-    identity: Mapping[str, Any], seed: int | None, *, scope: ShuffleScope, world_size: int
+    options: Callable[[], Mapping[str, Any]],
+    seed: int | None,
+    *,
+    drawn_seed: int,
+    scope: ShuffleScope,
+    world_size: int,
+    are_told: bool,
 ) -> int:
     """Return the seed of all ranks: the one that was given to them, or that which rank 0 drew.
 
-    All ranks call this at once where torch.distributed is initialized.
+    All ranks call this at once, where there is a process group of torch.distributed.
 
     Args:
-        identity: What must be the same on all ranks; "seed" is that which this rank would use.
+        options: Gives what must be the same on all ranks, beside `seed`.
         seed: What was given to this rank.
+        drawn_seed: What this rank would use.
         scope: Among which rows chunks are shuffled.
         world_size: Number of ranks.
+        are_told: Whether the ranks are those that the user gave, who may be others than those of the group.
 
     Raises:
         ValueError: If ranks differ; or if they have no means to agree on a seed and need one.
+        TimeoutError: If a rank does not come before the timeout of the process group.
     """
-    drawn_seed: int = identity["seed"]
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    store = None if are_told else _store()
+    if store is None:
         if seed is None and scope == "global":
             raise ValueError(
                 f"seed=None must be a number where {world_size} ranks share one shuffle and have no "
                 "torch.distributed to agree on one; try seed=42."
             )
         return drawn_seed
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, (drawn_seed, {**identity, "seed": seed}))
-    drawn_seed, expected = of_ranks[0]
-    for rank, (_, found) in enumerate(of_ranks):
-        for name, value in expected.items():
-            if found[name] != value:
-                raise ValueError(
-                    f"{name} must be the same on all ranks, but is {value!r} on rank 0 and {found[name]!r} "
-                    f"on rank {rank}; make the dataset with the same query, options and seeds everywhere."
-                )
-    if seed is None and torch.distributed.get_rank() == 0:
-        logger.info("seed=None: all %d ranks use seed=%d, drawn by rank 0", world_size, drawn_seed)
-    return drawn_seed
+    verdict = _meet(store, {**options(), "seed": seed}, drawn_seed)
+    if "differ" in verdict:
+        raise ValueError(verdict["differ"])
+    if "missing" in verdict:
+        raise _late(verdict["missing"], store.timeout.total_seconds())
+    return int(verdict["seed"])
 
 
 def log_parts(world_size: int, n_workers: int) -> None:
@@ -60,3 +78,87 @@ def log_parts(world_size: int, n_workers: int) -> None:
             "same rows in every epoch; 'global' shuffles the whole query and deals it anew each time",
             world_size * n_workers,
         )
+
+
+def _store() -> Any:
+    """Return the store of the process group; None where there is none, whatever `is_initialized` says."""
+    distributed = torch.distributed
+    if not distributed.is_available() or distributed.group.WORLD is None:
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _meet(store: Any, options: Mapping[str, Any], drawn_seed: int) -> dict[str, Any]:
+    """Bring what this rank has, and return what rank 0 says when it has seen what all have."""
+    global _n_meetings
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    key, limit = f"tiledbsoma_ml/{_n_meetings}", store.timeout.total_seconds()
+    keys = [f"{key}/{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps([options, drawn_seed]))
+    if rank == 0:
+        missing = _wait(store, keys, limit)
+        if len(missing) == world_size - 1:
+            store.delete_key(keys[0])
+            raise _late(missing, limit)
+        verdict = {"missing": missing} if missing else _compared([json.loads(store.get(k)) for k in keys])
+        store.set(key, json.dumps(verdict))
+    else:
+        if missing := _wait(store, keys[:1], limit):
+            store.delete_key(keys[rank])
+            raise _late(missing, limit)
+        if _wait(store, [key], limit + WARN_AFTER_S):  # rank 0 came, and waits for others
+            raise _late([0], limit)
+        verdict = json.loads(store.get(key))
+    _n_meetings += 1
+    _clear(store, [keys[rank], key] if rank == 0 else [keys[rank]])
+    return verdict
+
+
+def _compared(of_ranks: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+    """Return a seed for all ranks, or how the first rank that differs does."""
+    expected, drawn_seed = of_ranks[0]
+    for rank, (found, _) in enumerate(of_ranks):
+        for name, value in expected.items():
+            if found.get(name) != value:
+                return {
+                    "differ": f"{name} must be the same on all ranks, but is {value!r} on rank 0 and "
+                    f"{found.get(name)!r} on rank {rank}; make the dataset with the same query, options and "
+                    f"seeds everywhere, load the same state, {_ALONE}."
+                }
+    return {"seed": drawn_seed}
+
+
+def _wait(store: Any, keys: Sequence[str], limit: float) -> list[int]:
+    """Wait until keys are there, but no longer than `limit`; return the places of those that are not."""
+    began, warned, pause = time.monotonic(), False, 0.0005
+    while not store.check(list(keys)):
+        waited = time.monotonic() - began
+        is_long = waited > min(WARN_AFTER_S, limit)
+        missing = [k for k, key in enumerate(keys) if not store.check([key])] if is_long else []
+        if missing and waited > limit:
+            return missing
+        if missing and not warned:
+            warned = True
+            logger.warning("waiting for rank %s to begin the epoch; %s", _listed(missing), _ALONE)
+        pause = min(2 * pause, 0.1)
+        time.sleep(pause)
+    return []
+
+
+def _late(missing: Sequence[int], limit: float) -> TimeoutError:
+    return TimeoutError(
+        f"rank {_listed(missing)} must begin the epoch as the others do, but did not within {limit:g} s, the "
+        f"timeout of the process group; {_ALONE}."
+    )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"{shown} and {len(ranks) - 8} more" if len(ranks) > 8 else shown
+
+
+def _clear(store: Any, keys: Sequence[str]) -> None:
+    """Clear away this rank's keys of the meeting before: whoever came to this one has read them."""
+    for key in _meetings:
+        store.delete_key(key)
+    _meetings[:] = keys

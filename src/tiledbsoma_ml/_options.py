@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
+from typing import Any
 
 import tiledbsoma as soma
 import torch
@@ -116,6 +117,27 @@ def check_mixing(mixing: object) -> float | None:
 def check_seed(seed: int | None) -> int | None:
     """Return a seed, or None."""
     return None if seed is None else check_count("seed", seed, suggestion=42, minimum=0)
+
+
+def check_ranks(ranks: object) -> tuple[int, int] | None:
+    """Return (rank, number of ranks), or None."""
+    if ranks is None:
+        return None
+    rank: Any
+    world_size: Any
+    try:
+        rank, world_size = ranks  # type: ignore[misc]
+    except (TypeError, ValueError) as err:
+        raise TypeError(
+            f"ranks={ranks!r} must be two integers, the rank and the number of ranks; try (0, 1)."
+        ) from err
+    rank = check_count("ranks", rank, suggestion=0, minimum=0)
+    world_size = check_count("ranks", world_size, suggestion=1)
+    if rank >= world_size:
+        raise ValueError(
+            f"ranks=({rank}, {world_size}) must be a rank below the number of ranks; try (0, 1)."
+        )
+    return rank, world_size
 
 
 def choose_device(mode: ShuffleMode, device: torch.device | str | None) -> torch.device | None:

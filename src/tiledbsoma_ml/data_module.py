@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size
 from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import check_obs_column_names
@@ -23,6 +23,8 @@ from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset
 from tiledbsoma_ml.snapshot import Snapshot
 
 try:
+    from lightning.pytorch.trainer.states import TrainerFn
+
     from tiledbsoma_ml._lightning import QueryDataModule
 except ImportError as err:
     raise ImportError(
@@ -120,7 +122,7 @@ class ExperimentDataModule(QueryDataModule):
         self._device_transform = device_transform
         self._loader_options = dict(loader_options or {})
         self._is_resized = False
-        self._resumed: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
 
     def _make_datasets(self, **source: Any) -> None:
         train = ExperimentDataset(**source, **self._options)
@@ -161,7 +163,7 @@ class ExperimentDataModule(QueryDataModule):
     def batch_size(self, batch_size: int) -> None:
         if batch_size == self.batch_size:
             return
-        epoch, locator = self._train._epoch.upcoming, self._predict.x_locator
+        epoch, locator = self._train._epochs.counter.upcoming, self._predict.x_locator
         of_layer = {"layer_name": self._layer_name} if locator is None else {"x_locator": locator}
         self._options["batch_size"] = batch_size
         self._make_datasets(query_ids=self.query_ids, snapshot=self._snapshot_path, **of_layer)
@@ -203,11 +205,13 @@ class ExperimentDataModule(QueryDataModule):
 
     def train_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of the train part."""
-        state, self._resumed = self._resumed, None
-        if state is not None and self.trainer is not None and not self.trainer.fit_loop.restarting:
-            # To Lightning the epoch was over, if only because it was limited to fewer batches than there are.
-            self._train.set_epoch(state["epoch"] + bool(state["n_yielded"]))
-        self._train_loader = self._loader(self._train, "train_size")
+        if self._loaded is not None:
+            self._train.load_state_dict(self._of_size(self._loaded))
+            self._loaded = None
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        dataset = self._train._repeating() if overfits else self._train
+        self._train_loader = self._loader(dataset, "train_size")
+        self._train_loader.ends_after = self._n_train_batches
         return self._handed(self._train_loader, "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
@@ -228,7 +232,7 @@ class ExperimentDataModule(QueryDataModule):
             self._snapshot()
         loader = experiment_dataloader(dataset, **{**self._loader_options, **options})
         if not len(loader):
-            n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), get_distributed_rank_and_world_size()
+            n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), dataset._ranks()
             raise ValueError(
                 f"{part} must give each of {n_ranks} ranks at least one row, and gives {n_rows} rows in all; "
                 "make it larger, select more rows or take fewer ranks."
@@ -239,16 +243,28 @@ class ExperimentDataModule(QueryDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training stands, for a checkpoint; the same on every rank."""
+        used = None if self.trainer is None else self.trainer.train_dataloader
+        if isinstance(used, ExperimentDataLoader) and used.dataset.batch_size == self.batch_size:
+            return used.state_dict()
         return (self._train_loader or self._train).state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where training stood; see `ExperimentDataset.load_state_dict`."""
-        if self._is_resized and not (state_dict["n_yielded"] or state_dict["earlier"]):
-            # A new epoch may have batches of another size, as when a `Tuner` has found it.
-            of_size = {name: self._train._identity[name] for name in ("batch_size", "auto")}
-            state_dict = {**state_dict, **of_size}
-        self._train.load_state_dict(state_dict)
-        self._resumed = state_dict
+        """Go on from where training stood, with the next `train_dataloader`, which checks that it can.
+
+        Lightning loads checkpoints to validate, test and predict as well: that changes nothing.
+        """
+        if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
+            self._loaded = state_dict
+
+    def _of_size(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state for the size of batches, which a new epoch may have changed, as when tuned."""
+        if not self._is_resized or state["n_yielded"] or state["earlier"]:
+            return state
+        return {**state, **{name: self._train._identity[name] for name in ("batch_size", "auto")}}
+
+    def _n_train_batches(self) -> float:
+        """Return after how many batches an epoch is over: there may be a limit to them."""
+        return math.inf if self.trainer is None else float(self.trainer.num_training_batches)
 
     # Batches ----------------------------------------------------------------------------------------------
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-import attrs
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._io_batch_iterable import IOBatch
+from tiledbsoma_ml._progress import Progress, Run
 from tiledbsoma_ml._state import Position
 from tiledbsoma_ml.dataset import ExperimentDataset
 
@@ -39,7 +39,8 @@ def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> Ex
 
     Raises:
         TypeError: If `ds` is not an `ExperimentDataset`.
-        ValueError: If an argument does not apply: `shuffle`, `batch_size`, `sampler`, `batch_sampler`.
+        ValueError: If an argument does not apply: `shuffle`, `batch_size`, `sampler`, `batch_sampler`, or
+            `in_order=False`.
     """
     if not isinstance(ds, ExperimentDataset):
         raise TypeError(
@@ -52,10 +53,18 @@ def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> Ex
                 f"{name}={dataloader_kwargs[name]!r} does not apply to experiment_dataloader; "
                 f"set it in {place}."
             )
+    n_workers = dataloader_kwargs.get("num_workers", 0)
+    if n_workers > 0 and not dataloader_kwargs.get("in_order", True):
+        raise ValueError(
+            "in_order=False does not apply to experiment_dataloader, whose state tells by a number which "
+            "mini-batches there were, so that a resumed run would lose some; leave it out."
+        )
     defaults: dict[str, Any] = {"collate_fn": _unchanged}
-    if dataloader_kwargs.get("num_workers", 0) > 0:
+    if n_workers > 0:
         defaults |= {"multiprocessing_context": "spawn", "persistent_workers": True}
-    return ExperimentDataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
+    loader = ExperimentDataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
+    loader._own_progress = Progress.of_loader(ds._epochs)  # from now on it counts its own epochs
+    return loader
 
 
 class ExperimentDataLoader(DataLoader[MiniBatch]):
@@ -64,10 +73,17 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     Beyond a plain one, its length is exact for any number of workers, every epoch has a new order, workers
     learn the rank and the epoch from the training process, which also does the device work, and it can be
     resumed: Lightning and torchdata keep what `state_dict` returns in their checkpoints by themselves.
+
+    An epoch and a position are this loader's: another loader of the same dataset does not move them. Its
+    iterators are independent of each other, but for workers that are kept: these serve the newest one.
     """
 
     dataset: ExperimentDataset
-    _position: Position | None = None
+    ends_after: Callable[[], float] | None = None
+    """Gives the number of mini-batches after which whoever trains counts an epoch as over."""
+
+    _own_progress: Progress | None = None
+    _n_iterators = 0
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch, over all workers of this rank."""
@@ -76,36 +92,57 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     def __iter__(self) -> Iterator[MiniBatch]:  # type: ignore[override]
         """Begin an epoch, or go on with the one that was loaded."""
         if self.num_workers == 0:
-            return super().__iter__()
-        with self.dataset._handed_to_workers(self.num_workers) as begin:
+            with self._progress.asking():
+                return super().__iter__()
+        with self.dataset._handed_to_workers(self._progress, self.num_workers) as (begin, run):
+            if run.loaded is not None:
+                self._iterator = None  # workers that were kept do not know of a state: new ones are started
             items: Iterator[Any] = super().__iter__()
+        self._n_iterators += 1
         mini_batches = items if self.dataset.device is None else self._on_device(items, begin)
-        return self._counted(_naming_dead_workers(mini_batches, getattr(items, "_workers", [])), begin)
+        return self._counted(_naming_dead_workers(mini_batches, getattr(items, "_workers", [])), run)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
 
-        A new dictionary of a few numbers and strings, the same on every rank.
+        That of the iterator of this loader that began last. A new dictionary of a few numbers and strings,
+        the same on every rank.
         """
-        if self.num_workers == 0 or self._position is None:
-            return self.dataset.state_dict()
-        return self._position.to_dict(self.dataset._identity)
+        position = self._progress.position
+        if self.ends_after is not None and 0 < self.ends_after() <= position.n_yielded:
+            position = Position(epoch=position.epoch + 1)
+        return position.to_dict(self.dataset._identity)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a state says: see `ExperimentDataset.load_state_dict`."""
-        self.dataset.load_state_dict(state)
-        self._position = None
-        self._iterator = None  # workers that were kept do not know of it: new ones are started
+        self.dataset._load(state, self._progress)
 
-    def _counted(self, mini_batches: Iterator[MiniBatch], begin: Position) -> Iterator[MiniBatch]:
-        """Yield mini-batches, and remember where the epoch stands."""
-        start, total = self.dataset._with_workers(begin, self.num_workers)
-        for n_yielded, mini_batch in enumerate(mini_batches, start.n_yielded + 1):
-            at_end = n_yielded == total
-            self._position = (
-                Position(epoch=start.epoch + 1) if at_end else attrs.evolve(start, n_yielded=n_yielded)
-            )
-            yield mini_batch
+    @property
+    def _progress(self) -> Progress:
+        if self._own_progress is None:
+            self._own_progress = Progress.of_loader(self.dataset._epochs)
+        return self._own_progress
+
+    def _counted(self, mini_batches: Iterator[MiniBatch], run: Run) -> Iterator[MiniBatch]:
+        """Yield mini-batches, and note where the epoch stands."""
+        number = self._n_iterators
+        try:
+            while True:
+                if self.persistent_workers and number != self._n_iterators:
+                    raise RuntimeError(
+                        "an iterator of a loader with persistent_workers=True must be the newest one, but "
+                        "another began since, which the workers serve now; go on with that one, or take "
+                        "persistent_workers=False."
+                    )
+                try:
+                    mini_batch = next(mini_batches)
+                except StopIteration:
+                    break
+                run.advance()
+                yield mini_batch
+            run.end()
+        finally:
+            run.is_over = True
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(

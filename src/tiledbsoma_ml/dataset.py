@@ -7,6 +7,7 @@ import multiprocessing.context
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -18,7 +19,6 @@ from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
 from tiledbsoma_ml._deal import ShuffleScope
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
-from tiledbsoma_ml._epoch import EpochCounter
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 from tiledbsoma_ml._options import (
@@ -26,16 +26,19 @@ from tiledbsoma_ml._options import (
     check_mixing,
     check_multiple,
     check_padding,
+    check_ranks,
     check_seed,
     check_size,
     choose_device,
     locate,
 )
 from tiledbsoma_ml._plan import EpochPart, Plan, Size
+from tiledbsoma_ml._progress import Epochs, Loaded, Progress, Run, Told
 from tiledbsoma_ml._quality import ShuffleQuality
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
+from tiledbsoma_ml._snapshot_build import source_of
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
 from tiledbsoma_ml._state import Position
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
@@ -124,6 +127,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             many: "drop" leaves up to `world_size - 1` out, "pad" repeats as many instead.
         padding_column_name: Name of a column to add to `obs`: whether another rank yields the row as well,
             so that it should not be counted here. Needs `tail="pad"`.
+        ranks: (rank, number of ranks), where these are not to be found out: (0, 1) reads everything here, on
+            one rank of many or on each. Nothing is agreed on with other ranks then.
 
     Raises:
         ValueError: If a value breaks one of these rules, before any data is read.
@@ -154,6 +159,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         shuffle_scope: ShuffleScope = "partition",
         tail: Tail = "drop",
         padding_column_name: str | None = None,
+        ranks: tuple[int, int] | None = None,
     ) -> None:
         self.batch_size = check_count("batch_size", batch_size, suggestion=128)
         self.io_batch_size = check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
@@ -169,6 +175,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self.shuffle_scope = check_choice("shuffle_scope", shuffle_scope, get_args(ShuffleScope))
         self.tail = check_choice("tail", tail, get_args(Tail))
         self.padding_column_name = check_padding(padding_column_name, tail, obs_column_names)
+        self.ranks = check_ranks(ranks)
         if self._shuffles_chunks and shuffle_scope == "partition":
             check_multiple(self.io_batch_size, self.shuffle_chunk_size)
         memory_bytes = parse_bytes("memory_budget", memory_budget)
@@ -180,14 +187,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._drawn_seed = (
             np.random.SeedSequence().generate_state(1).item() if self.seed is None else self.seed
         )
-        self._epoch = EpochCounter()
-        self._rank_and_world_size: tuple[int, int] | None = None
+        self._epochs = Epochs()
+        self._told: Told | None = None
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
-        self._agrees = False
-        self._resume: Position | None = None
-        self._now: EpochPart | None = None
-        self._n_yielded, self._has_ended = 0, False
+        self._content: dict[str, Any] | None = None
+        self._has_told_of_parts = False
         plan = Plan(
             shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
             io_batch_size=self.io_batch_size,
@@ -231,26 +236,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
         if torch.utils.data.get_worker_info() is not None:
             end_with_parent()
-        return ClosedWhenDropped(self._iterate())
-
-    def _iterate(self) -> Generator[MiniBatch, None, None]:
-        part = self._begin()
-        room = self._reading.room()
-        if self._leaves_device_work_to_loader:
-            worker, _ = get_worker_id_and_num()
-            yield from ((worker, io_batch) for io_batch in self._io_batches(part, room))  # type: ignore[misc]
-            return
-        mini_batches = self._mini_batches(part, room)
-        # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
-        with closing(mini_batches), closing(room):
-            for mini_batch in mini_batches:
-                self._n_yielded += 1
-                yield mini_batch
-        self._has_ended = True
+        return ClosedWhenDropped(self._iterate(self._epochs.iterating()))
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
-        return self._plan.n_mini_batches(self._part(self._epoch.current, self._place()))
+        return self._plan.n_mini_batches(self._part(self.epoch, self._place()))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -260,41 +250,52 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     @property
     def epoch(self) -> int:
         """The epoch in progress; between epochs the last one, or what `set_epoch` set."""
-        return self._epoch.current
+        return self._epochs.counter.current
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, …) the next one to be iterated; later ones count on from there.
 
         Without this call epochs count by themselves.
         """
-        self._epoch.set(check_count("epoch", epoch, suggestion=0, minimum=0))
+        self._epochs.counter.set(check_count("epoch", epoch, suggestion=0, minimum=0))
 
     # Resuming ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
 
-        A new dictionary of a few numbers and strings, the same on every rank.
+        That of the iterator that began last, of this dataset or of an `experiment_dataloader` of it. A new
+        dictionary of a few numbers and strings, the same on every rank.
+
+        Raises:
+            RuntimeError: If workers of another loader make the mini-batches, so that only they know.
         """
-        return self._position().to_dict(self._identity)
+        if torch.utils.data.get_worker_info() is None and self._epochs.counter.is_ahead_in_workers:
+            raise RuntimeError(
+                "state_dict() must be that of the loader where workers make the mini-batches, which only "
+                "they count; take experiment_dataloader or StatefulDataLoader, and state_dict() of it."
+            )
+        return self._epochs.latest.position.to_dict(self._identity)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state says: the next iterator begins with the mini-batch after its last.
 
-        The rows before it are not read. Other numbers of ranks and workers than the state was made with need
-        `shuffle_scope="global"`.
+        The rows before it are not read. An iterator that is left after its first mini-batch does not use the
+        state up. Numbers of ranks and workers other than those of the state need `shuffle_scope="global"`.
 
         Raises:
-            ValueError: If the state is that of another query, seed, batch size or order.
+            ValueError: If the state is that of another query, seed, batch size or order, or out of range.
             TypeError: If it is no state.
         """
+        self._load(state, self._epochs.own)
+
+    def _load(self, state: Mapping[str, Any], progress: Progress) -> None:
         identity = self._identity
         if self.seed is None and isinstance(state, Mapping) and "seed" in state:
             identity["seed"] = check_count("seed", state["seed"], suggestion=42, minimum=0)
-        self._resume = Position.from_dict(state, identity)
+        position = Position.from_dict(state, identity)
         self._drawn_seed = identity["seed"]
-        self._epoch.set(self._resume.epoch)
-        self._now = None
+        progress.load(position)
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -317,29 +318,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             "tail": self.tail,
             "auto": self._reading.order_key,
         }
-
-    def _position(self) -> Position:
-        if self._now is None:
-            return self._resume or Position(epoch=self._epoch.upcoming)
-        return self._position_of(self._now, self._n_yielded)
-
-    def _position_of(self, part: EpochPart, n_yielded: int) -> Position:
-        """Return the position after so many mini-batches of a part; at its end, the next epoch.
-
-        A worker that is done with its part has to wait for the others: it is in the same epoch until it is
-        asked for more.
-        """
-        in_worker = torch.utils.data.get_worker_info() is not None
-        if n_yielded >= self._plan.n_mini_batches(part) and (self._has_ended or not in_worker):
-            return Position(epoch=part.epoch + 1)
-        return Position(
-            epoch=part.epoch,
-            world_size=part.place.world_size,
-            num_workers=part.place.n_workers if in_worker else 0,
-            worker_id=part.place.worker_id if in_worker else None,
-            n_yielded=n_yielded,
-            earlier=part.earlier,
-        )
 
     def random_split(
         self,
@@ -366,15 +344,21 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ValueError: If the column does not exist, or `n_batches` is not positive.
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
-        part = self._part(self._epoch.current, self._place())
+        part = self._part(self.epoch, self._place())
         return self._reading.quality(part, column, n_batches)
 
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
         dataset.query_ids = query_ids
-        dataset._epoch = EpochCounter()
-        dataset._shared_ids = dataset._fingerprint = dataset._now = dataset._resume = None
-        dataset._agrees = False
+        dataset._epochs = Epochs()
+        dataset._shared_ids = dataset._fingerprint = None
+        dataset._has_told_of_parts = False
+        return dataset
+
+    def _repeating(self) -> ExperimentDataset:
+        """Return a dataset of the same rows, in which every epoch is the first one again."""
+        dataset = self._over(self.query_ids)
+        dataset._epochs.counter.step = 0
         return dataset
 
     def __getstate__(self) -> dict[str, Any]:
@@ -392,24 +376,52 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     # The flow ---------------------------------------------------------------------------------------------
 
-    def _begin(self) -> EpochPart:
+    def _iterate(self, progress: Progress) -> Generator[MiniBatch, None, None]:
+        part, run = self._begin(progress)
+        room = self._reading.room()
+        try:
+            if self._leaves_device_work_to_loader:
+                worker = part.place.worker_id
+                yield from ((worker, io_batch) for io_batch in self._io_batches(part, room))  # type: ignore[misc]
+                return
+            mini_batches = self._mini_batches(part, room)
+            # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
+            with closing(mini_batches), closing(room):
+                for mini_batch in mini_batches:
+                    run.advance()
+                    yield mini_batch
+            run.end()
+        finally:
+            run.is_over = True
+
+    def _begin(self, progress: Progress) -> tuple[EpochPart, Run]:
         """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
-        if torch.utils.data.get_worker_info() is None:
-            self._agree(num_workers=0)
-        resumed, self._resume = self._resume, None
-        part = self._continued(resumed, self._epoch.take(), self._place())
-        self._now, self._n_yielded, self._has_ended = part, part.skip, False
-        return part
+        place, in_worker = self._place(), torch.utils.data.get_worker_info() is not None
+        if self._told is not None and in_worker:
+            part = self._continued(self._told.begin(), place)
+            return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
+        epoch, loaded = progress.upcoming()
+        begin = Position(epoch=epoch) if loaded is None else loaded.position
+        if not in_worker:
+            self._agree(0, begin)
+        part = self._continued(begin, place)
+        start = Position(
+            epoch=epoch,
+            world_size=place.world_size,
+            num_workers=place.n_workers if in_worker else 0,
+            worker_id=part.place.worker_id if in_worker else None,
+            n_yielded=part.skip,
+            earlier=part.earlier,
+        )
+        n = self._plan.n_mini_batches(part)
+        return part, progress.begin(Run(start=start, total=n, loaded=loaded, waits=in_worker))
 
     def _part(self, epoch: int, place: Partition) -> EpochPart:
         return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
 
-    def _continued(self, position: Position | None, epoch: int, place: Partition) -> EpochPart:
+    def _continued(self, begin: Position, place: Partition) -> EpochPart:
         """Return the part of a place, from a position on."""
-        part = self._part(epoch, place)
-        if position is None or position.epoch != epoch:
-            return part
-        return position.rest_of(part, self.shuffle_scope)
+        return begin.rest_of(self._part(begin.epoch, place), self.shuffle_scope)
 
     def _mini_batches(self, part: EpochPart, room: Room) -> Generator[MiniBatch, None, None]:
         if self.device is None and isinstance(self._reading, SnapshotReading):
@@ -462,19 +474,22 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def _ranks(self) -> tuple[int, int]:
         """Return this rank and the number of ranks: as told, or as found now."""
-        return self._rank_and_world_size or get_distributed_rank_and_world_size()
+        return (
+            (self._told.ranks if self._told is not None else None)
+            or self.ranks
+            or get_distributed_rank_and_world_size()
+        )
 
     def _n_mini_batches(self, num_workers: int) -> int:
         """Return how many mini-batches an epoch of this rank has, with so many workers."""
-        parts = self._parts_of_workers(Position(epoch=self._epoch.current), num_workers)
-        return sum(map(self._plan.n_mini_batches, parts))
+        return self._run_of_workers(Position(epoch=self.epoch), num_workers).total
 
     def _parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
         ranks, n = self._ranks(), max(num_workers, 1)
-        return [self._continued(begin, begin.epoch, Partition(*ranks, worker, n)) for worker in range(n)]
+        return [self._continued(begin, Partition(*ranks, worker, n)) for worker in range(n)]
 
-    def _with_workers(self, begin: Position, num_workers: int) -> tuple[Position, int]:
-        """Return where a rank with workers begins, and how many mini-batches it has in all."""
+    def _run_of_workers(self, begin: Position, num_workers: int, loaded: Loaded | None = None) -> Run:
+        """Return the run of a rank with workers, from where it begins."""
         parts = self._parts_of_workers(begin, num_workers)
         start = Position(
             epoch=begin.epoch,
@@ -483,10 +498,10 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             n_yielded=sum(part.skip for part in parts),
             earlier=parts[0].earlier,
         )
-        return start, sum(map(self._plan.n_mini_batches, parts))
+        return Run(start=start, total=sum(map(self._plan.n_mini_batches, parts)), loaded=loaded)
 
-    def _agree(self, num_workers: int) -> None:
-        """Make sure, once, that all ranks can iterate, and that they iterate the same."""
+    def _agree(self, num_workers: int, begin: Position) -> None:
+        """Make sure that all ranks can iterate, and that they iterate the same."""
         _, world_size = self._ranks()
         n_rows = len(self.query_ids.obs_joinids)
         if self.tail == "drop" and 0 < n_rows < world_size:
@@ -494,20 +509,45 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
                 "tail='pad'."
             )
-        if self._agrees:
-            return
         if world_size > 1:
-            scope = self.shuffle_scope
-            self._drawn_seed = agreed_seed(self._identity, self.seed, scope=scope, world_size=world_size)
-        if self.shuffle and self.shuffle_scope == "partition":
+            self._drawn_seed = agreed_seed(
+                partial(self._shared_by_ranks, begin, max(num_workers, 1)),
+                self.seed,
+                drawn_seed=self._drawn_seed,
+                scope=self.shuffle_scope,
+                world_size=world_size,
+                are_told=self.ranks is not None,
+            )
+        if self.shuffle and self.shuffle_scope == "partition" and not self._has_told_of_parts:
             log_parts(world_size, max(num_workers, 1))
-        self._agrees = True
+            self._has_told_of_parts = True
+
+    def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
+        """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
+        if self._content is None:
+            self._content = self._described()
+        state = begin.to_dict({**self._identity, **self._content})
+        del state["seed"]
+        # Each worker's last mini-batch may be smaller there, so that their number counts.
+        return state | ({"workers": n_workers} if self.shuffle_scope == "partition" else {})
+
+    def _described(self) -> dict[str, Any]:
+        """Return what is read: as it was written, wherever each rank has it, as far as that is known."""
+        locator = self.x_locator
+        if locator is None:
+            assert isinstance(self._reading, SnapshotReading)
+            return {"snapshot": self._reading.prepare().fingerprint}
+        source = source_of(locator, [locator.layer_name])
+        versions = {f"content of {array}": found for array, found in source.versions.items()}
+        return {"measurement": locator.measurement_name, "layer": locator.layer_name} | (
+            versions or {"uri": source.uri}
+        )
 
     @property
     def _leaves_device_work_to_loader(self) -> bool:
         if self.device is None or torch.utils.data.get_worker_info() is None:
             return False
-        if self._rank_and_world_size is None:
+        if self._told is None:
             raise RuntimeError(
                 f"device={str(self.device)!r} with workers must be loaded by `experiment_dataloader`, which "
                 "does the device work in the training process; use it in place of `DataLoader`."
@@ -515,25 +555,20 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return True
 
     @contextmanager
-    def _handed_to_workers(self, num_workers: int) -> Iterator[Position]:
+    def _handed_to_workers(self, progress: Progress, num_workers: int) -> Iterator[tuple[Position, Run]]:
         """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
 
         Yields:
-            Where the epoch begins.
+            Where the epoch begins, and the run of it.
         """
-        self._agree(num_workers)
+        epoch, loaded = progress.upcoming()
+        begin = Position(epoch=epoch) if loaded is None else loaded.position
+        self._agree(num_workers, begin)
         if isinstance(self._reading, SnapshotReading):
             self._reading.prepare()
-        epoch = self._epoch.take()
-        self._epoch.set(epoch)
-        self._rank_and_world_size = get_distributed_rank_and_world_size()
-        begin = (
-            self._resume
-            if self._resume is not None and self._resume.epoch == epoch
-            else Position(epoch=epoch)
-        )
+        run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
+        self._told = Told(self._ranks(), begin, progress.tell(epoch))
         try:
-            yield begin
+            yield begin, run
         finally:
-            self._rank_and_world_size = self._resume = None
-            self._epoch.take()
+            self._told = None

@@ -181,7 +181,7 @@ class SCVIDataModule(QueryDataModule):
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         if batch_size != self.batch_size:
-            epoch = self.train_dataset._epoch.upcoming
+            epoch = self.train_dataset._epochs.counter.upcoming
             self._options["batch_size"] = batch_size
             self._make_datasets()
             self.train_dataset.set_epoch(epoch)
@@ -379,7 +379,7 @@ class SCVIDataModule(QueryDataModule):
             ids = attrs.evolve(ids, var_joinids=genes.var_joinids)
             options = {name: value for name, value in self._inference_options.items() if name != "snapshot"}
         options |= {"batch_size": batch_size, "return_sparse_X": torch.device(device).type != "cpu"}
-        dataset = ExperimentDataset(x_locator=locator, query_ids=ids, **options)
+        dataset = ExperimentDataset(x_locator=locator, query_ids=ids, ranks=(0, 1), **options)
         return InferenceDataLoader(dataset, cells, genes, torch.device(device))
 
     def embed(
@@ -522,7 +522,6 @@ class InferenceDataLoader:
 
     def __init__(self, dataset: ExperimentDataset, cells: Cells, genes: Genes, device: torch.device) -> None:
         self._dataset = dataset
-        self._dataset._rank_and_world_size = (0, 1)
         self._cells = cells
         self._genes = genes
         self._device = device
