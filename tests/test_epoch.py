@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import pytest
 import torch.multiprocessing
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tiledbsoma_ml._epoch import EpochCounter
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def take(counter: EpochCounter, n: int) -> list[int]:
@@ -116,3 +121,82 @@ def test_a_fresh_copy_gives_the_epoch_that_it_was_copied_with_before_any_that_is
     with copy_in_a_spawned_process(counter) as take_there:
         counter.set(8)
         assert [take_there(), take_there(), take_there()] == [3, 8, 9]
+
+
+# Copies in workers of a plain DataLoader ------------------------------------------------------------------
+
+
+class Counting(IterableDataset):
+    """Yields the number of the worker and of the epoch, twice."""
+
+    def __init__(self) -> None:
+        self.counter = EpochCounter()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.counter.take()
+        for _ in range(2):
+            yield get_worker_info().id, epoch
+
+
+def epochs_of(loader: Iterator[tuple[int, int]], n_workers: int) -> set[int]:
+    found = list(loader)
+    assert sorted({worker for worker, _ in found}) == list(range(n_workers))
+    return {epoch for _, epoch in found}
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("n_workers", [1, 2, 3])
+def test_all_workers_of_a_plain_loader_are_in_the_same_epoch_and_each_iteration_in_the_next(
+    n_workers: int, persistent: bool
+) -> None:
+    dataset = Counting()
+    options = {"num_workers": n_workers, "persistent_workers": persistent}
+    loader = DataLoader(dataset, batch_size=None, multiprocessing_context="fork", **options)
+    assert [epochs_of(loader, n_workers) for _ in range(3)] == [{0}, {1}, {2}]
+    assert (dataset.counter.current, dataset.counter.upcoming) == (2, 3)
+    dataset.counter.set(1)
+    assert [epochs_of(loader, n_workers) for _ in range(2)] == [{1}, {2}]
+    if not persistent:  # what is copied anew knows what this process did in the meantime
+        assert dataset.counter.take() == 3
+        assert epochs_of(loader, n_workers) == {4}
+
+
+def test_iterations_with_the_same_seed_are_told_apart() -> None:
+    loader = DataLoader(Counting(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    found = []
+    for _ in range(3):
+        torch.manual_seed(7)
+        found.append(epochs_of(loader, 2))
+    assert found == [{0}, {1}, {2}]
+
+
+def test_iterations_that_are_left_early_or_go_on_side_by_side_have_epochs_of_their_own() -> None:
+    loader = DataLoader(Counting(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert next(iter(loader))[1] == 0
+    one = iter(loader)
+    first = next(one)
+    other = iter(loader)
+    assert {epoch for _, epoch in [first, *one]} == {1}
+    assert {epoch for _, epoch in other} == {2}
+
+
+def in_a_process_of_its_own(dataset: Counting, pipe: Connection) -> None:
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    pipe.send([epochs_of(loader, 1) for _ in range(2)])
+
+
+def test_processes_that_share_a_counter_do_not_move_each_others_epochs() -> None:
+    dataset = Counting()
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    ranks = [context.Process(target=in_a_process_of_its_own, args=(dataset, there)) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert [here.recv() for _ in ranks] == [[{0}, {1}]] * 2
+    for rank in ranks:
+        rank.join()
+
+
+def test_spawned_workers_agree_too() -> None:
+    loader = DataLoader(Counting(), batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    assert [epochs_of(loader, 2) for _ in range(2)] == [{0}, {1}]

@@ -577,34 +577,165 @@ def test_in_global_scope_a_loader_resumes_with_another_number_of_workers(whole: 
         assert sorted(np.concatenate(batches_of(resumed)).tolist()) == list(range(130))
 
 
+# Whose position it is -------------------------------------------------------------------------------------
+
+
+def place_of(stateful: Any) -> tuple[int, int]:
+    state = stateful.state_dict()
+    return state["epoch"], state["n_yielded"]
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_look_by_another_loader_moves_neither_the_position_nor_the_order(
+    whole: Snapshot, n_workers: int
+) -> None:
+    expected = batches_of(loader_of(whole, n_workers))
+    loader = loader_of(whole, n_workers)
+    look = experiment_dataloader(loader.dataset)
+    next(iter(look))
+    iterator = iter(loader)
+    found = [next(iterator)[1]["soma_joinid"].tolist() for _ in range(5)]
+    next(iter(look))
+    assert (place_of(loader), place_of(look)) == ((0, 5), (1, 1))
+    assert found == expected[:5]
+    later = experiment_dataloader(loader.dataset)
+    assert place_of(later) == (2, 0)  # a loader that is made now goes on from what there was
+
+
+def test_an_iterator_that_is_not_the_newest_does_not_move_the_position(whole: Snapshot) -> None:
+    for stateful in (dataset_of(whole), loader_of(whole, 0)):
+        old = iter(stateful)
+        next(old)
+        new = iter(stateful)
+        for _ in range(4):
+            next(new)
+        next(old)
+        assert place_of(stateful) == (1, 4)
+        del old
+        assert place_of(stateful) == (1, 4)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_look_at_one_mini_batch_does_not_use_a_loaded_state_up(whole: Snapshot, n_workers: int) -> None:
+    loader = loader_of(whole, n_workers)
+    expected = batches_of(loader)
+    loader = loader_of(whole, n_workers)
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = loader.state_dict()
+    resumed = loader_of(whole, n_workers)
+    resumed.load_state_dict(state)
+    for _ in range(2):
+        assert next(iter(resumed))[1]["soma_joinid"].tolist() == expected[5]
+        assert resumed.state_dict() == state
+    assert batches_of(resumed) == expected[5:]
+    assert place_of(resumed) == (1, 0)
+
+
+def test_a_loop_that_takes_one_mini_batch_of_a_new_iterator_at_a_time_goes_on_after_a_resume(
+    whole: Snapshot,
+) -> None:
+    loader = loader_of(whole, 0)
+    loader.load_state_dict({**loader.state_dict(), "n_yielded": 3})
+    found = [tuple(next(iter(loader))[1]["soma_joinid"]) for _ in range(8)]
+    assert len(set(found)) > 3
+
+
+def test_the_last_mini_batch_of_an_epoch_uses_a_loaded_state_up(whole: Snapshot) -> None:
+    loader = loader_of(whole, 0)
+    loader.load_state_dict({**loader.state_dict(), "n_yielded": len(loader) - 1})
+    next(iter(loader))
+    assert place_of(loader) == (1, 0)
+    next(iter(loader))
+    assert place_of(loader) == (1, 1)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_state_of_a_dataset_is_that_of_its_loader_with_workers(whole: Snapshot, persistent: bool) -> None:
+    options = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": persistent}
+    loader = experiment_dataloader(dataset_of(whole, 130), **options)
+    expected = batches_of(loader)
+    loader.dataset.set_epoch(0)
+    iterator = iter(loader)
+    for _ in range(5):
+        next(iterator)
+    state = loader.dataset.state_dict()
+    assert state == loader.state_dict()
+    resumed = experiment_dataloader(dataset_of(whole, 130), **options)
+    resumed.dataset.load_state_dict(state)
+    assert batches_of(resumed) == expected[5:]
+    assert place_of(resumed.dataset) == (1, 0)
+
+
+def test_iterators_share_no_workers_unless_they_are_kept_and_the_newest_has_those(whole: Snapshot) -> None:
+    options = {"num_workers": 1, "multiprocessing_context": "fork"}
+    expected = loader_of(whole, 1)
+    first, second = batches_of(expected), batches_of(expected)
+    loader = experiment_dataloader(dataset_of(whole, 130), persistent_workers=False, **options)
+    both = list(zip(loader, loader, strict=True))
+    assert [batches_of(found) for found in zip(*both, strict=True)] == [first, second]
+    loader = experiment_dataloader(dataset_of(whole, 130), **options)
+    old = iter(loader)
+    next(old)
+    assert batches_of(loader) == second
+    with pytest.raises(RuntimeError, match="must be the newest one, but another began since"):
+        next(old)
+    with pytest.raises(RuntimeError, match="must be the newest one"):
+        list(zip(loader, loader, strict=True))
+
+
+def test_only_workers_know_the_position_where_a_plain_loader_has_some(whole: Snapshot) -> None:
+    dataset = dataset_of(whole, 60)
+    options = {"num_workers": 1, "multiprocessing_context": "fork", "collate_fn": lambda batch: batch}
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, **options)
+    first, second = batches_of(loader), batches_of(loader)
+    assert first != second
+    assert dataset.epoch == 1
+    with pytest.raises(RuntimeError, match=r"must be that of the loader .* take experiment_dataloader or"):
+        dataset.state_dict()
+    dataset.set_epoch(1)
+    assert place_of(dataset) == (1, 0)
+    dataset.load_state_dict({**dataset.state_dict(), "n_yielded": 3})
+    assert batches_of(loader) == second[3:]
+    assert batches_of(loader) not in (second[3:], second)  # a state is taken once, not by each copy
+
+
+def test_mini_batches_out_of_order_are_refused(whole: Snapshot) -> None:
+    with pytest.raises(ValueError, match="in_order=False does not apply to experiment_dataloader, whose"):
+        experiment_dataloader(dataset_of(whole), num_workers=1, in_order=False)
+
+
 # With torchdata -------------------------------------------------------------------------------------------
 
 
-def stateful_loader_of(snapshot: Snapshot, n_workers: int) -> Any:
-    kept = {"multiprocessing_context": "fork", "persistent_workers": True} if n_workers else {}
+def stateful_loader_of(snapshot: Snapshot, n_workers: int, persistent: bool) -> Any:
+    kept = {"multiprocessing_context": "fork", "persistent_workers": persistent} if n_workers else {}
     dataset = dataset_of(snapshot, 100)
     return StatefulDataLoader(
         dataset, batch_size=None, num_workers=n_workers, collate_fn=lambda batch: batch, **kept
     )
 
 
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_a_dataset_alone_resumes_in_a_stateful_data_loader(whole: Snapshot, n_workers: int) -> None:
-    loader = stateful_loader_of(whole, n_workers)
-    expected = [batches_of(loader) for _ in range(2)]
+@pytest.mark.parametrize(("n_workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
+def test_a_dataset_alone_resumes_in_a_stateful_data_loader(
+    whole: Snapshot, n_workers: int, persistent: bool
+) -> None:
+    loader = stateful_loader_of(whole, n_workers, persistent)
+    expected = [batches_of(loader) for _ in range(3)]
     n_batches = len(expected[0])
     for n_yielded in (1, 4, n_batches - 1):
-        loader = stateful_loader_of(whole, n_workers)
+        loader = stateful_loader_of(whole, n_workers, persistent)
         iterator = iter(loader)
         for _ in range(n_yielded):
             next(iterator)
-        resumed = stateful_loader_of(whole, n_workers)
+        resumed = stateful_loader_of(whole, n_workers, persistent)
         resumed.load_state_dict(loader.state_dict())
         assert batches_of(resumed) == expected[0][n_yielded:]
-        assert batches_of(resumed) == expected[1]
-    loader = stateful_loader_of(whole, n_workers)
+        assert [batches_of(resumed) for _ in range(2)] == expected[1:]
+    loader = stateful_loader_of(whole, n_workers, persistent)
     batches_of(loader)
-    resumed = stateful_loader_of(whole, n_workers)
+    resumed = stateful_loader_of(whole, n_workers, persistent)
     resumed.load_state_dict(loader.state_dict())
     assert batches_of(resumed) == expected[1]
 

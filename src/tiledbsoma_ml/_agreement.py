@@ -37,6 +37,7 @@ def agreed_seed(
     scope: ShuffleScope,
     world_size: int,
     are_told: bool,
+    is_first: bool,
 ) -> int:
     """Return the seed of all ranks: the one that was given to them, or that which rank 0 drew.
 
@@ -49,6 +50,7 @@ def agreed_seed(
         scope: Among which rows chunks are shuffled.
         world_size: Number of ranks.
         are_told: Whether the ranks are those that the user gave, who may be others than those of the group.
+        is_first: Whether a seed that was drawn is to be logged.
 
     Raises:
         ValueError: If ranks differ; or if they have no means to agree on a seed and need one.
@@ -67,6 +69,8 @@ def agreed_seed(
         raise ValueError(verdict["differ"])
     if "missing" in verdict:
         raise _late(verdict["missing"], store.timeout.total_seconds())
+    if seed is None and is_first and torch.distributed.get_rank() == 0:
+        logger.info("seed=None: all %d ranks use seed=%d, drawn by rank 0", world_size, verdict["seed"])
     return int(verdict["seed"])
 
 

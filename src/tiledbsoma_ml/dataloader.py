@@ -100,7 +100,8 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
             items: Iterator[Any] = super().__iter__()
         self._n_iterators += 1
         mini_batches = items if self.dataset.device is None else self._on_device(items, begin)
-        return self._counted(_naming_dead_workers(mini_batches, getattr(items, "_workers", [])), run)
+        named = _naming_dead_workers(mini_batches, getattr(items, "_workers", []))
+        return self._counted(named, run, self._n_iterators)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
@@ -123,9 +124,8 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
             self._own_progress = Progress.of_loader(self.dataset._epochs)
         return self._own_progress
 
-    def _counted(self, mini_batches: Iterator[MiniBatch], run: Run) -> Iterator[MiniBatch]:
-        """Yield mini-batches, and note where the epoch stands."""
-        number = self._n_iterators
+    def _counted(self, mini_batches: Iterator[MiniBatch], run: Run, number: int) -> Iterator[MiniBatch]:
+        """Yield mini-batches of the iterator that has a number, and note where the epoch stands."""
         try:
             while True:
                 if self.persistent_workers and number != self._n_iterators:

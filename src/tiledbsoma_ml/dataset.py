@@ -192,7 +192,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
         self._content: dict[str, Any] | None = None
-        self._has_told_of_parts = False
+        self._is_first = True
         plan = Plan(
             shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
             io_batch_size=self.io_batch_size,
@@ -352,7 +352,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         dataset.query_ids = query_ids
         dataset._epochs = Epochs()
         dataset._shared_ids = dataset._fingerprint = None
-        dataset._has_told_of_parts = False
+        dataset._is_first = True
         return dataset
 
     def _repeating(self) -> ExperimentDataset:
@@ -517,10 +517,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 scope=self.shuffle_scope,
                 world_size=world_size,
                 are_told=self.ranks is not None,
+                is_first=self._is_first,
             )
-        if self.shuffle and self.shuffle_scope == "partition" and not self._has_told_of_parts:
+        if self.shuffle and self.shuffle_scope == "partition" and self._is_first:
             log_parts(world_size, max(num_workers, 1))
-            self._has_told_of_parts = True
+        self._is_first = False
 
     def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
         """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
