@@ -381,7 +381,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         room = self._reading.room()
         try:
             if self._leaves_device_work_to_loader:
-                worker = part.place.worker_id
+                worker, _ = get_worker_id_and_num()
                 yield from ((worker, io_batch) for io_batch in self._io_batches(part, room))  # type: ignore[misc]
                 return
             mini_batches = self._mini_batches(part, room)
