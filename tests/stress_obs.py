@@ -43,8 +43,9 @@ def read_until(uri: str, seconds: float, protected: bool) -> int:
 
 @contextlib.contextmanager
 def busy(n_loops: int) -> Iterator[None]:
-    """Keep cores busy with processes that compute nothing."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_loops)]
+    """Keep cores busy with processes that compute nothing, and end with this one."""
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    loops = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(n_loops)]
     try:
         yield
     finally:

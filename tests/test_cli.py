@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -229,10 +230,10 @@ def test_help_names_every_option_and_gives_examples() -> None:
             ["--h5ad", "a", "--cells", 9],
             "--cells=9 is for simulated cells; leave out --uri and --h5ad, or this.",
         ),
-        (["--h5ad", "none.h5ad"], "h5ad='none.h5ad' must be an existing file; check the path."),
+        (["--h5ad", "none.h5ad"], "/none.h5ad' must be an existing file; check the path."),
         (
             ["--uri", "none", "--label", "x"],
-            "uri='none' must be a SOMA experiment, and cannot be opened as one",
+            "/none' must be a SOMA experiment, and cannot be opened as one",
         ),
         (
             ["--uri", "{uri}", "--label", "cell"],
@@ -379,3 +380,19 @@ def test_an_experiment_written_by_others_is_trained_on(tmp_path: Path) -> None:
     table = read_table(output)
     assert code == 0
     assert (table["cells"], table["genes"]) == (80, 230)
+
+
+def test_paths_may_be_relative_or_begin_with_the_home_directory(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(uri).parent)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, output = run("plan", Path(uri).name, "--json")
+    assert (code, json.loads(output)["settings"]["uri"]) == (0, uri)
+    arguments = ("--epochs", 1, "--snapshot", "--output-dir", "~/out")
+    code, output = run("demo", "--uri", Path(uri).name, "--label", "cell_type", *arguments)
+    assert code == 0
+    assert f"loss curve: {tmp_path / 'out' / 'loss.png'}" in output.splitlines()
+    assert len(list((tmp_path / "out").glob("*.snapshot"))) == 1
+    write_h5ad(tmp_path / "cells.h5ad", label=["odd", "even"] * 30)
+    assert run("demo", "--h5ad", "~/cells.h5ad", "--epochs", 1, "--output-dir", "~/out")[0] == 0

@@ -184,6 +184,42 @@ def test_the_package_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
+ON_A_BASE_INSTALL = """
+import inspect, pydoc, sys
+for package in ("lightning", "ray", "scvi"):
+    sys.modules[package] = None  # cannot be imported
+from tiledbsoma_ml import *
+import tiledbsoma_ml
+
+missing = ["ExperimentDataModule", "RayTrainRunner", "SCVIDataModule"]
+assert ExperimentDataset is tiledbsoma_ml.ExperimentDataset
+members = dict(inspect.getmembers(tiledbsoma_ml))
+assert "Snapshot" in members and "Snapshot" in pydoc.render_doc(tiledbsoma_ml)
+for name, extra in zip(missing, ["lightning", "ray", "scvi"], strict=True):
+    assert name not in members and name not in dir(tiledbsoma_ml) and not hasattr(tiledbsoma_ml, name)
+    assert getattr(tiledbsoma_ml, name, None) is None
+    how = f"pip install 'tiledbsoma-ml[{extra}]'"
+    asked = {f"tiledbsoma_ml.{name}": AttributeError, f"from tiledbsoma_ml import {name}": ImportError}
+    for code, kind in asked.items():
+        try:
+            exec(code)
+        except kind as err:
+            assert how in str(err), (code, err)
+        else:
+            raise AssertionError(code)
+try:
+    tiledbsoma_ml.Snapshots
+except AttributeError as err:
+    assert "has no attribute" in str(err)
+"""
+
+
+def test_what_a_base_install_lacks_is_not_listed_and_tells_how_to_install_it() -> None:
+    command = [sys.executable, "-W", "error", "-c", ON_A_BASE_INSTALL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # The published interface ----------------------------------------------------------------------------------
 
 # Every signature of the public interface of tiledbsoma-ml 0.1.0.

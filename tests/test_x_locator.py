@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -11,7 +14,7 @@ import pytest
 import tiledbsoma as soma
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, XLocator
 from tiledbsoma_ml._budget import Budget
 
 CONFIG = {
@@ -269,3 +272,70 @@ def test_buffers_are_small_unless_the_configuration_sizes_them(store: Store) -> 
 def test_an_experiment_in_an_object_store_is_known_as_remote(store: Store, uri: str, is_remote: bool) -> None:
     assert attrs.evolve(store.locator, uri=uri).is_remote == is_remote
     assert Budget(2**31, is_remote=True).tiledb > Budget(2**31).tiledb
+
+
+# Addresses ------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_absolute_from_the_start_and_a_uri_stays(
+    with_raw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    locator = create(with_raw, "RNA")
+    paths = {"cells": "cells", "./cells/": "cells", "~/cells": "home/cells", "~x/cells": "~x/cells"}
+    for path, whole in paths.items():
+        assert attrs.evolve(locator, uri=path).uri == str(tmp_path / whole)
+    for uri in (with_raw, "s3://bucket/cells", f"file://{with_raw}", "tiledb://name/cells", "memfs://cells"):
+        assert attrs.evolve(locator, uri=uri).uri == uri
+
+
+IN_ANOTHER_FOLDER = """
+import os, pickle, sys
+import tiledbsoma as soma
+from tiledbsoma_ml import ExperimentDataset, Snapshot, XLocator, experiment_dataloader
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    with soma.Experiment.open(name) as experiment, experiment.axis_query("RNA") as query:
+        streamed = ExperimentDataset(query, window_dir=".", window_budget="64MiB")
+        from_snapshot = ExperimentDataset(query, snapshot="relative.snapshot")
+        made = Snapshot.create("made.snapshot", query, progress=False)
+        opened = Snapshot.open("made.snapshot")
+    os.makedirs("elsewhere")
+    os.chdir("elsewhere")
+    for dataset in (streamed, from_snapshot, pickle.loads(pickle.dumps(streamed))):
+        assert sum(len(obs) for _, obs in dataset) == 12
+    assert sum(len(obs) for _, obs in experiment_dataloader(streamed, num_workers=1)) == 12
+    with soma.Experiment.open(name) as experiment:  # TileDB remembers the first folder
+        again = XLocator.create(experiment, "RNA").uri
+    print(streamed.x_locator.uri, again, made.path, opened.path, *os.listdir("."))
+"""
+
+
+def test_what_was_named_by_a_relative_path_is_found_from_another_folder(
+    make_uri: Callable[..., str], tmp_path: Path
+) -> None:
+    whole = Path(make_uri())
+    script = tmp_path / "script.py"
+    script.write_text(IN_ANOTHER_FOLDER)
+    command = [sys.executable, str(script), whole.name]
+    done = subprocess.run(command, cwd=whole.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [*map(str, [whole] * 2 + [whole.parent / "made.snapshot"] * 2)]
+    assert (whole.parent / "relative.snapshot").is_dir()
+
+
+def test_the_home_directory_is_understood_wherever_a_folder_is_named(
+    make_uri: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(make_uri())
+    monkeypatch.setenv("HOME", str(whole.parent))
+    monkeypatch.chdir(tmp_path)
+    with soma.Experiment.open(str(whole)) as experiment, experiment.axis_query("RNA") as query:
+        dataset = ExperimentDataset(query, snapshot="~/home.snapshot")
+        assert Snapshot.create("~/s", query, progress=False).path == whole.parent / "s"
+        ExperimentDataset(query, window_dir="~", window_budget="64MiB")
+    assert sum(len(obs) for _, obs in dataset) == 12
+    assert (whole.parent / "home.snapshot").is_dir()
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,9 @@
 """From a TileDB-SOMA query to training mini-batches, at the speed of local memory."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tiledbsoma_ml._context import context
@@ -31,18 +33,35 @@ __all__ = [
     "experiment_dataloader",
 ]
 
-# What needs an extra is imported when it is asked for.
+# What needs an extra is imported when it is asked for: its module, and the packages that it takes.
 _ON_FIRST_USE = {
-    "ExperimentDataModule": "data_module",
-    "RayTrainRunner": "ray_train",
-    "SCVIDataModule": "scvi",
+    "ExperimentDataModule": ("data_module", ["lightning"]),
+    "RayTrainRunner": ("ray_train", ["lightning", "ray"]),
+    "SCVIDataModule": ("scvi", ["lightning", "scvi"]),
 }
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name is no package
+
+
+# `from tiledbsoma_ml import *`, `dir` and `help` see what can be used here.
+for _name, (_, _packages) in _ON_FIRST_USE.items():
+    if not all(map(_is_installed, _packages)):
+        __all__.remove(_name)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ON_FIRST_USE[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_ON_FIRST_USE[name][0]}"), name)
+    except ImportError as err:
+        # Of an AttributeError `from tiledbsoma_ml import …` would not tell what to install.
+        if sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            raise
+        raise AttributeError(str(err)) from err
 
 
 def __dir__() -> list[str]:

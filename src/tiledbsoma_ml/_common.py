@@ -7,8 +7,10 @@ Shapes are written with these letters: `n_obs` rows (cells) and `n_vars` columns
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -38,6 +40,16 @@ def seeded_rng(seed: int | None, epoch: int = 0) -> np.random.Generator:
     with tiledbsoma-ml 0.1.0. Without a seed the generator is drawn from the operating system.
     """
     return np.random.default_rng(None if seed is None else [seed, epoch])
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that means the same in every working directory and process; `~` is the home directory."""
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - a folder may have a name like "~x"
+
+
+def absolute_uri(uri: str | os.PathLike[str]) -> str:
+    """Return the address of an experiment, where it is a path as `absolute_path` does."""
+    return str(uri) if "://" in str(uri) else str(absolute_path(uri))
 
 
 def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) -> int:

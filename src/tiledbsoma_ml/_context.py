@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias
 
 import tiledbsoma as soma
 
+from tiledbsoma_ml._common import absolute_uri
+
 Config: TypeAlias = dict[str, str | float]
 
 PARALLEL_MERGE = "sm.query.sparse_global_order.preprocess_tile_merge"
@@ -66,7 +68,7 @@ def open_experiment(
     timestamp: int | None = None,
 ) -> soma.Experiment:
     """Open an experiment in a context of ours."""
-    return soma.Experiment.open(uri, mode, tiledb_timestamp=timestamp, context=context(config))
+    return soma.Experiment.open(absolute_uri(uri), mode, tiledb_timestamp=timestamp, context=context(config))
 
 
 def with_recommended(config: Mapping[str, str | float]) -> Config:

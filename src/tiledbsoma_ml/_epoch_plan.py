@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import NDArrayJoinId, check_count
+from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
 from tiledbsoma_ml._h5ad_file import first_line
 from tiledbsoma_ml._plan import EpochPart, Plan, predicted_mixing, read_amplification
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
@@ -49,7 +49,7 @@ class PlanOptions:
         limit: Rows that are listed, at most.
     """
 
-    uri: str
+    uri: str = attrs.field(converter=absolute_uri)
     measurement: str | None = None
     layer: str | None = None
     obs_filter: str | None = None

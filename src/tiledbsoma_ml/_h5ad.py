@@ -18,6 +18,7 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 import tiledbsoma.io
 
+from tiledbsoma_ml._common import absolute_path
 from tiledbsoma_ml._context import context, open_experiment
 from tiledbsoma_ml._h5ad_file import H5adFile, Matrix, Say, check_exists, choose_matrix, open_h5ad
 from tiledbsoma_ml._snapshot_progress import locked
@@ -56,11 +57,12 @@ def ingest_h5ads(
         ValueError: If a file is missing, is no h5ad file, lacks the layer, cells or genes, or holds a value
             that is no number.
     """
+    paths = [absolute_path(path) for path in paths]
     for path in paths:
         check_exists(path)
     stats = [(str(path.resolve()), path.stat()) for path in paths]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    place = folder.absolute() / f"{paths[0].stem}-{fingerprint(choose.__name__, layer_name, *files)}.soma"
+    place = absolute_path(folder) / f"{paths[0].stem}-{fingerprint(choose.__name__, layer_name, *files)}.soma"
     build_once(place, lambda uri: _write(uri, paths, layer_name, say, choose), say)
     return str(place)
 

@@ -13,6 +13,7 @@ import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._common import absolute_path
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._parts import Extents, Pages
@@ -273,7 +274,7 @@ def check_window_dir(window_dir: object, window_budget: int | None) -> Path | No
         if window_budget is not None:
             raise ValueError("window_budget needs a folder on a local disk; add window_dir='/path'.")
         return None
-    folder = Path(str(window_dir))
+    folder = absolute_path(str(window_dir))
     if not folder.is_dir():
         raise ValueError(
             f"window_dir={str(folder)!r} must be an existing folder; make it, or choose another."

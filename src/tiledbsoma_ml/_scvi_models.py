@@ -6,10 +6,11 @@ import inspect
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from tiledbsoma_ml._common import absolute_path
 
 MODEL_FILE = "model.pt"
 
@@ -120,7 +121,7 @@ def load_query_model(
 
 def read_saved(dir_path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any]:
     """Return what `model.save` wrote: "model_state_dict", "var_names" and "attr_dict"."""
-    path = Path(dir_path) / f"{prefix}{MODEL_FILE}"
+    path = absolute_path(dir_path) / f"{prefix}{MODEL_FILE}"
     if not path.is_file():
         raise ValueError(
             f"dir_path={str(dir_path)!r} must hold a model of scvi-tools, but there is no {path.name}; "

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber
+from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber, absolute_path
 from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._plan import EpochPart, Plan
@@ -178,14 +178,14 @@ class SnapshotReading:
 
     def _place(self, snapshot: str | os.PathLike[str] | bool) -> Path:
         if not isinstance(snapshot, bool):
-            return Path(snapshot).absolute()
+            return absolute_path(snapshot)
         if self._to_make is None:
             raise ValueError("snapshot=True needs a query to make it of; name the folder of a snapshot.")
         locator, ids = self._to_make
         content = describe(
             [Rows.of(locator, ids)], obs_column_names=self._obs_column_names, layers=(), obsm=()
         )
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = absolute_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
         return cache / "tiledbsoma_ml" / f"{content.fingerprint}.snapshot"
 
     def _check(self, snapshot: Snapshot) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._common import absolute_path, check_count
 
 if TYPE_CHECKING:
     import typer
@@ -319,7 +319,7 @@ class DemoOptions:
     seed: int
     workers: int
     snapshot: bool
-    output_dir: Path
+    output_dir: Path = attrs.field(converter=absolute_path)
 
     def check(self) -> None:
         """Raise a ValueError if options contradict each other, or a number is too small."""
@@ -394,7 +394,7 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
     if options.uri is not None:
         uri, name = options.uri, options.uri.rstrip("/").rpartition("/")[2]
     elif options.h5ad is not None:
-        uri, label = demo.ingest_h5ad(options.h5ad, label, options.output_dir, say, layer)
+        uri, label = demo.ingest_h5ad(absolute_path(options.h5ad), label, options.output_dir, say, layer)
         name, layer = options.h5ad.name, None
     else:
         size = options.n_cells or N_CELLS, options.n_genes or N_GENES

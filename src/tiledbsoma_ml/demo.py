@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml import _context
-from tiledbsoma_ml._common import check_name
+from tiledbsoma_ml._common import absolute_path, absolute_uri, check_name
 from tiledbsoma_ml._h5ad import build_once, fingerprint, ingest_h5ads, is_categorical, is_kept
 from tiledbsoma_ml._h5ad_file import Say, find_counts, first_line, open_h5ad
 from tiledbsoma_ml.dataloader import experiment_dataloader
@@ -94,7 +94,7 @@ class History:
 
 def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, say: Say) -> str:
     """Return the URI of an experiment in `output_dir` with the cells of `simulate_cells`."""
-    folder = output_dir.absolute() / f"simulated-{fingerprint(n_cells, n_genes, seed)}.soma"
+    folder = absolute_path(output_dir) / f"simulated-{fingerprint(n_cells, n_genes, seed)}.soma"
     build_once(folder, lambda uri: simulate_experiment(uri, n_cells, n_genes, seed), say)
     return str(folder)
 
@@ -181,6 +181,7 @@ def load_task(
     Raises:
         ValueError: If there is nothing to learn there; the message tells why.
     """
+    uri = absolute_uri(uri)
     with open_experiment(uri) as experiment:
         measurement = choose_measurement(measurement, experiment)
         labels = _read_labels(experiment, label, obs_filter)
@@ -194,7 +195,7 @@ def load_task(
             options: dict[str, Any] = {"layer_name": layer, "obs_column_names": [label]}
             if snapshot_dir is not None:
                 made_of = fingerprint(uri, measurement, layer, label, obs_filter)
-                path = snapshot_dir.absolute() / f"{Path(uri).stem}-{made_of}.snapshot"
+                path = absolute_path(snapshot_dir) / f"{Path(uri).stem}-{made_of}.snapshot"
                 say(f"snapshot of the cells: {path}")
                 Snapshot.create(path, query, **options)
                 options |= {"snapshot": path, "shuffle_chunk_size": "auto", "io_batch_size": "auto"}

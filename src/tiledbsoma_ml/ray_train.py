@@ -16,10 +16,9 @@ from typing import Any, TypeAlias
 import attrs
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._common import absolute_path, absolute_uri, check_count
 from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._h5ad import MEASUREMENT_NAME, ingest_h5ads
-from tiledbsoma_ml.data_module import ExperimentDataModule, Transform
 from tiledbsoma_ml.snapshot import Snapshot
 
 try:
@@ -28,6 +27,8 @@ try:
     import ray.train.lightning
     import ray.train.torch
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+    from tiledbsoma_ml.data_module import ExperimentDataModule, Transform
 except ImportError as err:
     raise ImportError("RayTrainRunner needs Ray; run `pip install 'tiledbsoma-ml[ray]'`.") from err
 
@@ -184,7 +185,7 @@ class RayTrainRunner:
                 scaling_config=_scaling(num_workers, resources_per_worker, use_gpu),
                 run_config=ray.train.RunConfig(
                     name=name,
-                    storage_path=_place(storage_path),
+                    storage_path=absolute_uri(storage_path),
                     failure_config=ray.train.FailureConfig(max_failures=max_failures),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 ),
@@ -241,8 +242,8 @@ class _Queried:
         paths = [Path(file) for file in files]
         if not paths:
             raise ValueError("data=[] must hold at least one h5ad file; try ['cells.h5ad'].")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tiledbsoma_ml"
-        folder = Path(self.experiments_path or cache).expanduser().absolute()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tiledbsoma_ml"
+        folder = absolute_path(self.experiments_path or cache)
         uri = ingest_h5ads(paths, options.get("layer_name"), folder, _logger.info)
         rest = {name: value for name, value in options.items() if name != "layer_name"}
         return attrs.evolve(self, measurement_name=MEASUREMENT_NAME).module(uri, rest)
@@ -341,13 +342,9 @@ def _n_places(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -
     return sum(int(min(node.get(name, 0) // amount for name, amount in needed.items())) for node in nodes)
 
 
-def _place(path: str | os.PathLike[str]) -> str:
-    return str(path) if "://" in str(path) else str(Path(path).expanduser().absolute())
-
-
 def _checkpoint_file(path: str | os.PathLike[str]) -> str:
     """Return the checkpoint of Lightning at a path, or in the folder of a checkpoint of Ray."""
-    place = _place(path)
+    place = absolute_uri(path)
     if "://" in place:
         return place if place.endswith(".ckpt") else f"{place.rstrip('/')}/{CHECKPOINT_NAME}"
     file = Path(place) / CHECKPOINT_NAME if Path(place).is_dir() else Path(place)

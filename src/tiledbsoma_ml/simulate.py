@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import tiledbsoma.io
 from numpy.typing import NDArray
 
+from tiledbsoma_ml._common import absolute_uri
 from tiledbsoma_ml._context import context
 
 __all__ = ["N_CELLS", "N_GENES", "simulate_cells", "simulate_experiment"]
@@ -49,7 +50,7 @@ def simulate_experiment(uri: str, n_cells: int = N_CELLS, n_genes: int = N_GENES
     """
     cells = simulate_cells(n_cells, n_genes, seed)
     tiledbsoma.io.from_anndata(
-        uri, cells, "RNA", context=context(), X_layer_name="raw", var_id_name="feature_id"
+        absolute_uri(uri), cells, "RNA", context=context(), X_layer_name="raw", var_id_name="feature_id"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
 from tiledbsoma_ml._obs import ObsTable, with_missing
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._reader import check_obs_column_names
@@ -55,7 +54,7 @@ class Snapshot:
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: Manifest) -> None:
-        self.path = Path(path).absolute()
+        self.path = absolute_path(path)
         self._manifest = manifest
         self._index: RowIndex | None = None
         self._layers: dict[str, MappedLayer] = {}
@@ -129,7 +128,7 @@ class Snapshot:
         progress: bool | ProgressCallback = True,
     ) -> Snapshot:
         """Do what `create` does, for queries given as address and joinids."""
-        whole = Path(path).absolute()
+        whole = absolute_path(path)
         create(
             whole,
             [Rows.of(locator, ids) for locator, ids in queries],
@@ -149,9 +148,10 @@ class Snapshot:
             ValueError: If there is none, it is of a newer format, or a file is missing, is a link, or has
                 another size. Damage within files is told when they are read, or by `verify`.
         """
-        manifest = Manifest.read(Path(path))
-        manifest.check_files(Path(path))
-        return cls(path, manifest)
+        whole = absolute_path(path)
+        manifest = Manifest.read(whole)
+        manifest.check_files(whole)
+        return cls(whole, manifest)
 
     # What it holds ----------------------------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
-from tiledbsoma_ml._common import check_name
+from tiledbsoma_ml._common import absolute_uri, check_name
 from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
 
 
@@ -18,11 +19,12 @@ from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
 class XLocator:
     """Where an `X` layer (and the `obs` beside it) is, at which timestamp, and with which configuration.
 
-    The configuration is the whole TileDB configuration of the experiment's context, storage credentials
-    included, so that a worker process or another machine opens what the user opened.
+    A path is made absolute, so that it does not depend on the working directory. The configuration is the
+    whole TileDB configuration of the experiment's context, storage credentials included, so that a worker
+    process or another machine opens what the user opened.
     """
 
-    uri: str
+    uri: str = attrs.field(converter=absolute_uri)
     measurement_name: str
     layer_name: str
     tiledb_timestamp_ms: int
@@ -52,7 +54,7 @@ class XLocator:
         measurement = experiment.ms[measurement_name]
         layers = list(measurement.X.keys()) if "X" in measurement else []
         return cls(
-            uri=experiment.uri,
+            uri=_address(experiment),
             measurement_name=measurement_name,
             layer_name=_choose_layer(layer_name, layers, measurement_name),
             tiledb_timestamp_ms=experiment.tiledb_timestamp_ms,
@@ -132,6 +134,17 @@ def check_open(experiment: soma.Experiment) -> None:
             f"the experiment {experiment.uri!r} must be open; build the dataset inside "
             "`with tiledbsoma.Experiment.open(uri) as experiment:`."
         )
+
+
+def _address(experiment: soma.Experiment) -> str:
+    """Return the URI of an experiment, absolute.
+
+    TileDB takes a relative path from the folder in which it was first used, and only members tell which.
+    """
+    uri: str = experiment.uri
+    parent, _, name = str(experiment.obs.uri).removeprefix("file://").rpartition("/")
+    is_path = "://" not in uri and name == "obs" and Path(parent).name == Path(uri).name
+    return parent if is_path else uri
 
 
 def _choose_layer(name: Any, layers: list[str], measurement_name: str) -> str:
