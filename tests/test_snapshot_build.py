@@ -470,11 +470,14 @@ def test_space_is_checked_before_anything_is_read(
 def test_a_disk_that_becomes_full_is_told_and_what_is_finished_is_kept(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, n_left = HashedFile.write, [9]
+    write, n_left, n_free = HashedFile.write, [9], [2**30]
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - n_free[0], n_free[0]))
 
     def full(self: HashedFile, array: np.ndarray) -> None:
         n_left[0] -= 1
         if n_left[0] < 0:
+            n_free[0] = 2**19
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, array)
 
@@ -484,6 +487,7 @@ def test_a_disk_that_becomes_full_is_told_and_what_is_finished_is_kept(
             make(path, store)
     assert raised.value.errno == errno.ENOSPC
     assert (building(path) / PARTIAL).is_file()
+    n_free[0] = 2**30
     make(path, store)
     assert_is_right(path)
 
@@ -501,6 +505,107 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     monkeypatch.setattr(_snapshot_progress.os, "open", read_only)
     with pytest.raises(OSError, match=r"must be in a folder .* but: Read-only file system; choose"):
         make(path, store)
+
+
+def raising(number: int) -> Any:
+    def raise_error(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return raise_error
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_told(
+    store: Store, path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_snapshot_progress.fcntl, "flock", raising(number))
+    with pytest.raises(
+        OSError, match=r"must be on a disk with locks \(flock\), but: .*; choose .* local"
+    ) as raised:
+        make(path, store)
+    assert raised.value.errno == number
+
+
+def test_a_lock_of_another_user_and_a_link_are_told(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, mine = path.with_name(f".{path.name}.lock"), path.with_name("mine")
+    mine.write_text("mine")
+    lock.symlink_to(mine)
+    with pytest.raises(
+        OSError, match=r"lock '.*\.x\.snapshot\.lock' is a link, which is not followed; remove"
+    ):
+        make(path, store)
+    lock.unlink()
+    lock.touch()
+    user = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(_snapshot_progress.os, "open", raising(errno.EACCES))
+        patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
+        with pytest.raises(
+            OSError, match=r"lock '.*lock' belongs to the user .*; wait until it is there, or"
+        ):
+            make(path, store)
+    assert mine.read_text() == "mine"
+    make(path, store)
+
+
+def test_a_snapshot_is_made_where_nobody_else_looks_and_then_is_open_to_whom_the_umask_lets(
+    store: Store, path: Path
+) -> None:
+    modes = []
+    path.with_name("usual").mkdir()
+    make(path, store, progress=lambda *_: modes.append(building(path).stat().st_mode & 0o777))
+    assert set(modes) == {0o700}
+    assert path.stat().st_mode == path.with_name("usual").stat().st_mode
+
+
+def test_what_another_user_put_in_the_way_is_not_used_and_no_link_is_followed(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = path.with_name("other")
+    other.mkdir()
+    building(path).symlink_to(other)
+    with pytest.raises(
+        ValueError, match=r"is made in the folder .*, but a link or a file is there; remove it"
+    ):
+        make(path, store)
+    building(path).unlink()
+    partial(path, store, monkeypatch)
+    user = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
+        with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; choose"):
+            make(path, store)
+    (other / "mine").write_text("mine")
+    for name in ("shard-00001.indices", "obs.arrow", "manifest.json.new", f"{PARTIAL}.new"):
+        (building(path) / name).unlink(missing_ok=True)
+        (building(path) / name).symlink_to(other / "mine")
+    make(path, store)
+    assert (other / "mine").read_text() == "mine"
+    assert_is_right(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            errno.ENOSPC,
+            "No space left on device, though the disk has .* free: a quota or the number of files",
+        ),
+        (errno.EDQUOT, "Disk quota exceeded, though the disk has"),
+        (errno.EROFS, "must be in a folder that can be written to, but: Read-only file system"),
+        (errno.EIO, "must be on a disk that works, but: Input/output error; look after the disk"),
+        (errno.ECONNREFUSED, "^.Errno 111. Connection refused$"),
+    ],
+)
+def test_an_error_of_the_disk_is_told_as_what_it_is(
+    store: Store, path: Path, number: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HashedFile, "write", raising(number))
+    with pytest.raises(OSError, match=message) as raised:
+        make(path, store)
+    assert raised.value.errno == number
 
 
 def test_a_snapshot_on_a_disk_that_cannot_be_written_to_is_used(

@@ -103,6 +103,7 @@ def test_a_device_gets_what_it_gets_from_the_experiment(
     assert_same_batches(streamed, mapped)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_workers_get_what_they_get_from_the_experiment(
     store: Store, whole: Snapshot, device: str | None

@@ -7,12 +7,14 @@ import hashlib
 import math
 import os
 import shutil
+import stat
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
+from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ from tiledbsoma_ml._snapshot_format import (
     digest,
     fsync,
     indices_dtype,
+    open_new,
     read_sealed,
     sealed,
     shard_from,
@@ -53,7 +56,7 @@ from tiledbsoma_ml._snapshot_format import (
     write_array,
     write_atomically,
 )
-from tiledbsoma_ml._snapshot_progress import Progress, locked
+from tiledbsoma_ml._snapshot_progress import Progress, locked, owner_if_other
 from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml._vfs import open_vfs
 from tiledbsoma_ml._window import Window, _narrowed, preload_kernels
@@ -72,6 +75,8 @@ MAX_OBSM_COLUMNS = 2**20
 
 tiledbsoma up to 1.14 declares arrays as wide as it can.
 """
+
+_DISK_FAILS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EFBIG)
 
 SAMPLE_RUNS, SAMPLE_SHARE = 6, 2**17
 """At most so many runs of 128 rows are read to see how much space a layer needs: one of so many rows."""
@@ -295,6 +300,7 @@ class _Builder:
 
     def build(self) -> None:
         preload_kernels()
+        self._check_folder()
         if not self._is_only_to_be_renamed():
             self._resume()
             self._bytes_per_row = self._measure()
@@ -302,14 +308,47 @@ class _Builder:
                 self._borders = self._cut()
             needed = self._check_space()
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                if not self._check_folder():
+                    self._folder.mkdir(mode=0o700)
                 self._write()
             except OSError as err:
                 raise self._disk_error(err, needed) from err
         (self._folder / PARTIAL).unlink(missing_ok=True)
+        self._open_to_others()
         fsync(self._folder)
         self._folder.rename(self._path)
         fsync(self._path.parent)
+
+    def _check_folder(self) -> bool:
+        """Return whether the folder is there; then it is ours, and nobody else can look into it.
+
+        Raises:
+            ValueError: If it is a link or a file.
+            OSError: If it is another user's.
+        """
+        try:
+            mode = self._folder.lstat().st_mode
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISDIR(mode):
+            raise ValueError(
+                f"path={str(self._path)!r} is made in the folder {str(self._folder)!r}, but a link or a file "
+                "is there; remove it, or choose another path."
+            )
+        if owner := owner_if_other(self._folder):
+            raise PermissionError(
+                errno.EPERM,
+                f"path={str(self._path)!r} is made in the folder {str(self._folder)!r}, but that belongs to "
+                f"{owner}, who began to make it; choose another path, or have it removed.",
+            )
+        self._folder.chmod(0o700)
+        return True
+
+    def _open_to_others(self) -> None:
+        """Let those look into the folder who can read its files: what the umask lets."""
+        special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
+        mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)
+        self._folder.chmod(special | mode | (mode & 0o444) >> 2)
 
     # What a killed creation left --------------------------------------------------------------------------
 
@@ -408,21 +447,35 @@ class _Builder:
     def _check_space(self) -> int:
         """Return how many bytes are still to be written, about, having checked that they are free."""
         per_row = 8 + 16 * len(self._content.obs_column_names) + sum(self._bytes_per_row.values())
-        done = sum(file.stat().st_size for file in self._folder.glob("*"))
+        done = sum(file.lstat().st_size for file in self._folder.glob("*"))
         needed = max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
         if shutil.disk_usage(self._path.parent).free < needed:
             raise self._disk_error(OSError(errno.ENOSPC, ""), needed)
         return needed
 
     def _disk_error(self, err: OSError, needed: int) -> OSError:
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            return err
-        free = shutil.disk_usage(self._path.parent).free
-        return OSError(
-            err.errno,
-            f"path={str(self._path)!r} must be on a disk that can be written to, with {_mib(needed)} free, "
-            f"not {_mib(free)}; free some or choose another disk, and call again: what is finished is kept.",
+        """Return an error that says what is wrong with the disk; others are returned as they are."""
+        free, where = (
+            shutil.disk_usage(self._path.parent).free,
+            f" ({err.filename!r})" if err.filename else "",
         )
+        if err.errno == errno.ENOSPC and free < needed:
+            rule = f"on a disk with {_mib(needed)} free, not {_mib(free)}; free some or choose another disk"
+        elif err.errno in (errno.ENOSPC, errno.EDQUOT):
+            rule = (
+                f"where {_mib(needed)} may be written, but: {err.strerror}, though the disk has {_mib(free)} "
+            )
+            rule += "free: a quota or the number of files is at its end; choose another disk"
+        elif err.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            rule = (
+                f"in a folder that can be written to, but: {err.strerror}{where}; allow it, or choose another"
+            )
+        elif err.errno in _DISK_FAILS:
+            rule = f"on a disk that works, but: {err.strerror}{where}; look after the disk, or choose another"
+        else:
+            return err
+        message = f"path={str(self._path)!r} must be {rule}, and call again: what is finished is kept."
+        return OSError(err.errno, message)
 
     # Writing ----------------------------------------------------------------------------------------------
 
@@ -725,7 +778,7 @@ def _write_table(path: Path, tables: Sequence[pa.Table]) -> File:
         ) from err
     columns = [column.combine_chunks() for column in table.columns]
     batch = pa.RecordBatch.from_arrays(columns, table.column_names)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with BufferedWriter(open_new(path)) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return describe_file(path)
 

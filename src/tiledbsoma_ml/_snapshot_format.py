@@ -15,7 +15,7 @@ import stat
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -511,10 +511,17 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def open_new(path: Path) -> FileIO:
+    """Open a new file to write to it, in place of what has its name; a link is not followed."""
+    path.unlink(missing_ok=True)
+    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there whole, or is not there."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(text.encode())
+    with open_new(new) as file:
+        file.write(text.encode())
     fsync(new)
     new.replace(path)
 
@@ -536,7 +543,7 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb", buffering=0)
+        self._file = open_new(path)
         self._sha256 = hashlib.sha256()
         self._nbytes = 0
 
@@ -570,7 +577,7 @@ def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
 
 def describe_file(path: Path) -> File:
     """Return name, size and checksum of a file that was written."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import logging
 import os
+import pwd
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -91,18 +93,14 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     """Let one process at a time make what is to be at a path; the others wait, and say so.
 
     Raises:
-        OSError: If the folder cannot be written to.
+        OSError: If the folder cannot be written to or has no locks, or the lock is another user's.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock, say)
     except OSError as err:
-        raise OSError(
-            err.errno,
-            f"path={str(path)!r} must be in a folder that can be written to, but: {err.strerror}; choose "
-            "another path.",
-        ) from err
+        raise OSError(err.errno, f"path={str(path)!r} must be {_what_is_wrong(lock, err)}") from err
     try:
         yield
     finally:
@@ -111,10 +109,39 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _what_is_wrong(lock: Path, err: OSError) -> str:
+    if err.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return f"on a disk with locks (flock), but: {err.strerror}; choose a folder on a local disk."
+    if err.errno == errno.ELOOP:
+        return (
+            f"free to be made, but its lock {str(lock)!r} is a link, which is not followed; remove the link."
+        )
+    if err.errno in (errno.EACCES, errno.EPERM) and (owner := owner_if_other(lock)):
+        return (
+            f"free to be made, but its lock {str(lock)!r} belongs to {owner}, who makes it or was ended "
+            "while doing so; wait until it is there, or choose another path."
+        )
+    return f"in a folder that can be written to, but: {err.strerror}; choose another path."
+
+
+def owner_if_other(path: Path) -> str | None:
+    """Return whom a file or folder belongs to; None if that is us, or it is not there."""
+    try:
+        user = path.lstat().st_uid
+    except OSError:
+        return None
+    if user == os.geteuid():
+        return None
+    try:
+        return f"the user {pwd.getpwuid(user).pw_name!r}"
+    except KeyError:
+        return f"the user {user}"
+
+
 def _lock(lock: Path, say: Callable[[str], object]) -> int:
     """Return the open and locked file; it is the one that has this name."""
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             _flock(descriptor, say)
             if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):

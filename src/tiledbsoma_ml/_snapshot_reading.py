@@ -93,7 +93,6 @@ class SnapshotReading:
                 self._check(found)
                 self._snapshot = found
             else:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._snapshot = Snapshot.create_from(
                     self.path,
                     [self._to_make],
