@@ -71,6 +71,20 @@ def count_kept() -> Arrays:
     return (lengths,)
 
 
+def count_nonzeros() -> Arrays:
+    lengths = np.full(len(LINES), -1, dtype=np.int32)
+    _kernels.count_nonzeros(dense(), LINES, COL_OF, lengths)
+    return (lengths,)
+
+
+def copy_nonzeros() -> Arrays:
+    lengths = KEPT.sum(axis=1)
+    begins = np.cumsum(lengths) - lengths
+    cols, kept = np.empty(lengths.sum(), dtype=np.uint16), np.empty(lengths.sum(), dtype=np.float32)
+    _kernels.copy_nonzeros(dense(), LINES, COL_OF, begins, cols, kept)
+    return cols, kept
+
+
 def are_counts() -> Arrays:
     answers = []
     for dtype in (np.float32, np.float64):
@@ -133,11 +147,17 @@ def dense() -> NDArray[np.float32]:
     return out
 
 
+LINES = np.array([7, 0, 399, 7], dtype=np.int32)
+NONZERO = dense()[LINES] != 0
+KEPT = NONZERO & (COL_OF >= 0)
+
 DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
     (place_rows, (INDPTR[1:], INDICES, DATA[BY_ROW])),
     (find_runs, (RUN_ROWS, STARTS, STOPS)),
     (count_kept, (LENGTHS,)),
+    (count_nonzeros, (KEPT.sum(axis=1),)),
+    (copy_nonzeros, (np.broadcast_to(COL_OF, NONZERO.shape)[KEPT], dense()[LINES][KEPT])),
     (are_counts, (np.array(2 * [True, True, True, False, False, False, False, False]),)),
     (copy_runs, (COL_OF[DIM_1][WANTED], COUNTS[WANTED])),
     (add_lengths, (1 + 2 * LENGTHS,)),

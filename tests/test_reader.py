@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import attrs
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -149,20 +150,41 @@ def test_rows_come_in_as_many_io_batches_as_asked_for_of_almost_equal_size(
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_rows_that_are_far_apart_in_a_dense_layer_are_read_in_bounded_requests(
-    dense_store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def dense_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each block that is read of a dense layer."""
+    read_dense, n_bytes = soma.DenseNDArray.read, []
+
+    def counted(array: soma.DenseNDArray, **options: Any) -> Any:
+        block = read_dense(array, **options)
+        n_bytes.append(block.to_numpy().nbytes)
+        return block
+
+    monkeypatch.setattr(soma.DenseNDArray, "read", counted)
+    return n_bytes
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 20, 100])
+@pytest.mark.parametrize("var_joinids", [range(N_VARS), [17, 6, 4]])
+def test_a_dense_layer_is_read_in_blocks_that_fit_into_the_buffer_of_tiledb(
+    dense_store: Store, dense_reads: list[int], n_rows: int, var_joinids: Sequence[int]
 ) -> None:
-    monkeypatch.setattr(_reader, "DENSE_READ_BYTES", 10 * N_VARS * 4)
+    config = {"soma.init_buffer_bytes": n_rows * N_VARS * 4}
+    locator = attrs.evolve(dense_store.locator, tiledb_config=config)
+    X, _ = read(attrs.evolve(dense_store, locator=locator), range(N_OBS), var_joinids)
+    np.testing.assert_array_equal(X, expected_X(range(N_OBS), var_joinids))
+    assert max(dense_reads) <= n_rows * N_VARS * 4
+    assert sum(dense_reads) <= N_OBS * N_VARS * 4
+
+
+def test_of_a_dense_layer_rows_that_are_far_apart_are_read_without_those_between(
+    dense_store: Store, dense_reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_reader, "DENSE_GAP_ROWS", 3)
     rows = [0, 1, 2, 50, 53, 54, 57, *range(100, 140), 310]
-    runs = list(_reader._near_runs(np.array(rows), 3, 10))
-    assert [rows[start:stop] for start, stop in runs][:3] == [
-        [0, 1, 2],
-        [50, 53, 54, 57],
-        list(range(100, 110)),
-    ]
     X, _ = read(dense_store, rows[::-1])
     np.testing.assert_array_equal(X, expected_X(rows[::-1], range(N_VARS)))
+    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == [3, 8, 28, 12, 1]  # a tile ends at 128
 
 
 # The store's X has row tiles of 64: 0–63, 64–127, …

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -141,6 +142,27 @@ def test_the_parts_put_together_are_the_rows_in_the_order_asked_for_with_every_b
 ) -> None:
     window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
     assert_same_bits(put_together(list(window)), layer.dense())
+
+
+@settings(max_examples=100)
+@given(layer=layers(), n_parts=st.integers(1, 12), data=st.data())
+def test_dense_blocks_give_what_their_entries_that_are_not_zero_give(
+    layer: Layer, n_parts: int, data: st.DataObject
+) -> None:
+    n_rows, n_cols = 33, 9
+    values = np.random.default_rng(3).choice(
+        np.array(data.draw(st.sampled_from(palettes(layer.dtype))), layer.dtype), (n_rows, n_cols)
+    )
+    rows, cols = layer.obs_joinids % n_rows, np.unique(layer.var_joinids % n_cols)[::-1]
+    window, other = (Window(rows, Columns(cols), layer.dtype, n_parts=n_parts) for _ in range(2))
+    borders = [0, data.draw(st.integers(1, n_rows - 1)), n_rows]
+    for top, bottom in pairwise(borders):
+        for left, right in ((0, 4), (4, n_cols)):
+            block = values[top:bottom, left:right].copy()
+            window.add_block(top, left, block)
+            i, j = block.nonzero()
+            other.add(i + top, j + left, block[i, j])
+    assert_same_bits(put_together(list(window)), put_together(list(other)))
 
 
 @given(

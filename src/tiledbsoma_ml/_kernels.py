@@ -71,6 +71,38 @@ def count_kept(
 
 
 @jit
+def count_nonzeros(
+    block: NDArray[Any], lines: NDArray[np.int32], col_of: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> None:
+    """Count the entries of some lines of a dense block that are not zero and whose column is wanted."""
+    for r in range(len(lines)):
+        n_kept = 0
+        for k in range(len(col_of)):
+            n_kept += (block[lines[r], k] != 0) & (col_of[k] >= 0)
+        lengths[r] = n_kept
+
+
+@jit
+def copy_nonzeros(
+    block: NDArray[Any],
+    lines: NDArray[np.int32],
+    col_of: NDArray[np.int32],
+    begins: NDArray[np.int64],
+    cols: NDArray[Any],
+    kept: NDArray[Any],
+) -> None:
+    """Copy the entries of each line that `count_nonzeros` counts to `cols` and `kept`, from `begins` on."""
+    for r in range(len(lines)):
+        place = begins[r]
+        for k in range(len(col_of)):
+            value = block[lines[r], k]
+            if value != 0 and col_of[k] >= 0:
+                cols[place] = col_of[k]
+                kept[place] = value
+                place += 1
+
+
+@jit
 def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
     """Whether all of some floating-point numbers are whole, and none is negative, a negative zero or NaN."""
     all_bits = bits[0]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -25,7 +24,7 @@ IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
 """Rows of `X` and the same rows of `obs`, read together."""
 
 DENSE_READ_BYTES = 64 * 2**20
-"""At most this much of a dense layer is held, beside the result, while it is read."""
+"""A dense layer is read in blocks of TileDB's buffer, but of no more than this, where nobody sized that."""
 
 DENSE_GAP_ROWS = 64
 """Rows of a dense layer that are this near are read in one request, with those between them."""
@@ -120,11 +119,13 @@ class SOMAReader:
         window = Window(obs_joinids, self._columns, dtype, **self._window_options)
         rows, columns = _existing(self._X, window.sorted_ids, self._var_joinids)
         if len(rows) and len(columns):
-            entries = _dense_entries if isinstance(self._X, soma.DenseNDArray) else _sparse_entries
-            found = entries(self._X, rows, columns)
+            is_dense = isinstance(self._X, soma.DenseNDArray)
+            pieces: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
+            add: Callable[..., None] = window.add_block if is_dense else window.add
+            found = pieces(self._X, rows, columns)
             with closing(EagerIterator(found) if self._use_eager_fetch else found) as ahead:
-                for dim_0, dim_1, values in ahead:
-                    window.add(dim_0, dim_1, values)
+                for piece in ahead:
+                    add(*piece)
         return window
 
     def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[IOBatch]:
@@ -226,29 +227,43 @@ def _sparse_entries(
             yield dim_0, dim_1, values
 
 
-def _dense_entries(
+def _dense_blocks(
     X: soma.DenseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
-) -> Generator[Entries, None, None]:
-    """Yield the entries of rows of a dense layer, and some beside them, that are not zero."""
-    first_col, last_col = int(var_joinids.min()), int(var_joinids.max())
+) -> Generator[tuple[int, int, NDArrayNumber], None, None]:
+    """Yield what holds rows and columns of a dense layer, in blocks: first row, first column and values."""
+    for rows, left, right in _blocks(X, sorted_ids, np.sort(var_joinids)):
+        top, bottom = int(rows[0]), int(rows[-1])
+        with telling_where(X, rows):
+            block = X.read(coords=(slice(top, bottom), slice(left, right))).to_numpy()
+        yield top, left, block
+
+
+def _blocks(
+    X: soma.DenseNDArray, sorted_ids: NDArrayJoinId, sorted_columns: NDArrayJoinId
+) -> Iterator[tuple[NDArrayJoinId, int, int]]:
+    """Yield blocks that cover rows and columns of a dense layer: the rows, and the first and last column.
+
+    TileDB decodes tiles anew whenever its buffer is full, so a block fits into that. It is some rows of one
+    tile, or of as many tiles beside each other as fit.
+    """
     itemsize = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype()).itemsize
-    n_rows = max(1, DENSE_READ_BYTES // ((last_col - first_col + 1) * itemsize))
-    for start, stop in _near_runs(sorted_ids, DENSE_GAP_ROWS, n_rows):
-        first_row, last_row = int(sorted_ids[start]), int(sorted_ids[stop - 1])
-        with telling_where(X, sorted_ids[start:stop]):
-            block = X.read(coords=(slice(first_row, last_row), slice(first_col, last_col))).to_numpy()
-        i, j = block.nonzero()
-        yield i + first_row, j + first_col, block[i, j]
+    buffer_bytes = int(X.context.tiledb_config.get("soma.init_buffer_bytes", 2**30))
+    n_values = min(buffer_bytes, DENSE_READ_BYTES) // itemsize
+    row_tile, col_tile = _tile(X, "soma_dim_0"), _tile(X, "soma_dim_1")
+    for rows in _near_runs(sorted_ids, row_tile):
+        n_tiles = max(1, n_values // int(rows[-1] - rows[0] + 1) // col_tile)
+        strips = np.flatnonzero(np.diff(sorted_columns // (n_tiles * col_tile))) + 1
+        for columns in np.split(sorted_columns, strips):
+            left, right = int(columns[0]), int(columns[-1])
+            n_rows = max(1, n_values // (right - left + 1))
+            for some in np.split(rows, np.flatnonzero(np.diff((rows - rows[0]) // n_rows)) + 1):
+                yield some, left, right
 
 
-def _near_runs(sorted_ids: NDArrayJoinId, gap: int, n_rows: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of runs of `sorted_ids` without a step over `gap`, spanning at most `n_rows`."""
-    borders = [0, *(np.flatnonzero(np.diff(sorted_ids) > gap) + 1).tolist(), len(sorted_ids)]
-    for start, end in pairwise(borders):
-        while start < end:
-            stop = int(np.searchsorted(sorted_ids[start:end], sorted_ids[start] + n_rows)) + start
-            yield start, stop
-            start = stop
+def _near_runs(sorted_ids: NDArrayJoinId, tile: int) -> list[NDArrayJoinId]:
+    """Return runs of `sorted_ids` that lie in one tile, without a step over `DENSE_GAP_ROWS`."""
+    is_start = (np.diff(sorted_ids) > DENSE_GAP_ROWS) | (np.diff(sorted_ids // tile) != 0)
+    return np.split(sorted_ids, np.flatnonzero(is_start) + 1)
 
 
 def _rows_to_read(X: soma.SparseNDArray, sorted_ids: NDArrayJoinId) -> slice | NDArrayJoinId:

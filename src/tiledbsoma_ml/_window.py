@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -59,6 +59,14 @@ class Columns:
         if not self._are_neighbours or not len(dim_1):
             return False
         return bool(dim_1.min() >= self.first and dim_1.max() < self.first + self.n)
+
+    def places(self, first: int, n: int) -> NDArray[np.int32]:
+        """Return where each of `n` neighbouring columns goes; -1 if it is not wanted."""
+        numbers = self.numbers(np.arange(first, first + n)) - self.first
+        are_known = (numbers >= 0) & (numbers < len(self.place_of))
+        found = np.full(n, -1, dtype=np.int32)
+        found[are_known] = self.place_of[numbers[are_known]]
+        return found
 
     def numbers(self, dim_1: NDArrayJoinId) -> NDArrayJoinId:
         """Return the numbers of columns: `place_of` has the wanted ones among these, and may lack others."""
@@ -173,13 +181,61 @@ class Window:
         if not columns.include_all(dim_1):
             dim_1 = columns.numbers(dim_1)
             _kernels.count_kept(dim_1, columns.first, columns.place_of, starts, stops, lengths)
+
+        def copy(begins: NDArray[np.int64], cols: NDArray[Any], kept: NDArray[Any]) -> None:
+            are_narrowed = kept.dtype != values.dtype
+            _kernels.copy_runs(
+                dim_1,
+                values if are_narrowed else _kernels.as_bits(values),
+                columns.first,
+                columns.place_of,
+                starts,
+                stops,
+                begins,
+                cols,
+                kept if are_narrowed else _kernels.as_bits(kept),
+            )
+
+        self._add_runs(places, lengths, _narrowed(values), copy)
+
+    def add_block(self, first_row: int, first_col: int, block: NDArrayNumber) -> None:
+        """Take what is wanted, and not zero, of a dense block, which starts at a row and a column."""
+        from tiledbsoma_ml import _kernels
+
+        start, stop = np.searchsorted(self.sorted_ids, [first_row, first_row + len(block)]).tolist()
+        lines = (self.sorted_ids[start:stop] - first_row).astype(np.int32)
+        places, repeats = self._places(np.arange(start, stop))
+        lines = lines if repeats is None else np.repeat(lines, repeats)
+        col_of = self._columns.places(first_col, block.shape[1])
+        lengths = np.empty(len(lines), dtype=np.int32)
+        _kernels.count_nonzeros(block, lines, col_of, lengths)
+
+        def copy(begins: NDArray[np.int64], cols: NDArray[Any], kept: NDArray[Any]) -> None:
+            _kernels.copy_nonzeros(block, lines, col_of, begins, cols, kept)
+
+        self._add_runs(places, lengths, _narrowed(block.reshape(-1)), copy)
+
+    def _add_runs(
+        self,
+        places: _Ints,
+        lengths: _Ints,
+        dtype: np.dtype[Any],
+        copy: Callable[[NDArray[np.int64], NDArray[Any], NDArray[Any]], None],
+    ) -> None:
+        """Take runs of entries of one row each: where these go, how long they are, and what copies them.
+
+        It is told where each run begins among the columns and values, in a type that holds all of these.
+        """
+        from tiledbsoma_ml import _kernels
+
         _kernels.add_lengths(places, lengths, self._counts)
         part_of = (np.searchsorted(self._borders, places, side="right") - 1).astype(np.uint16)
         by_part = np.argsort(part_of, kind="stable")
         ends = np.cumsum(np.append(0, lengths[by_part]), dtype=np.int64)
         begins = np.empty(len(lengths), dtype=np.int64)
         begins[by_part] = ends[:-1]
-        cols, kept = self._copy(dim_1, values, starts, stops, begins, int(ends[-1]))
+        cols, kept = self._room_for(int(ends[-1]), dtype)
+        copy(begins, cols, kept)
         runs = np.searchsorted(part_of[by_part], np.arange(len(self._parts) + 1))
         entries = ends[runs]
         places, lengths = places[by_part], lengths[by_part]
@@ -212,38 +268,25 @@ class Window:
         rows, starts, stops = (np.empty(len(dim_0), dtype=np.int32) for _ in range(3))
         n_runs = _kernels.find_runs(dim_0, self.sorted_ids, rows, starts, stops)
         rows, starts, stops = rows[:n_runs], starts[:n_runs], stops[:n_runs]
+        places, repeats = self._places(rows)
+        if repeats is not None:
+            starts, stops = np.repeat(starts, repeats), np.repeat(stops, repeats)
+        return places, starts, stops
+
+    def _places(self, rows: NDArray[Any]) -> tuple[_Ints, NDArray[np.int64] | None]:
+        """Return where rows of `sorted_ids` go, and how often each, if not once."""
         if self._first is None:
-            return self._order[rows], starts, stops
+            return self._order[rows], None
         first = self._first[rows]
         repeats = self._first[rows + 1] - first
         nth = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        places = self._order[np.repeat(first, repeats) + nth]
-        return places, np.repeat(starts, repeats), np.repeat(stops, repeats)
+        return self._order[np.repeat(first, repeats) + nth], repeats
 
-    def _copy(
-        self,
-        dim_1: NDArrayJoinId,
-        values: NDArrayNumber,
-        starts: _Ints,
-        stops: _Ints,
-        begins: NDArray[np.int64],
-        n_kept: int,
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return columns and values of the wanted entries of runs, as compactly as they can be.
-
-        They are good until the next call.
-        """
-        from tiledbsoma_ml import _kernels
-
-        if len(self._scratch[0]) < n_kept:
-            self._scratch = np.empty(n_kept, self._columns.dtype), np.empty(n_kept, self._dtype)
-        cols, kept = self._scratch[0], self._scratch[1].view(_narrowed(values))
-        into: NDArray[Any] = kept
-        if kept.dtype == values.dtype:
-            values, into = _kernels.as_bits(values), _kernels.as_bits(kept)
-        columns = self._columns
-        _kernels.copy_runs(dim_1, values, columns.first, columns.place_of, starts, stops, begins, cols, into)
-        return cols, kept
+    def _room_for(self, n_entries: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return memory for columns and values, which is good until the next call."""
+        if len(self._scratch[0]) < n_entries:
+            self._scratch = np.empty(n_entries, self._columns.dtype), np.empty(n_entries, self._dtype)
+        return self._scratch[0], self._scratch[1].view(dtype)
 
     def _put(self, part: int, block: Block) -> None:
         if self._room is not None:
