@@ -101,11 +101,11 @@ def first_descent(values: NDArray[np.int64], is_strict: bool) -> int:
 def first_bad_row(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int) -> int:
     """Return the number of the first row whose columns do not all exist or do not ascend, or -1."""
     for row in range(len(indptr) - 1):
-        start, stop = max(0, indptr[row]), min(indptr[row + 1], len(indices))
-        n_wrong = 0
-        for k in range(start + 1, stop):
-            n_wrong += indices[k] <= indices[k - 1]
-        if n_wrong or (stop > start and np.int64(indices[stop - 1]) >= n_cols):
+        columns = indices[max(0, indptr[row]) : min(indptr[row + 1], len(indices))]
+        is_wrong = False
+        for k in range(1, len(columns)):
+            is_wrong |= columns[k] <= columns[k - 1]
+        if is_wrong or (len(columns) and np.int64(columns[-1]) >= n_cols):
             return row
     return -1
 
