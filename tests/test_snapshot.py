@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -728,7 +729,7 @@ def test_damage_that_goes_with_its_checksum_is_told_by_verify_and_before_it_harm
 
 
 FUZZ = """
-import random, shutil, sys
+import os, random, resource, shutil, sys
 from pathlib import Path
 import numpy as np
 from test_snapshot import MANIFEST, Snapshot, with_manifest
@@ -770,11 +771,22 @@ for k in range(120):
         assert not is_same
     for name in (names[k % len(names)], MANIFEST):
         shutil.copy(source / name, path / name)
-print(*(f"{results.count(result)} {result}" for result in ("right", "other", "told")))
+
+snapshot = Snapshot.open(path)
+reader = snapshot.reader()
+if not (child := os.fork()):
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.truncate(path / "shard-00001.indices", 0)
+    reader.csr(snapshot.obs_joinids)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(*(f"{results.count(result)} {result}" for result in ("right", "other", "told")), status, "status")
 """
 
 
-def test_bytes_that_change_in_any_file_never_end_a_process(whole: Snapshot, copied: Path) -> None:
+def test_bytes_that_change_in_any_file_never_end_a_process_but_a_file_that_is_cut_while_it_is_mapped_does(
+    whole: Snapshot, copied: Path
+) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     command = [sys.executable, "-c", FUZZ, str(whole.path), str(copied)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -782,6 +794,9 @@ def test_bytes_that_change_in_any_file_never_end_a_process(whole: Snapshot, copi
     counts = dict(zip(done.stdout.split()[1::2], map(int, done.stdout.split()[::2]), strict=True))
     assert counts["told"] > 10
     assert counts["other"] > 10
+    assert os.WTERMSIG(counts["status"]) == signal.SIGBUS
+    with pytest.raises(ValueError, match=r"shard-00001\.indices' must have .* bytes .*, not 0"):
+        Snapshot.open(copied)
 
 
 def test_a_newer_format_is_refused(copied: Path) -> None:

@@ -341,14 +341,16 @@ class _Builder:
                 f"path={str(self._path)!r} is made in the folder {str(self._folder)!r}, but that belongs to "
                 f"{owner}, who began to make it; choose another path, or have it removed.",
             )
-        self._folder.chmod(0o700)
+        with suppress(OSError):  # a file system without modes
+            self._folder.chmod(0o700)
         return True
 
     def _open_to_others(self) -> None:
         """Let those look into the folder who can read its files: what the umask lets."""
         special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
         mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)
-        self._folder.chmod(special | mode | (mode & 0o444) >> 2)
+        with suppress(OSError):  # a file system without modes
+            self._folder.chmod(special | mode | (mode & 0o444) >> 2)
 
     # What a killed creation left --------------------------------------------------------------------------
 
