@@ -1,13 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from stores import Store
+from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
 
 
@@ -123,3 +127,72 @@ def test_the_worker_is_asked_for_through_torch_utils_data(monkeypatch: pytest.Mo
     assert get_worker_id_and_num() == (0, 1)
     monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=3, num_workers=5))
     assert get_worker_id_and_num() == (3, 5)
+
+
+# Accelerate -----------------------------------------------------------------------------------------------
+
+# What its `prepare` does to a loader of an IterableDataset: process 0 reads, or each takes its share.
+ACCELERATE = """
+class DataLoaderDispatcher:
+    def __init__(self, base_dataloader):
+        self.base_dataloader = base_dataloader
+
+    def __iter__(self):
+        yield from self.base_dataloader
+
+
+class IterableDatasetShard(DataLoaderDispatcher):
+    pass
+
+
+class SkipDataLoader(DataLoaderDispatcher):
+    pass
+"""
+
+
+@pytest.fixture
+def accelerate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return a stand-in for `accelerate.data_loader`."""
+    module = ModuleType("accelerate.data_loader")
+    exec(ACCELERATE, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return module
+
+
+def fork_loader(dataset: ExperimentDataset) -> DataLoader[Any]:
+    options = {"num_workers": 1, "multiprocessing_context": "fork", "collate_fn": lambda batch: batch}
+    return DataLoader(dataset, batch_size=None, **options)
+
+
+@pytest.mark.parametrize("loader_of", [iter, experiment_dataloader, fork_loader])
+@pytest.mark.parametrize("dealer", ["DataLoaderDispatcher", "IterableDatasetShard"])
+def test_what_accelerate_deals_to_ranks_is_not_dealt_before(
+    store: Store, accelerate: ModuleType, dealer: str, loader_of: Callable[[ExperimentDataset], Any]
+) -> None:
+    prepared = getattr(accelerate, dealer)(loader_of(store.dataset(range(40), seed=1)))
+    with pytest.raises(ValueError, match=r"Accelerate's prepare deals to all 2 ranks .* ranks=\(0, 1\)"):
+        list(prepared)
+
+
+def test_a_dataset_that_is_told_its_ranks_gives_accelerate_every_row(
+    store: Store, accelerate: ModuleType
+) -> None:
+    whole = store.dataset(range(40), seed=1, ranks=(0, 1))
+    for dealer in (accelerate.DataLoaderDispatcher, accelerate.IterableDatasetShard):
+        found = [row for _, obs in dealer(experiment_dataloader(whole)) for row in obs["soma_joinid"]]
+        assert sorted(found) == list(range(40))
+
+
+def test_shares_of_one_order_need_its_seed(store: Store, accelerate: ModuleType) -> None:
+    whole = store.dataset(range(40), ranks=(0, 1))
+    with pytest.raises(ValueError, match="seed=None must be a number where each rank takes its share of one"):
+        list(accelerate.IterableDatasetShard(whole))
+    assert len(list(accelerate.DataLoaderDispatcher(whole))) == 40
+
+
+def test_a_loader_that_accelerate_does_not_deal_to_ranks_is_left_alone(
+    store: Store, accelerate: ModuleType
+) -> None:
+    assert len(list(accelerate.SkipDataLoader(store.dataset(range(40))))) == 20

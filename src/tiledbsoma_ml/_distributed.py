@@ -14,8 +14,13 @@ frameworks can replace them.
 from __future__ import annotations
 
 import os
+import sys
+from types import FrameType
 
 import torch
+
+_ACCELERATE = "accelerate.data_loader"
+_DEALERS = ("DataLoaderDispatcher", "IterableDatasetShard")
 
 
 def get_distributed_rank_and_world_size() -> tuple[int, int]:
@@ -39,6 +44,22 @@ def get_worker_id_and_num() -> tuple[int, int]:
     """Return the number of this DataLoader worker and how many there are; (0, 1) outside a worker."""
     info = torch.utils.data.get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def dealt_again_by() -> str | None:
+    """Return the class of Accelerate that deals what is asked for now to all ranks, if one does.
+
+    Its `prepare` leaves the dataset as it is, so that only who asks tells of it. A process that was forked
+    has the frames of its parent.
+    """
+    frame: FrameType | None = sys._getframe() if _ACCELERATE in sys.modules else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _ACCELERATE:
+            name = type(frame.f_locals.get("self")).__name__
+            if name in _DEALERS:
+                return name
+        frame = frame.f_back
+    return None
 
 
 def _rank_on_this_node() -> int:

@@ -18,7 +18,11 @@ from tiledbsoma_ml._agreement import agreed_seed, log_parts
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
 from tiledbsoma_ml._deal import ShuffleScope
-from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
+from tiledbsoma_ml._distributed import (
+    dealt_again_by,
+    get_distributed_rank_and_world_size,
+    get_worker_id_and_num,
+)
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 from tiledbsoma_ml._options import (
@@ -193,6 +197,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._fingerprint: str | None = None
         self._content: dict[str, Any] | None = None
         self._is_first = True
+        self._dealer: str | None = None
         plan = Plan(
             shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
             io_batch_size=self.io_batch_size,
@@ -366,6 +371,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
             self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.query_ids)
             state["query_ids"] = self._shared_ids
+            state["_dealer"] = dealt_again_by()
         state["_shared_ids"] = None
         return state
 
@@ -400,6 +406,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if self._told is not None and in_worker:
             part = self._continued(self._told.begin(), place)
             return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
+        self._check_dealt_once()
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         if not in_worker:
@@ -500,6 +507,21 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         )
         return Run(start=start, total=sum(map(self._plan.n_mini_batches, parts)), loaded=loaded)
 
+    def _check_dealt_once(self) -> None:
+        """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here."""
+        dealer = dealt_again_by() or self._dealer
+        if dealer is not None and self.ranks is None and self._ranks()[1] > 1:
+            raise ValueError(
+                f"Accelerate's prepare deals to all {self._ranks()[1]} ranks what ExperimentDataset deals to "
+                "them already, so that most rows were lost; make the dataset with ranks=(0, 1), or do not "
+                "prepare its loader."
+            )
+        if dealer == "IterableDatasetShard" and self.shuffle and self.seed is None:
+            raise ValueError(
+                "seed=None must be a number where each rank takes its share of one order, as Accelerate's "
+                "dispatch_batches=False has it; try seed=42."
+            )
+
     def _agree(self, num_workers: int, begin: Position) -> None:
         """Make sure that all ranks can iterate, and that they iterate the same."""
         _, world_size = self._ranks()
@@ -562,6 +584,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Yields:
             Where the epoch begins, and the run of it.
         """
+        self._check_dealt_once()
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         self._agree(num_workers, begin)
