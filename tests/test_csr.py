@@ -132,6 +132,14 @@ def test_matrices_of_other_shape_or_type_are_not_merged(shape: tuple[int, int], 
     assert f"(2, 3) float32, {shape} {np.dtype(dtype)}" in str(caught.value)
 
 
+def test_what_makes_no_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match="mtxs must hold at least one matrix, and is empty"):
+        CSR_IO_Buffer.merge([])
+    i, d = np.zeros(2, np.uint32), np.ones(2, np.float32)
+    with pytest.raises(ValueError, match="i, j and d must be equally long, but have 1, 2 and 2 values"):
+        CSR_IO_Buffer.from_ijd(i[:1], i, d, (1, 1))
+
+
 # Slicing --------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +159,13 @@ def test_a_slice_with_a_step_is_refused(method: str, rows: slice) -> None:
     with pytest.raises(ValueError, match=r"must have a step of 1; slice without a step") as caught:
         getattr(buffer, method)(rows)
     assert f"row_index={rows}" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["slice_tonumpy", "slice_toscipy"])
+def test_the_number_of_a_row_is_no_slice(method: str) -> None:
+    buffer = CSR_IO_Buffer.from_ijd_parts([], (5, 2), np.dtype(np.float32))
+    with pytest.raises(TypeError, match=r"row_index=3 must be a slice; try slice\(0, 1\)"):
+        getattr(buffer, method)(3)
 
 
 def test_a_dense_slice_is_a_new_array() -> None:
@@ -195,7 +210,7 @@ def test_rows_are_taken_in_any_order_and_may_repeat(coo: Coo, data: st.DataObjec
 @given(coo=coos())
 def test_sorting_the_entries_of_each_row_leaves_the_matrix_as_it_is(coo: Coo) -> None:
     buffer = coo.buffer()
-    buffer.sort_indices()
+    assert buffer.sort_indices() is buffer
     expected = coo.scipy()
     expected.sort_indices()
     np.testing.assert_array_equal(buffer.indptr, expected.indptr)

@@ -184,7 +184,16 @@ def test_arguments_that_do_not_apply_are_refused_and_say_where_to_set_them(
         experiment_dataloader(store.dataset(), **argument)
 
 
-def test_anything_but_an_experiment_dataset_is_refused() -> None:
+def test_the_sum_of_datasets_is_loaded_one_after_the_other(store: Store) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "shuffle": False}
+    loader = experiment_dataloader(
+        store.dataset(range(20), **options) + store.dataset(range(30, 41), **options)
+    )
+    assert len(loader) == 5
+    assert joinids_of(loader).tolist() == [*range(20), *range(30, 41)]
+
+
+def test_what_is_no_iterable_dataset_is_refused() -> None:
     with pytest.raises(TypeError, match=r"ds must be an ExperimentDataset, not a list"):
         experiment_dataloader([1, 2])  # type: ignore[arg-type]
 

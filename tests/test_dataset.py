@@ -6,6 +6,7 @@ import threading
 from typing import Any
 from unittest import mock
 
+import attrs
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs
 from tiledbsoma_ml import ExperimentDataset, QueryIDs
+from tiledbsoma_ml._query_ids import Partition
 from tiledbsoma_ml.dataset import DEFAULT_IO_BATCH_SIZE
 
 # Invariants -----------------------------------------------------------------------------------------------
@@ -459,3 +461,13 @@ def test_a_bad_epoch_is_refused(store: Store, epoch: Any) -> None:
 def test_bad_fractions_are_refused_with_an_example(store: Store, fracs: Any) -> None:
     with pytest.raises(ValueError, match=r"fracs.*try random_split\(0\.8, 0\.2\)"):
         store.dataset().random_split(*fracs)
+
+
+def test_a_part_of_a_query_is_refused(store: Store) -> None:
+    part = QueryIDs(obs_joinids=range(8), var_joinids=range(3)).partitioned(Partition(0, 2, 0, 1))
+    with pytest.raises(
+        ValueError, match=r"query_ids must be the rows of all, and these are the part of Part"
+    ):
+        ExperimentDataset(x_locator=store.locator, query_ids=part)
+    whole = attrs.evolve(part, partition=None)
+    assert len(ExperimentDataset(x_locator=store.locator, query_ids=whole)) == 4

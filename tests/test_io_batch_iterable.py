@@ -329,3 +329,11 @@ def test_iterating_again_repeats_the_order_and_another_epoch_has_another(store: 
 def test_no_chunks_give_no_io_batches(store: Store) -> None:
     with store.locator.open() as (X, obs):
         assert list(IOBatchIterable([], 40, obs, np.arange(N_VARS), X)) == []
+
+
+def test_an_io_batch_size_of_no_rows_is_refused(store: Store) -> None:
+    with (
+        store.locator.open() as (X, obs),
+        pytest.raises(ValueError, match="io_batch_size=0 must be a positive"),
+    ):
+        IOBatchIterable([], 0, obs, np.arange(N_VARS), X)

@@ -278,6 +278,14 @@ def test_an_unknown_gpu_shuffle_mode_is_refused(mode: Any) -> None:
         MiniBatchIterable([], 4, gpu_shuffle=True, gpu_shuffle_mode=mode, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("batch_size", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError)])
+def test_a_batch_size_that_is_not_a_positive_integer_is_refused(
+    batch_size: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=f"batch_size={batch_size} must be a positive integer.*; try 128"):
+        MiniBatchIterable([], batch_size)
+
+
 def test_shuffling_on_a_device_without_a_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"device=None .* gpu_shuffle=True; try device='cuda' or 'cpu'"):
         MiniBatchIterable([], 4, gpu_shuffle=True)

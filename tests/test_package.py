@@ -27,6 +27,7 @@ from tiledbsoma_ml import (
     dataset,
 )
 from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._io_batch_iterable import IOBatchIterable
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 
@@ -253,6 +254,9 @@ PUBLISHED: dict[Callable[..., Any], str] = {
     CSR_IO_Buffer.merge: "mtxs",
     CSR_IO_Buffer.slice_tonumpy: "self, row_index",
     CSR_IO_Buffer.slice_toscipy: "self, row_index",
+    CSR_IO_Buffer.sort_indices: "self",
+    EagerIterator: "iterator, pool=None",
+    XLocator.open: "self",
     _distributed.get_distributed_rank_and_world_size: "",
     _distributed.get_worker_id_and_num: "",
 }
@@ -286,14 +290,19 @@ def test_the_defaults_have_their_published_names_and_values() -> None:
     ("module", "name"),
     [
         ("tiledbsoma_ml", "ExperimentDataset"),
+        ("tiledbsoma_ml", "SamplingMethod"),
         ("tiledbsoma_ml", "experiment_dataloader"),
         ("tiledbsoma_ml.dataset", "ExperimentDataset"),
         ("tiledbsoma_ml.dataloader", "experiment_dataloader"),
         ("tiledbsoma_ml._common", "MiniBatch"),
         ("tiledbsoma_ml._common", "NDArrayJoinId"),
+        ("tiledbsoma_ml._common", "NDArrayNumber"),
+        ("tiledbsoma_ml._common", "XBatch"),
         ("tiledbsoma_ml._query_ids", "Chunks"),
         ("tiledbsoma_ml._query_ids", "Partition"),
         ("tiledbsoma_ml._query_ids", "QueryIDs"),
+        ("tiledbsoma_ml._query_ids", "SamplingMethods"),
+        ("tiledbsoma_ml._eager_iter", "EagerIterator"),
         ("tiledbsoma_ml._io_batch_iterable", "IOBatch"),
         ("tiledbsoma_ml._io_batch_iterable", "IOBatchIterable"),
         ("tiledbsoma_ml._mini_batch_iterable", "MiniBatchIterable"),

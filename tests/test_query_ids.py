@@ -4,6 +4,7 @@ import pickle
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -83,6 +84,29 @@ def test_the_place_of_this_process_is_found_out_if_none_is_given(monkeypatch: py
     part, expected = ids.partitioned(None), ids.partitioned(Partition(1, 3, 2, 4))
     assert part.partition == expected.partition
     np.testing.assert_array_equal(part.obs_joinids, expected.obs_joinids)
+
+
+def test_a_part_is_not_partitioned_again() -> None:
+    part = ids_of(8).partitioned(Partition(0, 2, 0, 1))
+    with pytest.raises(
+        ValueError, match=r"these are the part of Partition\(rank=0, world_size=2, .*; take the query"
+    ):
+        part.partitioned(Partition(0, 2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ((2, 2, 0, 1), r"rank=2 must lie in 0 … 1 \(world_size=2\)"),
+        ((-1, 2, 0, 1), r"rank=-1 must lie in 0 … 1"),
+        ((0, 2, 3, 3), r"worker_id=3 must lie in 0 … 2 \(n_workers=3\)"),
+    ],
+)
+def test_a_place_beyond_those_that_there_are_is_refused(
+    place: tuple[int, int, int, int], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Partition(*place)
 
 
 # Shuffled chunks ------------------------------------------------------------------------------------------
@@ -201,6 +225,12 @@ def test_a_part_can_be_split_again(seed: int, method: Any) -> None:
     assert not np.isin(rest.obs_joinids, train.obs_joinids).any()
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_the_shares_may_be_one_list_of_them(kind: Any) -> None:
+    ids = ids_of(30)
+    assert ids.random_split(kind([0.7, 0.3]), seed=1) == ids.random_split(0.7, 0.3, seed=1)
+
+
 def test_a_split_does_not_change_the_query() -> None:
     ids = ids_of(50)
     ids.random_split(0.5, 0.5, seed=1)
@@ -219,7 +249,7 @@ def test_a_split_does_not_change_the_query() -> None:
         ((0.5, 0.4), r"^fracs=\(0\.5, 0\.4\) must sum to 1, not 0\.9; try random_split\(0\.8, 0\.2\)\.$"),
         ((0.8, 0.8), r"^fracs=\(0\.8, 0\.8\) must sum to 1, not 1\.6; try"),
         (("most", "rest"), r"^fracs=\('most', 'rest'\) must be numbers from 0 to 1; try"),
-        (([0.5, 0.5],), r"^fracs=\(\[0\.5, 0\.5\],\) must be numbers from 0 to 1; try"),
+        (([0.5, None],), r"^fracs=\(0\.5, None\) must be numbers from 0 to 1; try"),
         ((0.5, None), r"^fracs=\(0\.5, None\) must be numbers from 0 to 1; try"),
     ],
 )
@@ -275,6 +305,13 @@ def test_ids_survive_pickling(partition: Partition | None) -> None:
     np.testing.assert_array_equal(copy.obs_joinids, ids.obs_joinids)
     np.testing.assert_array_equal(copy.var_joinids, ids.var_joinids)
     assert copy.partition == partition
+
+
+def test_ids_are_equal_if_their_rows_columns_and_partition_are() -> None:
+    assert ids_of(3) == ids_of(3)
+    assert ids_of(3) != ids_of(4)
+    assert ids_of(3) != attrs.evolve(ids_of(3), var_joinids=[2, 4])
+    assert ids_of(3) != ids_of(3).partitioned(Partition(0, 1, 0, 1))
 
 
 def test_ids_cannot_be_assigned_to() -> None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tiledbsoma_ml._context import context
-from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset, ShuffleMode
 from tiledbsoma_ml.snapshot import Snapshot
@@ -26,6 +26,7 @@ __all__ = [
     "QueryIDs",
     "RayTrainRunner",
     "SCVIDataModule",
+    "SamplingMethod",
     "ShuffleMode",
     "Snapshot",
     "XLocator",

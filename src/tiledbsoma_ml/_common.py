@@ -25,7 +25,10 @@ NDArrayNumber: TypeAlias = NDArray[np.number[Any]]
 NDArrayJoinId: TypeAlias = NDArray[np.int64]
 """An array of SOMA joinids."""
 
-MiniBatch: TypeAlias = tuple[NDArrayNumber | sparse.csr_matrix | torch.Tensor, pd.DataFrame]
+XBatch: TypeAlias = NDArrayNumber | sparse.csr_matrix | torch.Tensor
+"""`X` of a mini-batch."""
+
+MiniBatch: TypeAlias = tuple[XBatch, pd.DataFrame]
 """What a dataset yields: `X` of shape (batch_size, n_vars) and the `obs` of the same rows.
 
 `X` is an `ndarray` (of shape (n_vars,) if `batch_size` is 1), a `csr_matrix` with `return_sparse_X=True`,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,10 @@ class CSR_IO_Buffer:
     @staticmethod
     def from_ijd(i: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
         """Return the matrix with value `d[k]` in row `i[k]` and column `j[k]`; coordinates must be unique."""
+        if not len(i) == len(j) == len(d):
+            raise ValueError(
+                f"i, j and d must be equally long, but have {len(i)}, {len(j)} and {len(d)} values."
+            )
         return CSR_IO_Buffer.from_ijd_parts([(i, j, d)], shape, np.asarray(d).dtype)
 
     @staticmethod
@@ -67,6 +71,8 @@ class CSR_IO_Buffer:
     @staticmethod
     def merge(mtxs: Sequence[CSR_IO_Buffer]) -> CSR_IO_Buffer:
         """Return the sum of matrices of one shape and type that have no coordinate in common."""
+        if not mtxs:
+            raise ValueError("mtxs must hold at least one matrix, and is empty.")
         first = mtxs[0]
         if any(m.shape != first.shape or m.dtype != first.dtype for m in mtxs):
             raise ValueError(
@@ -123,11 +129,12 @@ class CSR_IO_Buffer:
         entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
         return CSR_IO_Buffer(indptr, self.indices[entries], self.data[entries], (len(rows), self.shape[1]))
 
-    def sort_indices(self) -> None:
-        """Sort the entries of every row by column, in place."""
+    def sort_indices(self) -> Self:
+        """Sort the entries of every row by column, in place, and return this matrix."""
         from tiledbsoma_ml import _kernels
 
         _kernels.sort_rows(self.indptr, self.indices, _kernels.as_bits(self.data))
+        return self
 
     def with_repeats_added(self, dtype: np.dtype[Any]) -> CSR_IO_Buffer:
         """Return the rows with the values of one coordinate added up in `dtype`, and sorted.
@@ -148,6 +155,8 @@ class CSR_IO_Buffer:
         return CSR_IO_Buffer(indptr, rows.indices[firsts], data, self.shape)
 
     def _bounds(self, row_index: slice) -> tuple[int, int]:
+        if not isinstance(row_index, slice):
+            raise TypeError(f"row_index={row_index!r} must be a slice; try slice(0, 1).")
         start, stop, step = row_index.indices(self.shape[0])
         if step != 1:
             raise ValueError(f"row_index={row_index} must have a step of 1; slice without a step.")

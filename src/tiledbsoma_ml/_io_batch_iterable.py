@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._plan import id_batches
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
@@ -47,6 +47,9 @@ class IOBatchIterable(Iterable[IOBatch]):
     shuffle: bool = True
     use_eager_fetch: bool = True
     epoch: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        check_count("io_batch_size", self.io_batch_size, suggestion=65_536)
 
     def __iter__(self) -> ClosedWhenDropped[IOBatch]:
         reader = SOMAReader(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tiledbsoma_ml._common import MiniBatch, NDArrayNumber, seeded_rng
+from tiledbsoma_ml._common import MiniBatch, NDArrayNumber, check_count, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer, concat_toscipy
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
@@ -67,6 +67,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
     n_earlier: int = 0
 
     def __attrs_post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, suggestion=128)
         if self.gpu_shuffle and self.device is None:
             raise ValueError(
                 "device=None must be a device where gpu_shuffle=True; try device='cuda' or 'cpu'."

@@ -12,7 +12,7 @@ import torch
 
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._plan import Size
-from tiledbsoma_ml._query_ids import QueryIDs, Tail
+from tiledbsoma_ml._query_ids import QueryIDs, Tail, check_whole
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -53,6 +53,8 @@ def locate(
     snapshot: object,
 ) -> tuple[XLocator | None, QueryIDs | None]:
     """Return where the layer is and which rows and columns are wanted, as far as a snapshot need not say."""
+    if query_ids is not None:
+        check_whole(query_ids)
     if query is not None and x_locator is None and query_ids is None:
         locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
         check_obs_column_names(obs_column_names, query.experiment.obs)

@@ -6,8 +6,9 @@ Pure NumPy on arrays of joinids: no input or output, no torch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 import numpy as np
@@ -42,12 +43,24 @@ Tail: TypeAlias = Literal["drop", "pad"]
 
 @attrs.frozen
 class Partition:
-    """One worker's place among all workers of all ranks."""
+    """One worker's place among all workers of all ranks.
+
+    Raises:
+        ValueError: If a rank or a worker has a number beyond those that there are.
+    """
 
     rank: int
     world_size: int
     worker_id: int
     n_workers: int
+
+    def __attrs_post_init__(self) -> None:
+        for name, number, count_name, count in (
+            ("rank", self.rank, "world_size", self.world_size),
+            ("worker_id", self.worker_id, "n_workers", self.n_workers),
+        ):
+            if not 0 <= number < count:
+                raise ValueError(f"{name}={number} must lie in 0 … {count - 1} ({count_name}={count}).")
 
     def bounds(self, n_rows: int, tail: Tail = "drop") -> tuple[int, int]:
         """Return (start, stop) of this part of `n_rows` rows: the one partition rule.
@@ -133,9 +146,14 @@ def _var_joinids(ids: object) -> NDArrayJoinId:
     return check_joinids("var_joinids", ids, unique=True)
 
 
-@attrs.frozen(kw_only=True, eq=False)
+_same_joinids = attrs.cmp_using(eq=np.array_equal)
+
+
+@attrs.frozen(kw_only=True)
 class QueryIDs:
     """The rows and columns of a query, as joinids; picklable, and never changed in place.
+
+    Equal if rows, columns and partition are.
 
     Attributes:
         obs_joinids: Rows, in the order of the query; they may repeat.
@@ -147,8 +165,8 @@ class QueryIDs:
         ValueError: If they have not one dimension, one is negative, or a column repeats.
     """
 
-    obs_joinids: NDArrayJoinId = attrs.field(converter=_obs_joinids)
-    var_joinids: NDArrayJoinId = attrs.field(converter=_var_joinids)
+    obs_joinids: NDArrayJoinId = attrs.field(converter=_obs_joinids, eq=_same_joinids)
+    var_joinids: NDArrayJoinId = attrs.field(converter=_var_joinids, eq=_same_joinids)
     partition: Partition | None = None
 
     @classmethod
@@ -174,7 +192,7 @@ class QueryIDs:
         """Return disjoint random parts that together are this query; rows within a part are sorted.
 
         Args:
-            fracs: The share of each part, from 0 to 1, summing to 1.
+            fracs: The share of each part, from 0 to 1, summing to 1; or one list of them.
             seed: The same seed gives the same parts, and those of tiledbsoma-ml 0.1.0.
             method: See `SamplingMethod`.
 
@@ -197,7 +215,11 @@ class QueryIDs:
         Args:
             partition: Whose part; found out from this process if None.
             tail: See `Tail`; every rank gets the same number of rows.
+
+        Raises:
+            ValueError: If this is a part already: nobody would get the rest of it.
         """
+        check_whole(self)
         if partition is None:
             partition = Partition(*get_distributed_rank_and_world_size(), *get_worker_id_and_num())
         bounds = partition.bounds(len(self.obs_joinids), tail)
@@ -224,6 +246,15 @@ class QueryIDs:
         return [self.obs_joinids[start : start + size] for start in starts.tolist()]
 
 
+def check_whole(ids: QueryIDs) -> None:
+    """Raise a ValueError if rows are a part already: cut again, nobody would get the rest of it."""
+    if ids.partition is not None:
+        raise ValueError(
+            f"query_ids must be the rows of all, and these are the part of {ids.partition}; take the query "
+            "of which they are a part, or attrs.evolve(query_ids, partition=None) if nothing else is read."
+        )
+
+
 def wrapped(joinids: NDArrayJoinId, start: int, stop: int) -> NDArrayJoinId:
     """Return joinids from `start` to `stop`, going on with the first ones behind the last."""
     n_rows = len(joinids)
@@ -232,8 +263,10 @@ def wrapped(joinids: NDArrayJoinId, start: int, stop: int) -> NDArrayJoinId:
     return joinids[np.arange(start, stop) % n_rows]
 
 
-def _check_fracs(fracs: tuple[float, ...]) -> NDArray[np.float64]:
+def _check_fracs(fracs: tuple[Any, ...]) -> NDArray[np.float64]:
     way_out = "try random_split(0.8, 0.2)"
+    if len(fracs) == 1 and isinstance(fracs[0], Sequence | np.ndarray):
+        fracs = tuple(fracs[0])
     if not fracs:
         raise ValueError(f"fracs must hold at least one fraction; {way_out}.")
     try:

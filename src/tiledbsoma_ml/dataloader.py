@@ -6,9 +6,9 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._io_batch_iterable import IOBatch
@@ -26,7 +26,11 @@ _SET_ELSEWHERE = {
 }
 
 
-def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> ExperimentDataLoader:
+@overload
+def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> ExperimentDataLoader: ...
+@overload
+def experiment_dataloader(ds: IterableDataset[Any], **dataloader_kwargs: Any) -> DataLoader[Any]: ...
+def experiment_dataloader(ds: IterableDataset[Any], **dataloader_kwargs: Any) -> DataLoader[Any]:
     """Return a `DataLoader` that yields the mini-batches of a dataset as they are.
 
     Reading ahead on threads needs no workers. With `num_workers`, they are started with "spawn" (a fork of a
@@ -34,15 +38,16 @@ def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> Ex
     `persistent_workers` say otherwise.
 
     Args:
-        ds: Its options decide about batch size and shuffling.
+        ds: Its options decide about batch size and shuffling. Of what is made of several, such as the sum of
+            two, a plain `DataLoader` is returned, which cannot be resumed.
         dataloader_kwargs: For `torch.utils.data.DataLoader`.
 
     Raises:
-        TypeError: If `ds` is not an `ExperimentDataset`.
+        TypeError: If `ds` is not an `ExperimentDataset`, nor another iterable dataset.
         ValueError: If an argument does not apply: `shuffle`, `batch_size`, `sampler`, `batch_sampler`, or
             `in_order=False`.
     """
-    if not isinstance(ds, ExperimentDataset):
+    if not isinstance(ds, IterableDataset):
         raise TypeError(
             f"ds must be an ExperimentDataset, not a {type(ds).__name__}; "
             "give any other dataset to torch.utils.data.DataLoader."
@@ -62,6 +67,8 @@ def experiment_dataloader(ds: ExperimentDataset, **dataloader_kwargs: Any) -> Ex
     defaults: dict[str, Any] = {"collate_fn": _unchanged}
     if n_workers > 0:
         defaults |= {"multiprocessing_context": "spawn", "persistent_workers": True}
+    if not isinstance(ds, ExperimentDataset):
+        return DataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
     loader = ExperimentDataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
     loader._own_progress = Progress.of_loader(ds._epochs)  # from now on it counts its own epochs
     return loader
