@@ -471,3 +471,20 @@ def test_a_part_of_a_query_is_refused(store: Store) -> None:
         ExperimentDataset(x_locator=store.locator, query_ids=part)
     whole = attrs.evolve(part, partition=None)
     assert len(ExperimentDataset(x_locator=store.locator, query_ids=whole)) == 4
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", [])])
+def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str, value: Any) -> None:
+    dataset = store.dataset(range(8), batch_size=4)
+    with pytest.raises(AttributeError, match=f"{name} of a dataset cannot be changed, .* another dataset"):
+        setattr(dataset, name, value)
+    [first, _] = dataset.random_split(0.5, 0.5)
+    for made in (dataset, first, pickle.loads(pickle.dumps(first))):
+        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
+
+
+def test_the_form_of_x_can_be_changed(store: Store) -> None:
+    dataset = store.dataset(range(8), batch_size=8)
+    dataset.return_sparse_X = True
+    [(X, _)] = dataset
+    assert isinstance(X, sparse.csr_matrix)

@@ -64,6 +64,22 @@ DEFAULT_SHUFFLE_CHUNK_SIZE = 64
 DEFAULT_IO_BATCH_SIZE = 65536
 DEFAULT_MEMORY_BUDGET = "2GiB"
 
+# What the order of rows, or what is read, was decided by when the dataset was built.
+_FIXED = {
+    "batch_size",
+    "device",
+    "io_batch_size",
+    "obs_column_names",
+    "padding_column_name",
+    "seed",
+    "shuffle",
+    "shuffle_chunk_size",
+    "shuffle_mode",
+    "shuffle_scope",
+    "tail",
+    "x_locator",
+}
+
 
 class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     """The cells of a SOMA query as mini-batches `(X, obs)`, in a new random order every epoch.
@@ -187,7 +203,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         folder = check_window_dir(window_dir, window_bytes)
         mixing = check_mixing(mixing)
         self.x_locator, ids = locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
-        self.obs_column_names = obs_column_names
+        self.obs_column_names = list(obs_column_names)
         self._drawn_seed = (
             np.random.SeedSequence().generate_state(1).item() if self.seed is None else self.seed
         )
@@ -253,9 +269,41 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return len(self), len(self.query_ids.var_joinids)
 
     @property
+    def rank(self) -> int:
+        """Number of this process among those that train, as it is known now."""
+        return self._ranks()[0]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train, as it is known now."""
+        return self._ranks()[1]
+
+    @property
+    def measurement_name(self) -> str | None:
+        """Measurement that `X` is read from; None if a snapshot alone was given."""
+        return None if self.x_locator is None else self.x_locator.measurement_name
+
+    @property
+    def layer_name(self) -> str | None:
+        """Layer of `X`; None if a snapshot alone was given."""
+        return None if self.x_locator is None else self.x_locator.layer_name
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name} of a dataset cannot be changed, for its order was made with it; make another "
+                f"dataset: ExperimentDataset(…, {name}={value!r})."
+            )
+        super().__setattr__(name, value)
+
+    @property
     def epoch(self) -> int:
         """The epoch in progress; between epochs the last one, or what `set_epoch` set."""
         return self._epochs.counter.current
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.set_epoch(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` (0, 1, …) the next one to be iterated; later ones count on from there.
