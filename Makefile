@@ -7,13 +7,16 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
+NEWEST := .venv-newest
+NEWEST_TESTS := $(patsubst %,tests/test_%.py,package x_locator snapshot_dataset h5ad scvi_models)
+TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
 
-.PHONY: help demo test stress bench viz docs lint format clean
+.PHONY: help demo test stress compat-newest bench viz docs lint format clean
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_ARGS="--h5ad FILE" for your own
 	$(BIN)/tiledbsoma-ml demo $(DEMO_ARGS)
@@ -24,6 +27,14 @@ test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the
 
 stress: $(VENV)/test.installed  ## Read obs beside busy loops: no process may die; STRESS_ARGS="--minutes 60"
 	$(BIN)/python tests/stress_obs.py $(STRESS_ARGS)
+
+compat-newest:  ## Install the newest version of everything but torch, and try it
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test]'
+	$(NEWEST)/bin/pip list --disable-pip-version-check
+	$(NEWEST)/bin/tiledbsoma-ml demo --cells 300 --genes 50 --epochs 2 --output-dir $(NEWEST)/demo_output
+	$(NEWEST)/bin/pytest -q -W default $(NEWEST_TESTS)
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
@@ -48,7 +59,7 @@ format: $(VENV)/test.installed  ## Mend what the linters can mend
 
 clean:  ## Remove what the other targets made
 	rm -rf $(PAGE)/node_modules $(PAGE)/dist $(PAGE)/test-results
-	rm -rf $(VENV) demo_output lightning_logs scvi_log docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) demo_output lightning_logs scvi_log docs/_build docs/_generated docs/notebooks build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A stamp file says that its set of packages is installed; editing either list installs again.
 $(VENV)/pip.installed: constraints.txt

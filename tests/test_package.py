@@ -41,6 +41,7 @@ LAYOUT = [
     "_common",
     "_context",
     "_distributed",
+    "_shared_array",
     "_epoch",
     "_vfs",
     "x_locator",

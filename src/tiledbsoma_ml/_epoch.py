@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tiledbsoma_ml._shared_array import SharedArray
+
 N_PROCESSES = 64
 """Processes that can tell their workers an epoch through one counter: the ranks that share its memory."""
 
@@ -47,7 +49,7 @@ class EpochCounter:
         self._taken_in = self._set_in = 0
         self._owner = self._made_in = os.getpid()
         columns = _BEGUN + 3 * N_ITERATIONS
-        self._shared = torch.zeros((N_PROCESSES, columns), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._shared = SharedArray(np.zeros((N_PROCESSES, columns), dtype=np.int64))
 
     @property
     def current(self) -> int:
@@ -148,13 +150,13 @@ class EpochCounter:
 
     def _row(self, process: int) -> NDArray[np.int64] | None:
         """Return what a process and its workers tell each other, if they do."""
-        row: NDArray[np.int64] = self._shared.numpy()[process % N_PROCESSES]
+        row: NDArray[np.int64] = self._shared.numbers[process % N_PROCESSES]
         return row if int(row[_PROCESS]) == process else None
 
     def _claimed(self, process: int) -> NDArray[np.int64]:
         if (known := self._row(process)) is not None:
             return known
-        row: NDArray[np.int64] = self._shared.numpy()[process % N_PROCESSES]
+        row: NDArray[np.int64] = self._shared.numbers[process % N_PROCESSES]
         row[:] = 0
         row[_LAST], row[_N_SET] = -1, self._n_seen
         row[_PROCESS] = process

@@ -12,9 +12,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 
 from tiledbsoma_ml._epoch import EpochCounter
+from tiledbsoma_ml._shared_array import SharedArray
 from tiledbsoma_ml._state import Position
 
 LOOKS = 3
@@ -54,12 +56,12 @@ class Told:
 
     ranks: tuple[int, int]
     position: Position | None
-    channel: torch.Tensor
+    channel: SharedArray
 
     def begin(self) -> Position:
         """Return where the epoch begins that a worker begins now."""
         position, self.position = self.position, None
-        return position or Position(epoch=int(self.channel[0]))
+        return position or Position(epoch=int(self.channel.numbers[0]))
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -148,7 +150,7 @@ class Progress:
         self._next, self._n_set = 0, -1
         self._loaded: Loaded | None = None
         self._run: Run | None = None
-        self._channel: torch.Tensor | None = None
+        self._channel: SharedArray | None = None
 
     @classmethod
     def of_loader(cls, epochs: Epochs) -> Progress:
@@ -194,11 +196,11 @@ class Progress:
         self._run, self.epochs.latest = run, self
         return run
 
-    def tell(self, epoch: int) -> torch.Tensor:
+    def tell(self, epoch: int) -> SharedArray:
         """Tell workers that are kept the epoch that begins now; return what they look at."""
         if self._channel is None:
-            self._channel = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._channel[0] = epoch
+            self._channel = SharedArray(np.zeros(1, dtype=np.int64))
+        self._channel.numbers[0] = epoch
         return self._channel
 
     @property

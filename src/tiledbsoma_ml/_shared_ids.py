@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import attrs
-import torch
 
-from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
+from tiledbsoma_ml._shared_array import SharedArray
 
 
 @attrs.frozen(eq=False)
 class SharedQueryIDs:
     """A copy of `QueryIDs` that reaches the processes spawned from this one without further copies."""
 
-    obs_joinids: torch.Tensor
-    var_joinids: torch.Tensor
+    obs_joinids: SharedArray
+    var_joinids: SharedArray
     partition: Partition | None
 
     @classmethod
     def of(cls, ids: QueryIDs) -> SharedQueryIDs:
         """Copy joinids into shared memory."""
-        return cls(_shared(ids.obs_joinids), _shared(ids.var_joinids), ids.partition)
+        return cls(SharedArray(ids.obs_joinids), SharedArray(ids.var_joinids), ids.partition)
 
     def query_ids(self) -> QueryIDs:
         """Return the joinids where they are."""
         return QueryIDs(
-            obs_joinids=self.obs_joinids.numpy(),
-            var_joinids=self.var_joinids.numpy(),
+            obs_joinids=self.obs_joinids.numbers,
+            var_joinids=self.var_joinids.numbers,
             partition=self.partition,
         )
-
-
-def _shared(joinids: NDArrayJoinId) -> torch.Tensor:
-    shared = torch.empty(len(joinids), dtype=torch.int64)
-    shared.share_memory_()  # type: ignore[no-untyped-call]
-    shared.numpy()[:] = joinids
-    return shared

@@ -1,0 +1,57 @@
+"""Numbers in memory that a process shares with those spawned from it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from multiprocessing import context, reduction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class SharedArray:
+    """A copy of int64 numbers that reaches processes spawned or forked from this one without further copies.
+
+    What one of them writes to `numbers`, all see. Pickled for anything else, it is a copy of its own. It is a
+    file in memory, or on disk where the system knows no such files, that no folder lists: it ends with the
+    last process that has it, and the size of /dev/shm, 64 MB in many containers, does not bound it.
+    """
+
+    def __init__(self, numbers: NDArray[np.int64]) -> None:
+        self._descriptor = _open_unlisted()
+        weakref.finalize(self, os.close, self._descriptor)
+        with open(self._descriptor, "wb", closefd=False) as file:
+            file.write(np.ascontiguousarray(numbers, dtype=np.int64).data)
+        self.numbers = _mapped(self._descriptor, numbers.shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if context.get_spawning_popen() is None:
+            return SharedArray, (np.array(self.numbers),)
+        return _received, (reduction.DupFd(self._descriptor), self.numbers.shape)
+
+
+def _received(sent: Any, shape: tuple[int, ...]) -> SharedArray:
+    received = SharedArray.__new__(SharedArray)
+    received._descriptor = sent.detach()
+    weakref.finalize(received, os.close, received._descriptor)
+    received.numbers = _mapped(received._descriptor, shape)
+    return received
+
+
+def _open_unlisted() -> int:
+    """Return the descriptor of an empty file that no folder lists."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("tiledbsoma_ml")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _mapped(descriptor: int, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    if not math.prod(shape):
+        return np.empty(shape, dtype=np.int64)
+    return np.frombuffer(mmap.mmap(descriptor, 8 * math.prod(shape)), dtype=np.int64).reshape(shape)
