@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
 
 from lightning_run import Model, for_the_model
@@ -454,6 +454,110 @@ def test_a_run_says_nothing_of_inaccurate_lengths_and_leaves_the_filters_of_warn
             trainer.fit(model, datamodule=data)
         assert warnings.filters == before
     assert not [warning for warning in caught if "__len__" in str(warning.message)]
+
+
+class Stop(Callback):
+    """Writes a checkpoint after so many steps, and ends the run as a crash would."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
+
+
+class Look(Callback):
+    """Looks at one training batch when training starts, and at all of them before step 7."""
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        next(iter(trainer.datamodule.train_dataloader()))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 6:
+            list(trainer.datamodule.train_dataloader())
+
+
+class Scheduled(Model):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=int(total))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+FEW = slice(0, 99)  # 80 train rows: 5 batches of 16
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model_of", "callbacks", "options", "stop"),
+    [
+        (Scheduled, [], {}, 7),
+        (Model, [Look()], {}, 7),
+        (Model, [], {"limit_train_batches": 3}, 6),
+    ],
+    ids=["a schedule asks how many steps there are", "callbacks look at batches", "an epoch is cut short"],
+)
+def test_a_run_resumes_in_its_place_whatever_looked_at_its_batches(
+    store: Store, tmp_path: Path, model_of: Any, callbacks: list[Callback], options: dict[str, Any], stop: int
+) -> None:
+    checkpoint = tmp_path / "stopped.ckpt"
+
+    def rows_of(*more: Callback, **fit_options: Any) -> list[Any]:
+        model = model_of(N_VARS)
+        trainer = in_this_process(tmp_path, max_epochs=3, callbacks=[*callbacks, *more], **options)
+        with contextlib.suppress(InterruptedError):
+            trainer.fit(model, datamodule=make(store, FEW, transform=for_the_model), **fit_options)
+        return [step[1] for step in model.seen["train"]]
+
+    whole = rows_of()
+    assert len({tuple(rows) for rows in whole}) == len(whole)
+    assert rows_of(Stop(stop, checkpoint)) == whole[:stop]
+    assert rows_of(ckpt_path=checkpoint, weights_only=False) == whole[stop:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluating_a_checkpoint_of_other_data_is_not_refused_and_does_not_rewind_training(
+    store: Store, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "trained.ckpt"
+    model, data = Model(N_VARS), make(store, FEW, transform=for_the_model)
+    trainer = in_this_process(tmp_path, max_epochs=1)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(checkpoint)
+    others = [{"batch_size": 20}, {"seed": 4}, {"obs": slice(100, 149)}]
+    for change in others:
+        other = make(store, transform=for_the_model, **{"obs": FEW, **change})
+        predicted = in_this_process(tmp_path).predict(
+            Model(N_VARS), datamodule=other, ckpt_path=checkpoint, weights_only=False
+        )
+        assert torch.cat(predicted).tolist() == other.query_ids.obs_joinids.tolist()
+    with pytest.raises(ValueError, match="state must be of this dataset, but batch_size is 16 there, not 20"):
+        in_this_process(tmp_path, max_epochs=2).fit(
+            Model(N_VARS),
+            datamodule=make(store, FEW, batch_size=20, transform=for_the_model),
+            ckpt_path=checkpoint,
+            weights_only=False,
+        )
+    in_this_process(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    in_this_process(tmp_path).test(
+        Model(N_VARS), datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False
+    )
+    in_this_process(tmp_path, max_epochs=1).fit(model, datamodule=data)
+    seen = [tuple(step[1]) for step in model.seen["train"]]
+    assert len(set(seen)) == len(seen) == 15
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overfitting_takes_the_same_batches_in_every_epoch(store: Store, tmp_path: Path) -> None:
+    model = Model(N_VARS)
+    trainer = in_this_process(tmp_path, max_epochs=3, overfit_batches=2)
+    trainer.fit(model, datamodule=make(store, FEW, transform=for_the_model))
+    seen = [step[1] for step in model.seen["train"]]
+    assert seen == seen[:2] * 3
+    assert seen[0] != seen[1]
 
 
 @pytest.mark.filterwarnings("ignore")
