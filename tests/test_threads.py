@@ -78,19 +78,13 @@ def iterate_in_a_thread(daemon):
     threading.Thread(target=iterate, daemon=daemon).start()
     begun.wait()
 
-def in_a_cycle():
-    cycle = [begin()]
-    cycle.append(cycle)
-
 situations = {
-    "at module level": (begin, 0),
+    "at module level": (lambda: (begin(), sys.exit(7)), 7),
     "in a function that raises": (raise_in_a_function, 1),
     "interrupted": (interrupt, -signal.SIGINT),
-    "ended by sys.exit": (lambda: (begin(), sys.exit(7)), 7),
     "sys.exit in a thread": (exit_in_a_thread, 0),
     "a thread goes on": (lambda: iterate_in_a_thread(False), 0),
     "a daemon thread goes on": (lambda: iterate_in_a_thread(True), 0),
-    "in a cycle": (in_a_cycle, 0),
 }
 _reading.Room, rooms, pids = Recorded, [], {}
 preload_kernels().join()
