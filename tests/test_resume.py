@@ -723,6 +723,7 @@ def test_a_dataset_alone_resumes_in_a_stateful_data_loader(
 ) -> None:
     loader = stateful_loader_of(whole, n_workers, persistent)
     expected = [batches_of(loader) for _ in range(3)]
+    assert expected[0] != expected[1] != expected[2]
     n_batches = len(expected[0])
     for n_yielded in (1, 4, n_batches - 1):
         loader = stateful_loader_of(whole, n_workers, persistent)
