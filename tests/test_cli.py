@@ -334,18 +334,6 @@ def test_without_the_extra_the_command_ends_with_the_line_that_installs_it() -> 
     )
 
 
-def test_importing_the_package_loads_nothing_of_the_command_line() -> None:
-    program = """
-import sys, torch, tiledbsoma
-before = set(sys.modules)
-import tiledbsoma_ml
-names = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(names & {"typer", "rich", "matplotlib"}))
-print([name for name in ("cli", "demo", "simulate") if f"tiledbsoma_ml.{name}" in sys.modules])
-"""
-    assert run_process(program).stdout == "[]\n[]\n"
-
-
 # Real data ------------------------------------------------------------------------------------------------
 
 
