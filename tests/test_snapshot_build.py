@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -490,6 +491,17 @@ def test_a_disk_that_becomes_full_is_told_and_what_is_finished_is_kept(
     n_free[0] = 2**30
     make(path, store)
     assert_is_right(path)
+
+
+def test_what_a_disk_takes_only_the_beginning_of_is_not_there_at_all(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a write beyond is cut there, as at the end
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _snapshot_format.write_atomically(tmp_path / MANIFEST, "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / MANIFEST).exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
-from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -780,7 +779,7 @@ def _write_table(path: Path, tables: Sequence[pa.Table]) -> File:
         ) from err
     columns = [column.combine_chunks() for column in table.columns]
     batch = pa.RecordBatch.from_arrays(columns, table.column_names)
-    with BufferedWriter(open_new(path)) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with open_new(path) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return describe_file(path)
 

@@ -15,7 +15,7 @@ import stat
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader, FileIO
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -511,10 +511,10 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def open_new(path: Path) -> FileIO:
+def open_new(path: Path) -> BufferedWriter:
     """Open a new file to write to it, in place of what has its name; a link is not followed."""
     path.unlink(missing_ok=True)
-    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w")
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -558,8 +558,7 @@ class HashedFile:
         view = little_endian_bytes(array)
         self._sha256.update(view)
         self._nbytes += len(view)
-        while len(view):
-            view = view[self._file.write(view) :]
+        self._file.write(view)
 
     @property
     def written(self) -> File:
