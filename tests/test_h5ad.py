@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from scipy import sparse
 
 from stores import expected_X
 from tiledbsoma_ml import ExperimentDataset, _h5ad_file
-from tiledbsoma_ml._h5ad import Choose, ingest_h5ads
+from tiledbsoma_ml._h5ad import Choose, build_once, ingest_h5ads
 from tiledbsoma_ml._h5ad_file import choose_matrix, find_counts
 
 GENES = ["g0", "g1", "g2", "g3", "g4"]
@@ -364,6 +365,28 @@ def test_what_cannot_be_ingested_is_named_and_leaves_nothing(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"h5ad='.*other.h5ad' must be an AnnData file"):
         ingest_h5ads([tmp_path / "other.h5ad"], None, made, print)
     assert list(made.glob("*")) == []
+
+
+def test_what_another_user_put_in_the_way_is_not_written_to_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = tmp_path / "x.soma", tmp_path / ".x.soma.building"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    for target in ("other", "nothing"):
+        made.symlink_to(tmp_path / target)
+        with pytest.raises(
+            ValueError, match=r"x\.soma.* is made in .* but a link or a file is there"
+        ):
+            build_once(path, pytest.fail, print)
+        made.unlink()
+    made.mkdir()
+    user = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: user + 1)
+        with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; choose"):
+            build_once(path, pytest.fail, print)
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == [made.name, "mine", "other"]
 
 
 ANOTHER_PROCESS = """

@@ -21,7 +21,7 @@ import tiledbsoma.io
 from tiledbsoma_ml._common import absolute_path
 from tiledbsoma_ml._context import context, open_experiment
 from tiledbsoma_ml._h5ad_file import H5adFile, Matrix, Say, check_exists, choose_matrix, open_h5ad
-from tiledbsoma_ml._snapshot_progress import locked
+from tiledbsoma_ml._snapshot_progress import check_own_folder, locked
 
 Choose: TypeAlias = Callable[[H5adFile, str | None, Say], Matrix]
 """Decides which matrix of a file to take."""
@@ -168,10 +168,10 @@ def build_once(folder: Path, build: Callable[[str], None], say: Say) -> None:
             return
         say(f"building the experiment {folder}")
         building = folder.with_name(f".{folder.name}.building")
-        if building.exists():
+        if check_own_folder(building, folder):
             shutil.rmtree(building)
+        building.mkdir(mode=0o700)
         try:
-            building.mkdir(mode=0o700)
             build(str(building / folder.name))
             (building / folder.name).rename(folder)
         finally:

@@ -55,7 +55,7 @@ from tiledbsoma_ml._snapshot_format import (
     write_array,
     write_atomically,
 )
-from tiledbsoma_ml._snapshot_progress import Progress, locked, owner_if_other
+from tiledbsoma_ml._snapshot_progress import Progress, check_own_folder, locked
 from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml._vfs import open_vfs
 from tiledbsoma_ml._window import Window, _narrowed, preload_kernels
@@ -299,7 +299,7 @@ class _Builder:
 
     def build(self) -> None:
         preload_kernels()
-        self._check_folder()
+        check_own_folder(self._folder, self._path)
         if not self._is_only_to_be_renamed():
             self._resume()
             self._bytes_per_row = self._measure()
@@ -307,7 +307,7 @@ class _Builder:
                 self._borders = self._cut()
             needed = self._check_space()
             try:
-                if not self._check_folder():
+                if not check_own_folder(self._folder, self._path):
                     self._folder.mkdir(mode=0o700)
                 self._write()
             except OSError as err:
@@ -317,32 +317,6 @@ class _Builder:
         fsync(self._folder)
         self._folder.rename(self._path)
         fsync(self._path.parent)
-
-    def _check_folder(self) -> bool:
-        """Return whether the folder is there; then it is ours, and nobody else can look into it.
-
-        Raises:
-            ValueError: If it is a link or a file.
-            OSError: If it is another user's.
-        """
-        try:
-            mode = self._folder.lstat().st_mode
-        except FileNotFoundError:
-            return False
-        if not stat.S_ISDIR(mode):
-            raise ValueError(
-                f"path={str(self._path)!r} is made in the folder {str(self._folder)!r}, but a link or a file "
-                "is there; remove it, or choose another path."
-            )
-        if owner := owner_if_other(self._folder):
-            raise PermissionError(
-                errno.EPERM,
-                f"path={str(self._path)!r} is made in the folder {str(self._folder)!r}, but that belongs to "
-                f"{owner}, who began to make it; choose another path, or have it removed.",
-            )
-        with suppress(OSError):  # a file system without modes
-            self._folder.chmod(0o700)
-        return True
 
     def _open_to_others(self) -> None:
         """Let those look into the folder who can read its files: what the umask lets."""

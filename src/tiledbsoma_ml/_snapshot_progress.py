@@ -8,10 +8,11 @@ import importlib.util
 import logging
 import os
 import pwd
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -116,7 +117,7 @@ def _what_is_wrong(lock: Path, err: OSError) -> str:
         return (
             f"free to be made, but its lock {str(lock)!r} is a link, which is not followed; remove the link."
         )
-    if err.errno in (errno.EACCES, errno.EPERM) and (owner := owner_if_other(lock)):
+    if err.errno in (errno.EACCES, errno.EPERM) and (owner := _owner_if_other(lock)):
         return (
             f"free to be made, but its lock {str(lock)!r} belongs to {owner}, who makes it or was ended "
             "while doing so; wait until it is there, or choose another path."
@@ -124,7 +125,34 @@ def _what_is_wrong(lock: Path, err: OSError) -> str:
     return f"in a folder that can be written to, but: {err.strerror}; choose another path."
 
 
-def owner_if_other(path: Path) -> str | None:
+def check_own_folder(folder: Path, path: Path) -> bool:
+    """Return whether the folder is there in which a path is made; then nobody else can look into it.
+
+    Raises:
+        ValueError: If it is a link or a file.
+        OSError: If it is another user's.
+    """
+    try:
+        mode = folder.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(mode):
+        raise ValueError(
+            f"path={str(path)!r} is made in the folder {str(folder)!r}, but a link or a file is there; "
+            "remove it, or choose another path."
+        )
+    if owner := _owner_if_other(folder):
+        raise PermissionError(
+            errno.EPERM,
+            f"path={str(path)!r} is made in the folder {str(folder)!r}, but that belongs to {owner}, who "
+            "began to make it; choose another path, or have it removed.",
+        )
+    with suppress(OSError):  # a file system without modes
+        folder.chmod(0o700)
+    return True
+
+
+def _owner_if_other(path: Path) -> str | None:
     """Return whom a file or folder belongs to; None if that is us, or it is not there."""
     try:
         user = path.lstat().st_uid
