@@ -375,9 +375,7 @@ def test_what_another_user_put_in_the_way_is_not_written_to_and_told(
     (tmp_path / "other" / "mine").touch()
     for target in ("other", "nothing"):
         made.symlink_to(tmp_path / target)
-        with pytest.raises(
-            ValueError, match=r"x\.soma.* is made in .* but a link or a file is there"
-        ):
+        with pytest.raises(ValueError, match=r"x\.soma.* is made in .* but a link or a file is there"):
             build_once(path, pytest.fail, print)
         made.unlink()
     made.mkdir()
