@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 import torch
+from torch.utils.data import DataLoader
 
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, XLocator
 from tiledbsoma_ml._obs import ObsColumns, ObsTable
@@ -201,6 +202,15 @@ def test_a_pickled_dataset_knows_its_types_and_takes_no_joinids_along_but_its_ow
     monkeypatch.setattr("tiledbsoma_ml._obs._read_missing", lambda *_: pytest.fail("read again"))
     assert types_of(pickle.loads(pickled)) == [TYPES]
     assert IDS.obs_joinids.tobytes() not in pickled
+
+
+def test_what_a_forked_worker_found_out_is_not_read_again(
+    make_dataset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_dataset().random_split(0.9, 0.1, seed=1)
+    list(DataLoader(first, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    monkeypatch.setattr("tiledbsoma_ml._obs._read_missing", lambda *_: pytest.fail("read again"))
+    assert types_of(second) == [TYPES]
 
 
 # Decoding -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._arrays import ranges, telling_where, to_numpy
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._query_ids import check_once
+from tiledbsoma_ml._shared_array import SharedArray
 from tiledbsoma_ml.x_locator import XLocator
 
 GAP_ROWS = 1024
@@ -141,12 +142,15 @@ def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
 # Types ----------------------------------------------------------------------------------------------------
 
 
+_UNKNOWN, _PLAIN, _NULLABLE = range(3)
+
+
 class ObsTypes:
     """Which columns of `obs` come as pandas' nullable types: decided once for a query.
 
     Every part of the query has the same types then: of a worker, of a rank, of a split, or after a resume. A
     column of integers or booleans is nullable if a value is missing in one of the rows of the query. Found
-    out when it is first needed, in every process the same; a pickled copy knows it.
+    out when it is first needed; what a forked worker found out, all know, and so does a pickled copy.
 
     Args:
         locator: Address of the experiment.
@@ -158,16 +162,14 @@ class ObsTypes:
         self._locator = locator
         self._column_names = [name for name in column_names if name != "soma_joinid"]
         self._joinids: NDArrayJoinId | None = joinids
-        self._nullable: frozenset[str] | None = None if self._column_names else frozenset()
+        self._kinds = SharedArray(np.full(len(self._column_names), _UNKNOWN, dtype=np.int64))
 
     @property
     def nullable(self) -> frozenset[str]:
         """Names of the columns that are nullable."""
-        if self._nullable is None:
-            with self._locator.open() as (_, obs):
-                self.learn(obs)
-        assert self._nullable is not None
-        return self._nullable
+        self._find_out()
+        kinds = zip(self._column_names, self._kinds.numbers, strict=True)
+        return frozenset(name for name, kind in kinds if kind == _NULLABLE)
 
     def learn(self, obs: soma.DataFrame, columns: Mapping[str, pa.Array] | None = None) -> None:
         """Find out what is nullable.
@@ -176,17 +178,28 @@ class ObsTypes:
             obs: The open `obs`; it is read unless `columns` have all rows.
             columns: Columns for rows of the query, none twice.
         """
-        if self._nullable is not None:
+        if self._is_known:
             return
         assert self._joinids is not None
         rows = ascending(self._joinids)
         if columns and all(len(column) == len(rows) for column in columns.values()):
-            self._nullable = with_missing(columns)
+            nullable = with_missing(columns)
         else:
-            self._nullable = _read_missing(obs, self._column_names, rows)
+            nullable = _read_missing(obs, self._column_names, rows)
+        self._kinds.numbers[:] = [_NULLABLE if name in nullable else _PLAIN for name in self._column_names]
+
+    @property
+    def _is_known(self) -> bool:
+        return _UNKNOWN not in self._kinds.numbers
+
+    def _find_out(self) -> None:
+        if not self._is_known:
+            with self._locator.open() as (_, obs):
+                self.learn(obs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_nullable": self.nullable, "_joinids": None}
+        self._find_out()
+        return self.__dict__ | {"_joinids": None}
 
 
 def with_missing(columns: Mapping[str, pa.Array], rows: NDArray[np.int64] | None = None) -> frozenset[str]:
