@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
+from tiledbsoma_ml._snapshot_reader import RowIndex
 
 COLUMNS = ["soma_joinid", "cell_type", "maybe_int", "barcode"]
 
@@ -237,3 +239,16 @@ def test_a_snapshot_whose_experiment_cannot_be_listed_is_used_with_a_warning(
     with pytest.warns(UserWarning, match=r"holds .* as of 20.*; whether obs, var, X/raw changed since"):
         dataset = ExperimentDataset(**known)
     assert len(joinids_of(dataset)) == 20
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+def test_in_an_epoch_rows_are_looked_up_once_a_mini_batch_at_a_time(
+    store: Store, whole: Snapshot, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, dataset = pair(store, whole, all_ids(), batch_size=50, shuffle_scope=scope)
+    sizes, find = [], RowIndex.find
+    monkeypatch.setattr(RowIndex, "find", lambda self, ids: sizes.append(len(ids)) or find(self, ids))
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=2))
+    n_rows = len(joinids_of(dataset))
+    assert max(sizes) == 50
+    assert sum(sizes) == 2 * n_rows, "once for X, once for obs"
