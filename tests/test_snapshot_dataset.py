@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of
+from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
 from tiledbsoma_ml._snapshot_reader import RowIndex
 
@@ -112,7 +112,7 @@ def test_workers_get_what_they_get_from_the_experiment(
 ) -> None:
     options = {"shuffle_chunk_size": 8, "io_batch_size": 40, "device": device, "return_sparse_X": True}
     streamed, mapped = pair(store, whole, all_ids(), **options)
-    loaders = [experiment_dataloader(dataset, num_workers=2) for dataset in (streamed, mapped)]
+    loaders = [experiment_dataloader(dataset, **workers(2)) for dataset in (streamed, mapped)]
     for _ in range(2):
         assert_same_batches(*loaders)
 
@@ -152,7 +152,7 @@ def test_what_is_not_at_the_path_is_made_when_it_is_first_iterated_and_used_from
 
 def test_workers_wait_for_a_snapshot_that_is_made_before_they_start(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "new.snapshot"
-    loader = experiment_dataloader(pair(store, path, all_ids())[1], num_workers=1)
+    loader = experiment_dataloader(pair(store, path, all_ids())[1], **workers(1))
     assert sorted(i for _, obs in loader for i in obs["soma_joinid"]) == list(range(N_OBS))
 
 
