@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -47,8 +47,17 @@ def dataset_of(snapshot: Snapshot, n_rows: int = N_OBS, **options: Any) -> Exper
     return ExperimentDataset(snapshot=snapshot, query_ids=ids, **options)
 
 
+class Place(NamedTuple):
+    """A worker of a rank, as `Partition` has it; without workers `n_workers` is 0."""
+
+    rank: int
+    world_size: int
+    worker_id: int
+    n_workers: int
+
+
 @contextmanager
-def at(place: Partition) -> Iterator[None]:
+def at(place: Place | Partition) -> Iterator[None]:
     """Be a worker of a rank."""
     ranks = {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
     info = SimpleNamespace(id=place.worker_id, num_workers=place.n_workers) if place.n_workers else None
@@ -67,7 +76,7 @@ def epoch_of_rank(dataset: ExperimentDataset, rank: int, world_size: int, n_work
     """Return the mini-batches of a rank, in the order in which a `DataLoader` takes them from workers."""
     of_workers = []
     for worker in range(n_workers or 1):
-        with at(Partition(rank, world_size, worker, n_workers)):
+        with at(Place(rank, world_size, worker, n_workers)):
             of_workers.append(batches_of(copy.deepcopy(dataset)))
     taken = []
     while any(of_workers):
@@ -92,7 +101,7 @@ def test_every_row_comes_once_in_equal_batches_of_known_number(
         lengths = [[len(batch) for batch in batches] for batches in of_ranks]
         assert all(one == lengths[0] for one in lengths)
         loader = experiment_dataloader(dataset, num_workers=n_workers)
-        with at(Partition(0, world_size, 0, 0)):
+        with at(Place(0, world_size, 0, 0)):
             assert len(loader) == len(lengths[0])
         rows = [row for batches in of_ranks for batch in batches for row in batch]
         if tail == "drop":
@@ -168,7 +177,7 @@ def test_without_the_rows_marked_as_padding_every_row_comes_once(
         dataset = dataset_of(whole, 101, **options, **device)
     rows, n_padding = [], 0
     for rank in range(4):
-        with at(Partition(rank, 4, 0, 0)):
+        with at(Place(rank, 4, 0, 0)):
             for _, obs in copy.deepcopy(dataset):
                 assert obs["is_padding"].dtype == bool
                 rows += obs["soma_joinid"][~obs["is_padding"]].tolist()
@@ -191,7 +200,7 @@ def test_an_unknown_word_is_refused_with_those_that_are_known(whole: Snapshot, n
 
 
 def test_more_ranks_than_rows_are_refused_unless_rows_are_repeated(whole: Snapshot) -> None:
-    with at(Partition(0, 4, 0, 0)):
+    with at(Place(0, 4, 0, 0)):
         with pytest.raises(ValueError, match="4 ranks must each get a row, but the query has 3"):
             next(iter(dataset_of(whole, 3)))
         assert len(batches_of(dataset_of(whole, 3, tail="pad"))) == 1
@@ -397,7 +406,7 @@ def test_a_drawn_seed_comes_back_with_the_state(whole: Snapshot) -> None:
 
 
 def test_in_partition_scope_another_world_size_is_refused(whole: Snapshot) -> None:
-    with at(Partition(0, 2, 0, 0)):
+    with at(Place(0, 2, 0, 0)):
         dataset = dataset_of(whole)
         next(iter(dataset))
         state = dataset.state_dict()
@@ -649,6 +658,34 @@ def test_the_last_mini_batch_of_an_epoch_uses_a_loaded_state_up(whole: Snapshot)
     assert place_of(loader) == (1, 0)
     next(iter(loader))
     assert place_of(loader) == (1, 1)
+
+
+def test_a_state_is_of_no_use_once_another_epoch_was_set(whole: Snapshot) -> None:
+    dataset = dataset_of(whole)
+    expected = batches_of(dataset)
+    loader = experiment_dataloader(dataset)
+    for resumed in dataset, loader:
+        resumed.load_state_dict({**dataset.state_dict(), "epoch": 0, "n_yielded": 4})
+        dataset.set_epoch(2)
+        dataset.set_epoch(0)
+        assert batches_of(resumed) == expected
+
+
+def test_a_state_that_a_dataset_has_used_counts_for_its_loader_again(whole: Snapshot) -> None:
+    dataset = dataset_of(whole)
+    iterator = iter(dataset)
+    next(iterator)
+    state = dataset.state_dict()
+    rest = [obs["soma_joinid"].tolist() for _, obs in iterator]
+    dataset.load_state_dict(state)
+    assert batches_of(dataset) == rest
+    loader = experiment_dataloader(dataset)
+    loader.load_state_dict(state)
+    assert batches_of(loader) == rest
+    dataset.load_state_dict(state)
+    dataset.set_epoch(5)
+    loader.load_state_dict(state)
+    assert batches_of(loader) == rest
 
 
 @pytest.mark.parametrize("persistent", [False, True])

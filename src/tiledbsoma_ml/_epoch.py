@@ -38,12 +38,15 @@ class EpochCounter:
     `set` in the meantime.
 
     Attributes:
+        n_set: How often it was set.
+        last_set: The epoch that was set last.
+        same_since: Which of these times was the first of those that set this epoch one after the other.
         step: By how much an epoch's number is larger than that of the one before; 0 repeats one.
     """
 
     def __init__(self) -> None:
         self.step = 1
-        self.n_set, self.last_set = 0, 0
+        self.n_set, self.last_set, self.same_since = 0, 0, 0
         self._current = self._next = 0
         self._n_seen = 0
         self._taken_in = self._set_in = 0
@@ -79,8 +82,10 @@ class EpochCounter:
             epoch: In a worker, what only this one takes.
             has_begun: Whether it goes on rather than begins.
         """
-        self._current = self._next = self.last_set = epoch
         self.n_set += 1
+        if epoch != self.last_set:
+            self.same_since = self.n_set
+        self._current = self._next = self.last_set = epoch
         self._taken_in, self._set_in = 0, os.getpid()
         if self._is_in_worker():
             self._publish(epoch if has_begun else epoch - 1)

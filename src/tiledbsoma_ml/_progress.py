@@ -167,7 +167,8 @@ class Progress:
         else:
             counter.reach(position.epoch, has_begun=False)
             self._next, self._n_set = position.epoch, counter.n_set
-        if of_dataset is not None and not self._is_own and of_dataset.position == position:
+        waits = of_dataset is not None and self.epochs.own._pending() is of_dataset
+        if of_dataset is not None and waits and not self._is_own and of_dataset.position == position:
             self._loaded = of_dataset  # both of a checkpoint: used once
         else:
             self._loaded = Loaded(position, counter.n_set)
@@ -225,11 +226,13 @@ class Progress:
         return self.epochs.own is self
 
     def _pending(self) -> Loaded | None:
-        """Return what was loaded last, here or into the dataset, unless it was used or another epoch set."""
+        """Return what was loaded last, here or into the dataset, unless used or another epoch was set."""
         found = [p._loaded for p in (self, self.epochs.own) if p._loaded is not None]
         for loaded in sorted(found, key=lambda loaded: -loaded.n_set)[:1]:
             counter = self.epochs.counter
-            was_set = loaded.n_set != counter.n_set and counter.last_set != loaded.position.epoch
+            was_set = loaded.n_set != counter.n_set and (
+                counter.last_set != loaded.position.epoch or counter.same_since > loaded.n_set + 1
+            )
             if not (was_set or loaded.is_used or loaded.n_begun > LOOKS):
                 return loaded
         return None
