@@ -359,3 +359,19 @@ def test_integers_of_every_kind_are_joinids(joinids: Any) -> None:
     for found in (ids.obs_joinids, ids.var_joinids):
         assert (found.dtype, found.tolist()) == (np.int64, [4, 2])
     assert QueryIDs(obs_joinids=[], var_joinids=()).obs_joinids.dtype == np.int64
+
+
+def test_what_is_written_into_an_array_of_joinids_does_not_change_the_query() -> None:
+    obs_joinids, var_joinids = np.arange(9), np.arange(3, dtype=np.uint16)
+    ids = QueryIDs(obs_joinids=obs_joinids, var_joinids=var_joinids)
+    obs_joinids[:], var_joinids[:] = 5, 0
+    assert ids == QueryIDs(obs_joinids=range(9), var_joinids=range(3))
+    with pytest.raises(ValueError, match="read-only"):
+        ids.obs_joinids[0] = 5
+
+
+def test_joinids_that_are_masked_in_places_are_refused() -> None:
+    masked = np.ma.array([5, 3, 9], mask=[False, True, False])
+    with pytest.raises(TypeError, match=r"some are masked; try ids.compressed()"):
+        QueryIDs(obs_joinids=masked, var_joinids=[0])
+    assert QueryIDs(obs_joinids=masked.compressed(), var_joinids=[0]).obs_joinids.tolist() == [5, 9]

@@ -92,10 +92,12 @@ def check_joinids(name: str, ids: object, *, unique: bool = False) -> NDArrayJoi
     """Return joinids as an array.
 
     Raises:
-        TypeError: If they are not integers, but a mask or floats.
+        TypeError: If they are not integers, but a mask or floats, or some are masked.
         ValueError: If they have not one dimension, one is negative or too large for int64, or one repeats
             where all must be `unique`.
     """
+    if np.ma.is_masked(ids):
+        raise TypeError(f"{name} must all be wanted, but some are masked; try ids.compressed().")
     given = np.asarray(ids)
     if given.ndim != 1:
         raise ValueError(f"{name} must have one dimension, not the shape {given.shape}; try ids.ravel().")
@@ -139,11 +141,19 @@ def check_once(frame: soma.DataFrame, joinids: NDArrayJoinId) -> None:
 
 
 def _obs_joinids(ids: object) -> NDArrayJoinId:
-    return check_joinids("obs_joinids", ids)
+    return _kept(check_joinids("obs_joinids", ids))
 
 
 def _var_joinids(ids: object) -> NDArrayJoinId:
-    return check_joinids("var_joinids", ids, unique=True)
+    return _kept(check_joinids("var_joinids", ids, unique=True))
+
+
+def _kept(joinids: NDArrayJoinId) -> NDArrayJoinId:
+    """Return joinids that nobody can write into: a copy of those that somebody can."""
+    if joinids.size and joinids.flags.writeable:
+        joinids = joinids.copy()
+        joinids.flags.writeable = False
+    return joinids
 
 
 _same_joinids = attrs.cmp_using(eq=np.array_equal)

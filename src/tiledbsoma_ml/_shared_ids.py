@@ -23,8 +23,6 @@ class SharedQueryIDs:
 
     def query_ids(self) -> QueryIDs:
         """Return the joinids where they are."""
-        return QueryIDs(
-            obs_joinids=self.obs_joinids.numbers,
-            var_joinids=self.var_joinids.numbers,
-            partition=self.partition,
-        )
+        obs_joinids, var_joinids = self.obs_joinids.numbers.view(), self.var_joinids.numbers.view()
+        obs_joinids.flags.writeable = var_joinids.flags.writeable = False  # no need to copy them
+        return QueryIDs(obs_joinids=obs_joinids, var_joinids=var_joinids, partition=self.partition)
