@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -22,6 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # TileDB's parallel merge can crash any process that reads `obs`, also one that opens it as a user might. The
 # tests of what the package itself sets take this away.
 os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE", "0")
+
+# What `stores.workers` start has this imported; see there.
+multiprocessing.set_forkserver_preload(["tiledbsoma_ml"])
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

@@ -145,6 +145,14 @@ def _by_coords(joinids: slice | Sequence[int] | None) -> soma.AxisQuery:
     return soma.AxisQuery(coords=(joinids if isinstance(joinids, slice) else np.asarray(joinids),))
 
 
+def workers(n: int) -> dict[str, Any]:
+    """Return options of a loader with so many workers, for tests to which it does not matter how they start.
+
+    They are forked from a server that has imported what they need: spawned ones take seconds longer.
+    """
+    return {"num_workers": n} | ({"multiprocessing_context": "forkserver"} if n else {})
+
+
 def joinids_of(mini_batches: Any) -> np.ndarray:
     """Return the joinids that mini-batches yield, in order, having checked that each row of X is its own."""
     ids = [np.empty(0, dtype=np.int64)]

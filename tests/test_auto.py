@@ -20,7 +20,7 @@ import tiledbsoma as soma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import N_OBS, N_VARS, Store, joinids_of, make_obs
+from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, _plan, _reader, _reading, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._device import DeviceRows
@@ -370,7 +370,7 @@ def test_workers_read_within_windows_of_their_own_and_yield_every_row_once(
     files = {} if device else {"window_dir": tmp_path, "window_budget": "64MiB"}
     mode = {"shuffle_mode": "gpu_iobatch", "device": device} if device else {}
     dataset = dataset_of(large, batch_size=64, **files, **mode)
-    loader = experiment_dataloader(dataset, num_workers=2)
+    loader = experiment_dataloader(dataset, **workers(2))
     epochs = [list(loader) for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [len(loader)] * 2 == [32, 32]
     orders = [joinids_of(epoch) for epoch in epochs]

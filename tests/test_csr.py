@@ -140,6 +140,24 @@ def test_what_makes_no_matrix_is_refused() -> None:
         CSR_IO_Buffer.from_ijd(i[:1], i, d, (1, 1))
 
 
+@pytest.mark.parametrize("wrong", [-1, 3, 10**7, 65_537])
+def test_coordinates_beyond_the_matrix_are_refused_before_anything_is_written_there(wrong: int) -> None:
+    right, other, d = np.array([0, 1]), np.array([0, wrong]), np.ones(2, np.float32)
+    rule = rf"must lie in 0 … 2 \(shape=\(3, 3\)\), but {wrong} does not"
+    with pytest.raises(ValueError, match=f"i {rule}"):
+        CSR_IO_Buffer.from_ijd(other, right, d, (3, 3))
+    with pytest.raises(ValueError, match=f"j {rule}"):
+        CSR_IO_Buffer.from_ijd(right, other, d, (3, 3))
+    with pytest.raises(ValueError, match=f"j {rule}"):
+        CSR_IO_Buffer.from_pjd(np.array([0, 1, 2, 2]), other, d, (3, 3))
+
+
+@pytest.mark.parametrize("starts", [[0, 1, 2], [1, 1, 2, 2], [0, 1, 2, 3], [0, 2, 1, 2], [0, -1, 2, 2]])
+def test_row_starts_that_do_not_lead_through_the_values_are_refused(starts: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"p must be 4 row starts .* which ascend from 0 to the 2 values"):
+        CSR_IO_Buffer.from_pjd(np.array(starts), np.array([0, 1]), np.ones(2, np.float32), (3, 3))
+
+
 # Slicing --------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stores import N_OBS, Store, joinids_of
+from stores import N_OBS, Store, joinids_of, workers
 from test_cli import run
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._epoch_plan import PlanOptions, plan_epoch
@@ -47,7 +47,7 @@ def test_what_is_planned_for_a_rank_is_what_its_loader_yields_from_workers_in_tu
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with store.query() as query:
-        loader = experiment_dataloader(ExperimentDataset(query, **SMALL, shuffle_scope=scope), num_workers=2)
+        loader = experiment_dataloader(ExperimentDataset(query, **SMALL, shuffle_scope=scope), **workers(2))
     of_workers = [part["mini_batches"] for part in plan["parts"] if part["rank"] == 1]
     in_turn = [of_workers[k % 2][k // 2] for k in range(len(loader))]
     assert rows_of(in_turn) == joinids_of(loader).tolist()

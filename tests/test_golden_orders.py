@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
-from stores import N_OBS, Store, joinids_of
+from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._common import seeded_rng
 from tiledbsoma_ml._io_batch_iterable import id_batches
@@ -132,5 +132,5 @@ def test_a_dataloader_with_workers_yields_the_rows_of_an_experiment_in_the_order
     store: Store,
 ) -> None:
     record = find(n=100, num_workers=2)
-    found = loaded_order(store, record, experiment_dataloader, num_workers=2)
+    found = loaded_order(store, record, experiment_dataloader, **workers(2))
     assert_recorded(found, recorded_order(record))

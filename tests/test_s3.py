@@ -11,7 +11,7 @@ import pytest
 import tiledbsoma as soma
 from moto.server import ThreadedMotoServer
 
-from stores import MEASUREMENT, N_OBS, joinids_of, make_experiment
+from stores import MEASUREMENT, N_OBS, joinids_of, make_experiment, workers
 from tiledbsoma_ml import ExperimentDataset, Snapshot, experiment_dataloader
 
 BUCKET = "census"
@@ -54,7 +54,7 @@ def test_an_experiment_on_s3_is_read_with_the_credentials_of_the_users_context(
         experiment.axis_query(MEASUREMENT) as query,
     ):
         dataset = ExperimentDataset(query, batch_size=50, io_batch_size=128)
-    loader = experiment_dataloader(dataset, num_workers=num_workers)
+    loader = experiment_dataloader(dataset, **workers(num_workers))
     assert sorted(joinids_of(loader)) == list(range(N_OBS))
 
 

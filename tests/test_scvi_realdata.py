@@ -77,11 +77,11 @@ def module(uri: str, **options: Any) -> SCVIDataModule:
 
 def test_scvi_reaches_the_validation_loss_of_training_in_memory(uri: str, cells: anndata.AnnData) -> None:
     from_soma, in_memory = [], []
-    for seed in range(3):
+    for seed in range(2):
         scvi.settings.seed = seed
         datamodule = module(uri, train_size=0.8, seed=seed)
         model = scvi.model.SCVI(registry=datamodule.registry, **NETWORK)
-        model.train(datamodule=datamodule, max_epochs=8, **TRAINER)
+        model.train(datamodule=datamodule, max_epochs=6, **TRAINER)
         from_soma.append(float(model.history["elbo_validation"].iloc[-1, 0]))
 
         scvi.settings.seed = seed
@@ -89,7 +89,7 @@ def test_scvi_reaches_the_validation_loss_of_training_in_memory(uri: str, cells:
         model = scvi.model.SCVI(cells, **NETWORK)
         split = {"train_idx": datamodule.train_idx, "valid_idx": datamodule.val_idx}
         indexing = [split["train_idx"], split["valid_idx"], np.empty(0, dtype=np.int64)]
-        model.train(max_epochs=8, datasplitter_kwargs={"external_indexing": indexing}, **TRAINER)
+        model.train(max_epochs=6, datasplitter_kwargs={"external_indexing": indexing}, **TRAINER)
         in_memory.append(float(model.history["elbo_validation"].iloc[-1, 0]))
     spread = np.ptp(in_memory) + np.ptp(from_soma)
     assert abs(np.mean(from_soma) - np.mean(in_memory)) <= spread
@@ -102,14 +102,14 @@ def test_scanvi_predicts_hidden_labels_as_well_as_in_memory(uri: str, cells: ann
     scvi.settings.seed = 0
     datamodule = module(uri, label_column_name="label", unlabeled_category="Unknown", seed=0)
     model = scvi.model.SCANVI(registry=datamodule.registry, datamodule=datamodule, **NETWORK)
-    model.train(datamodule=datamodule, max_epochs=15, **TRAINER)
+    model.train(datamodule=datamodule, max_epochs=10, **TRAINER)
     predicted = model.predict(dataloader=datamodule.inference_dataloader())
     accuracy = (predicted == truth)[hidden].mean()
 
     scvi.settings.seed = 0
     scvi.model.SCANVI.setup_anndata(cells, "label", "Unknown", batch_key="lane")
     model = scvi.model.SCANVI(cells, **NETWORK)
-    model.train(max_epochs=15, train_size=1.0, **{**TRAINER, "check_val_every_n_epoch": None})
+    model.train(max_epochs=10, train_size=1.0, **{**TRAINER, "check_val_every_n_epoch": None})
     in_memory = (np.asarray(model.predict()) == truth)[hidden].mean()
 
     most_frequent = np.unique(truth[hidden], return_counts=True)[1].max() / hidden.sum()

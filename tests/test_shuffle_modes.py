@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
+from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
 from tiledbsoma_ml import ShuffleMode, experiment_dataloader
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml.dataloader import _by_worker, _in_turn
@@ -207,8 +207,8 @@ def test_device_work_for_uneven_workers_yields_what_a_plain_dataloader_of_the_cp
     on_device = store.dataset(
         range(101), **UNEVEN, return_sparse_X=True, shuffle_mode="gpu_iobatch", device="cpu"
     )
-    expected = epochs_of(experiment_dataloader(on_cpu, num_workers=2), 2)
-    loader = experiment_dataloader(on_device, num_workers=2)
+    expected = epochs_of(experiment_dataloader(on_cpu, **workers(2)), 2)
+    loader = experiment_dataloader(on_device, **workers(2))
     assert epochs_of(loader, 2) == expected
     assert expected[0] != expected[1]
     assert [len(ids) for ids in expected[0]] == [10] * 10 + [1]
@@ -219,7 +219,7 @@ def test_gpu_minibatch_with_workers_shuffles_each_workers_part_in_order_also_aft
     store: Store,
 ) -> None:
     dataset = store.dataset(range(101), **UNEVEN, shuffle_mode="gpu_minibatch", device="cpu")
-    loader = experiment_dataloader(dataset, num_workers=2)
+    loader = experiment_dataloader(dataset, **workers(2))
     parts = [list(range(51)), list(range(51, 101))]
     cuts = [[part[start : start + 10] for start in range(0, len(part), 10)] for part in parts]
     in_turn = [ids for pair in zip(*cuts, strict=False) for ids in pair] + cuts[0][5:]
@@ -341,5 +341,5 @@ def test_workers_feed_a_cuda_device_through_the_training_process(store: Store) -
     options = {**UNEVEN, "shuffle_mode": "gpu_iobatch"}
     on_cpu = store.dataset(range(101), **options, device="cpu")
     on_cuda = store.dataset(range(101), **options, device="cuda")
-    expected = epochs_of(experiment_dataloader(on_cpu, num_workers=2), 2)
-    assert epochs_of(experiment_dataloader(on_cuda, num_workers=2), 2) == expected
+    expected = epochs_of(experiment_dataloader(on_cpu, **workers(2)), 2)
+    assert epochs_of(experiment_dataloader(on_cuda, **workers(2)), 2) == expected

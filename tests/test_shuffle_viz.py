@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import page_vectors
-from stores import Store, joinids_of
+from stores import Store, joinids_of, workers
 from test_cli import run
 from tiledbsoma_ml import experiment_dataloader
 
@@ -72,7 +72,7 @@ def test_the_vectors_are_what_a_loader_yields(store: Store, monkeypatch: pytest.
             batch_size=setup["miniBatch"],
             seed=setup["seed"],
         )
-        yielded.append(joinids_of(experiment_dataloader(dataset, num_workers=setup["workers"])))
+        yielded.append(joinids_of(experiment_dataloader(dataset, **workers(setup["workers"]))))
     assert np.concatenate(yielded).tolist() == [row for rows in recorded for row in rows]
 
 

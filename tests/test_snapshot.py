@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
-from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
+from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs, workers
 from tiledbsoma_ml import _snapshot_build
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._reader import SOMAReader
@@ -414,17 +414,14 @@ def identity(item: Any) -> Any:
     return item
 
 
-@pytest.mark.parametrize("context", [None, "spawn"])
+@pytest.mark.parametrize("n_workers", [0, 1])
 def test_a_data_loader_takes_mini_batches_in_the_order_of_any_sampler(
-    whole: Snapshot, context: str | None
+    whole: Snapshot, n_workers: int
 ) -> None:
-    n_workers = 0 if context is None else 1
     weights = [float(i < 10) for i in range(N_OBS)]
     for sampler in (RandomSampler(whole), WeightedRandomSampler(weights, 40)):
         batches = BatchSampler(sampler, batch_size=16, drop_last=False)
-        loader = DataLoader(
-            whole, sampler=batches, batch_size=None, num_workers=n_workers, multiprocessing_context=context
-        )
+        loader = DataLoader(whole, sampler=batches, batch_size=None, **workers(n_workers))
         rows = []
         for X, obs in loader:
             joinids = obs["n_genes"].tolist()
@@ -432,7 +429,7 @@ def test_a_data_loader_takes_mini_batches_in_the_order_of_any_sampler(
             np.testing.assert_array_equal(X.toarray(), expected_X(joinids, range(N_VARS)))
         if isinstance(sampler, RandomSampler):
             assert sorted(rows) == list(range(N_OBS))
-            if context is not None:
+            if n_workers:
                 return
         else:
             assert len(rows) == 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of
+from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
+from tiledbsoma_ml._snapshot_reader import RowIndex
 
 COLUMNS = ["soma_joinid", "cell_type", "maybe_int", "barcode"]
 
@@ -110,7 +112,7 @@ def test_workers_get_what_they_get_from_the_experiment(
 ) -> None:
     options = {"shuffle_chunk_size": 8, "io_batch_size": 40, "device": device, "return_sparse_X": True}
     streamed, mapped = pair(store, whole, all_ids(), **options)
-    loaders = [experiment_dataloader(dataset, num_workers=2) for dataset in (streamed, mapped)]
+    loaders = [experiment_dataloader(dataset, **workers(2)) for dataset in (streamed, mapped)]
     for _ in range(2):
         assert_same_batches(*loaders)
 
@@ -150,7 +152,7 @@ def test_what_is_not_at_the_path_is_made_when_it_is_first_iterated_and_used_from
 
 def test_workers_wait_for_a_snapshot_that_is_made_before_they_start(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "new.snapshot"
-    loader = experiment_dataloader(pair(store, path, all_ids())[1], num_workers=1)
+    loader = experiment_dataloader(pair(store, path, all_ids())[1], **workers(1))
     assert sorted(i for _, obs in loader for i in obs["soma_joinid"]) == list(range(N_OBS))
 
 
@@ -237,3 +239,16 @@ def test_a_snapshot_whose_experiment_cannot_be_listed_is_used_with_a_warning(
     with pytest.warns(UserWarning, match=r"holds .* as of 20.*; whether obs, var, X/raw changed since"):
         dataset = ExperimentDataset(**known)
     assert len(joinids_of(dataset)) == 20
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+def test_in_an_epoch_rows_are_looked_up_once_a_mini_batch_at_a_time(
+    store: Store, whole: Snapshot, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, dataset = pair(store, whole, all_ids(), batch_size=50, shuffle_scope=scope)
+    sizes, find = [], RowIndex.find
+    monkeypatch.setattr(RowIndex, "find", lambda self, ids: sizes.append(len(ids)) or find(self, ids))
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=2))
+    n_rows = len(joinids_of(dataset))
+    assert max(sizes) == 50
+    assert sum(sizes) == 2 * n_rows, "once for X, once for obs"

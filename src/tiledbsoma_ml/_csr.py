@@ -41,6 +41,8 @@ class CSR_IO_Buffer:
             raise ValueError(
                 f"i, j and d must be equally long, but have {len(i)}, {len(j)} and {len(d)} values."
             )
+        _check_within("i", i, shape[0], shape)
+        _check_within("j", j, shape[1], shape)
         return CSR_IO_Buffer.from_ijd_parts([(i, j, d)], shape, np.asarray(d).dtype)
 
     @staticmethod
@@ -66,6 +68,14 @@ class CSR_IO_Buffer:
     @staticmethod
     def from_pjd(p: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
         """Return the matrix with row starts `p`, columns `j` and values `d`: scipy's three arrays."""
+        if len(p) != shape[0] + 1 or p[0] != 0 or p[-1] != len(j) or (p[1:] < p[:-1]).any():
+            raise ValueError(
+                f"p must be {shape[0] + 1} row starts (shape={shape}), which ascend from 0 to the {len(j)} "
+                "values of j; take the indptr of a csr_matrix."
+            )
+        if len(d) != len(j):
+            raise ValueError(f"j and d must be equally long, but have {len(j)} and {len(d)} values.")
+        _check_within("j", j, shape[1], shape)
         return CSR_IO_Buffer(p.astype(np.int64), j.astype(smallest_uint(shape[1])), d, shape)
 
     @staticmethod
@@ -175,6 +185,13 @@ def concat_toscipy(pieces: Sequence[tuple[CSR_IO_Buffer, int, int]]) -> sparse.c
     matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(lengths), n_cols))
     matrix.sort_indices()
     return matrix
+
+
+def _check_within(name: str, numbers: NDArray[Any], n: int, shape: tuple[int, int]) -> None:
+    """Raise a ValueError unless numbers lie from 0 to `n - 1`: the compiled loops index by them."""
+    if len(numbers) and (numbers.min() < 0 or numbers.max() >= n):
+        wrong = numbers.min() if numbers.min() < 0 else numbers.max()
+        raise ValueError(f"{name} must lie in 0 … {n - 1} (shape={shape}), but {wrong} does not.")
 
 
 def smallest_uint(n: int) -> np.dtype[Any]:

@@ -112,7 +112,7 @@ class SnapshotReading:
         """Yield the mini-batches of a part of an epoch, straight from the files."""
         plan = self.plan
         n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
-        reader = self._reader(part.ids, plan.joinids_of(part))
+        reader = self._reader(part.ids)
         reader.keep_memory_of((n_threads + 3) * plan.batch_size, is_sparse=return_sparse_X)
         to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
 
@@ -140,7 +140,7 @@ class SnapshotReading:
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of a part of an epoch as whole IO batches, for a device."""
         plan = self.plan
-        rows = self._reader(part.ids, plan.joinids_of(part))
+        rows = self._reader(part.ids)
         assert isinstance(plan.io_batch_size, int)
         rows.keep_memory_of(2 * plan.io_batch_size, is_sparse=True)
         reader = _Whole(rows)
@@ -188,18 +188,18 @@ class SnapshotReading:
         return cache / "tiledbsoma_ml" / f"{content.fingerprint}.snapshot"
 
     def _check(self, snapshot: Snapshot) -> None:
-        """Raise a ValueError unless a snapshot holds the query."""
+        """Raise a ValueError unless a snapshot holds the query; keep what is found out meanwhile."""
         if self._locator is not None:
             snapshot.check_holds(self._locator, self._obs_column_names)
         ids = snapshot.query_ids if self._ids is None else self._ids
         names, layer_name = self._obs_column_names, self._layer_name
-        snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=layer_name)
+        found = snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=layer_name)
+        self._nullable = found.nullable
 
-    def _reader(self, ids: QueryIDs, obs_joinids: NDArrayJoinId) -> SnapshotReader:
+    def _reader(self, ids: QueryIDs) -> SnapshotReader:
         return self.prepare().reader(
-            obs_joinids,
-            ids.var_joinids,
-            self._obs_column_names,
+            var_joinids=ids.var_joinids,
+            obs_column_names=self._obs_column_names,
             layer_name=self._layer_name,
             nullable=self._obs_nullable(),
         )
