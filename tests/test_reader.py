@@ -184,7 +184,17 @@ def test_of_a_dense_layer_rows_that_are_far_apart_are_read_without_those_between
     rows = [0, 1, 2, 50, 53, 54, 57, *range(100, 140), 310]
     X, _ = read(dense_store, rows[::-1])
     np.testing.assert_array_equal(X, expected_X(rows[::-1], range(N_VARS)))
-    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == [3, 8, 28, 12, 1]  # a tile ends at 128
+    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == [3, 8, 40, 1]
+
+
+@pytest.mark.parametrize(("buffer_rows", "expected"), [(1000, [311]), (150, [128, 128, 55])])
+def test_a_dense_layer_is_read_through_as_many_tiles_as_fit_into_the_buffer(
+    dense_store: Store, dense_reads: list[int], buffer_rows: int, expected: list[int]
+) -> None:
+    config = {"soma.init_buffer_bytes": buffer_rows * N_VARS * 4}  # a tile has 64 rows
+    locator = attrs.evolve(dense_store.locator, tiledb_config=config)
+    read(attrs.evolve(dense_store, locator=locator), range(N_OBS))
+    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == expected
 
 
 # The store's X has row tiles of 64: 0–63, 64–127, …

@@ -243,14 +243,15 @@ def _blocks(
 ) -> Iterator[tuple[NDArrayJoinId, int, int]]:
     """Yield blocks that cover rows and columns of a dense layer: the rows, and the first and last column.
 
-    TileDB decodes tiles anew whenever its buffer is full, so a block fits into that. It is some rows of one
-    tile, or of as many tiles beside each other as fit.
+    TileDB decodes tiles anew whenever its buffer is full, so a block fits into that. It is as many tiles
+    below each other as fit with all columns, or as many beside each other, or some rows of one tile.
     """
     itemsize = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype()).itemsize
     buffer_bytes = int(X.context.tiledb_config.get("soma.init_buffer_bytes", 2**30))
     n_values = min(buffer_bytes, DENSE_READ_BYTES) // itemsize
     row_tile, col_tile = _tile(X, "soma_dim_0"), _tile(X, "soma_dim_1")
-    for rows in _near_runs(sorted_ids, row_tile):
+    width = int(sorted_columns[-1] - sorted_columns[0] + 1)
+    for rows in _near_runs(sorted_ids, row_tile * max(1, n_values // (row_tile * width))):
         n_tiles = max(1, n_values // int(rows[-1] - rows[0] + 1) // col_tile)
         strips = np.flatnonzero(np.diff(sorted_columns // (n_tiles * col_tile))) + 1
         for columns in np.split(sorted_columns, strips):
@@ -260,9 +261,9 @@ def _blocks(
                 yield some, left, right
 
 
-def _near_runs(sorted_ids: NDArrayJoinId, tile: int) -> list[NDArrayJoinId]:
-    """Return runs of `sorted_ids` that lie in one tile, without a step over `DENSE_GAP_ROWS`."""
-    is_start = (np.diff(sorted_ids) > DENSE_GAP_ROWS) | (np.diff(sorted_ids // tile) != 0)
+def _near_runs(sorted_ids: NDArrayJoinId, height: int) -> list[NDArrayJoinId]:
+    """Return runs of `sorted_ids` that lie in one stretch of so many rows, without a step over a gap."""
+    is_start = (np.diff(sorted_ids) > DENSE_GAP_ROWS) | (np.diff(sorted_ids // height) != 0)
     return np.split(sorted_ids, np.flatnonzero(is_start) + 1)
 
 
