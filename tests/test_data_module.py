@@ -497,8 +497,14 @@ FEW = slice(0, 99)  # 80 train rows: 5 batches of 16
         (Scheduled, [], {}, 7),
         (Model, [Look()], {}, 7),
         (Model, [], {"limit_train_batches": 3}, 6),
+        (Model, [], {"limit_train_batches": 3}, 5),
     ],
-    ids=["a schedule asks how many steps there are", "callbacks look at batches", "an epoch is cut short"],
+    ids=[
+        "a schedule asks how many steps there are",
+        "callbacks look at batches",
+        "an epoch is cut short",
+        "one batch is left of an epoch that is cut short",
+    ],
 )
 def test_a_run_resumes_in_its_place_whatever_looked_at_its_batches(
     store: Store, tmp_path: Path, model_of: Any, callbacks: list[Callback], options: dict[str, Any], stop: int
@@ -558,6 +564,23 @@ def test_overfitting_takes_the_same_batches_in_every_epoch(store: Store, tmp_pat
     seen = [step[1] for step in model.seen["train"]]
     assert seen == seen[:2] * 3
     assert seen[0] != seen[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", [1, 2, 3], ids=["within an epoch", "at its end", "within the next one"])
+def test_a_run_that_overfits_resumes_with_the_batches_that_it_overfits(
+    store: Store, tmp_path: Path, step: int
+) -> None:
+    checkpoint = tmp_path / "stopped.ckpt"
+    stopped, resumed = Model(N_VARS), Model(N_VARS)
+    for model, callbacks, path in [(stopped, [Stop(step, checkpoint)], None), (resumed, [], checkpoint)]:
+        trainer = in_this_process(tmp_path, max_epochs=3, overfit_batches=2, callbacks=callbacks)
+        with contextlib.suppress(InterruptedError):
+            data = make(store, FEW, transform=for_the_model)
+            trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=False)
+    rows = [seen[1] for model in (stopped, resumed) for seen in model.seen["train"]]
+    assert rows[2:] == rows[:2] * (len(rows) // 2 - 1)
+    assert rows[0] != rows[1]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ iterated by itself. They share the counter of the dataset alone, so that none mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -73,6 +73,8 @@ class Run:
         total: Mini-batches of the epoch, with those before `start`.
         loaded: What it goes on from.
         waits: Whether the epoch goes on after its last mini-batch: a worker waits for the others.
+        step: By how much the number of the next epoch is larger.
+        ends_after: Gives the number of mini-batches after which whoever trains counts the epoch as over.
         n_yielded: Mini-batches until now, with those before `start`.
         has_ended: Whether it was asked for more than there are.
         is_over: Whether it ended or was left.
@@ -82,6 +84,8 @@ class Run:
     total: int
     loaded: Loaded | None = None
     waits: bool = False
+    step: int = 1
+    ends_after: Callable[[], float] | None = None
     n_yielded: int = attrs.field(init=False)
     has_ended: bool = False
     is_over: bool = False
@@ -95,9 +99,8 @@ class Run:
     def advance(self) -> None:
         """Note that a mini-batch is yielded."""
         self.n_yielded += 1
-        is_only_a_look = self.n_yielded == self.start.n_yielded + 1 and self.n_yielded < self.total
-        if self.loaded is not None and not is_only_a_look:
-            self.loaded.is_used = True
+        if self.loaded is not None:
+            self.loaded.is_used |= self.n_yielded > self.start.n_yielded + 1 or self._has_all
 
     def end(self) -> None:
         """Note that there is no more."""
@@ -108,9 +111,14 @@ class Run:
     @property
     def position(self) -> Position:
         """Where it stands: after the last mini-batch that was yielded; at the end, in the next epoch."""
-        if self.n_yielded >= self.total and (self.has_ended or not self.waits):
-            return Position(epoch=self.start.epoch + 1)
+        if self._has_all and (self.has_ended or not self.waits):
+            return Position(epoch=self.start.epoch + self.step)
         return attrs.evolve(self.start, n_yielded=self.n_yielded)
+
+    @property
+    def _has_all(self) -> bool:
+        limit = self.total if self.ends_after is None else self.ends_after() or self.total
+        return self.n_yielded >= min(self.total, limit)
 
 
 class Epochs:
@@ -143,6 +151,10 @@ class Progress:
     """The iterators of one loader, or of a dataset by itself.
 
     A loader counts its own epochs, from that which was to come when it was made.
+
+    Attributes:
+        epochs: Those of the dataset.
+        ends_after: As that of a `Run`.
     """
 
     def __init__(self, epochs: Epochs) -> None:
@@ -151,6 +163,7 @@ class Progress:
         self._loaded: Loaded | None = None
         self._run: Run | None = None
         self._channel: SharedArray | None = None
+        self.ends_after: Callable[[], float] | None = None
 
     @classmethod
     def of_loader(cls, epochs: Epochs) -> Progress:
@@ -194,6 +207,7 @@ class Progress:
         else:
             counter.take()
         self._next, self._n_set = epoch + counter.step, counter.n_set
+        run.step, run.ends_after = counter.step, self.ends_after
         self._run, self.epochs.latest = run, self
         return run
 

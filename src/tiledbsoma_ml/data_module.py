@@ -211,7 +211,7 @@ class ExperimentDataModule(QueryDataModule):
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0
         dataset = self._train._repeating() if overfits else self._train
         self._train_loader = self._loader(dataset, "train_size")
-        self._train_loader.ends_after = self._n_train_batches
+        self._train_loader._progress.ends_after = self._n_train_batches
         return self._handed(self._train_loader, "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:

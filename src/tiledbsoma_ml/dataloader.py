@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, overload
 
@@ -86,9 +86,6 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     """
 
     dataset: ExperimentDataset
-    ends_after: Callable[[], float] | None = None
-    """Gives the number of mini-batches after which whoever trains counts an epoch as over."""
-
     _own_progress: Progress | None = None
     _n_iterators = 0
 
@@ -116,10 +113,7 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
         That of the iterator of this loader that began last. A new dictionary of a few numbers and strings,
         the same on every rank.
         """
-        position = self._progress.position
-        if self.ends_after is not None and 0 < self.ends_after() <= position.n_yielded:
-            position = Position(epoch=position.epoch + 1)
-        return position.to_dict(self.dataset._identity)
+        return self._progress.position.to_dict(self.dataset._identity)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a state says: see `ExperimentDataset.load_state_dict`."""
