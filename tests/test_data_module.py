@@ -566,6 +566,41 @@ def test_overfitting_takes_the_same_batches_in_every_epoch(store: Store, tmp_pat
     assert seen[0] != seen[1]
 
 
+def test_a_state_that_is_loaded_is_told_until_it_is_used(store: Store) -> None:
+    data, other = make(store), make(store)
+    mini_batches = iter(data.train_dataloader())
+    next(mini_batches)
+    state = data.state_dict()
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    rest = iter(other.train_dataloader())
+    for _ in range(2):
+        np.testing.assert_array_equal(joinids_of([next(rest)]), joinids_of([next(mini_batches)]))
+        assert other.state_dict() == data.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_failed_before_it_trained_leaves_no_place_to_the_next_one(
+    store: Store, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "trained.ckpt"
+    data, model = make(store, FEW, transform=for_the_model), Model(N_VARS)
+    trainer = in_this_process(tmp_path, max_epochs=1)
+    trainer.fit(model, datamodule=make(store, FEW, transform=for_the_model))
+    trainer.save_checkpoint(checkpoint)
+    failing = Model(N_VARS)
+    failing.configure_optimizers = raises_interrupted
+    with pytest.raises(InterruptedError):
+        in_this_process(tmp_path).fit(failing, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    again = Model(N_VARS)
+    in_this_process(tmp_path, max_epochs=1).fit(again, datamodule=data)
+    assert [step[1] for step in again.seen["train"]] == [step[1] for step in model.seen["train"]]
+
+
+def raises_interrupted() -> None:
+    raise InterruptedError
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("step", [1, 2, 3], ids=["within an epoch", "at its end", "within the next one"])
 def test_a_run_that_overfits_resumes_with_the_batches_that_it_overfits(

@@ -243,6 +243,8 @@ class ExperimentDataModule(QueryDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where training stands, for a checkpoint; the same on every rank."""
+        if self._loaded is not None:
+            return dict(self._loaded)
         used = None if self.trainer is None else self.trainer.train_dataloader
         if isinstance(used, ExperimentDataLoader) and used.dataset.batch_size == self.batch_size:
             return used.state_dict()
@@ -255,6 +257,11 @@ class ExperimentDataModule(QueryDataModule):
         """
         if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
             self._loaded = state_dict
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End a run that failed; called by Lightning. What it was to go on from, the next run does not."""
+        super().on_exception(exception)
+        self._loaded = None
 
     def _of_size(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state for the size of batches, which a new epoch may have changed, as when tuned."""
