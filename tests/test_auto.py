@@ -380,9 +380,8 @@ def test_workers_read_within_windows_of_their_own_and_yield_every_row_once(
     in_process = dataset_of(large, batch_size=64, **files, **mode)
     halves = []
     for rows in np.split(np.arange(N_ROWS), 2):
-        in_process.set_epoch(0)
-        in_process.query_ids = QueryIDs(obs_joinids=rows, var_joinids=range(N_VARS))
-        halves.append(list(in_process))
+        half = QueryIDs(obs_joinids=rows, var_joinids=range(N_VARS))
+        halves.append(list(in_process._over(half)))
     in_turn = [mini_batch for pair in zip(*halves, strict=True) for mini_batch in pair]
     np.testing.assert_array_equal(orders[0], joinids_of(in_turn))
     assert list(tmp_path.iterdir()) == []

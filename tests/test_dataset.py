@@ -473,7 +473,9 @@ def test_a_part_of_a_query_is_refused(store: Store) -> None:
     assert len(ExperimentDataset(x_locator=store.locator, query_ids=whole)) == 4
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", [])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", []), ("query_ids", None)]
+)
 def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str, value: Any) -> None:
     dataset = store.dataset(range(8), batch_size=4)
     with pytest.raises(AttributeError, match=f"{name} of a dataset cannot be changed, .* another dataset"):

@@ -71,6 +71,7 @@ _FIXED = {
     "io_batch_size",
     "obs_column_names",
     "padding_column_name",
+    "query_ids",
     "seed",
     "shuffle",
     "shuffle_chunk_size",
@@ -402,7 +403,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
-        dataset.query_ids = query_ids
+        dataset.__dict__["query_ids"] = query_ids
         dataset._epochs = Epochs()
         dataset._shared_ids = dataset._fingerprint = None
         dataset._is_first = True
@@ -426,7 +427,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if isinstance(ids := state["query_ids"], SharedQueryIDs):
-            self.query_ids = ids.query_ids()
+            self.__dict__["query_ids"] = ids.query_ids()
 
     # The flow ---------------------------------------------------------------------------------------------
 
