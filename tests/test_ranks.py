@@ -19,6 +19,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from stores import Store
 from tiledbsoma_ml import experiment_dataloader
@@ -184,8 +185,11 @@ def test_without_a_seed_and_without_a_group_one_shuffle_is_refused(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="seed=None must be a number where 2 ranks share one shuffle"):
-        next(iter(store.dataset(shuffle_scope="global")))
+    dataset = store.dataset(shuffle_scope="global")
+    plain = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    for loader in (dataset, experiment_dataloader(dataset), plain):
+        with pytest.raises(ValueError, match="seed=None must be a number where 2 ranks share one shuffle"):
+            next(iter(loader))
     assert len(list(store.dataset(batch_size=100))) == 2  # parts need no common seed
 
 

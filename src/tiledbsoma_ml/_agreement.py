@@ -58,11 +58,7 @@ def agreed_seed(
     """
     store = None if are_told else _store()
     if store is None:
-        if seed is None and scope == "global":
-            raise ValueError(
-                f"seed=None must be a number where {world_size} ranks share one shuffle and have no "
-                "torch.distributed to agree on one; try seed=42."
-            )
+        check_seed_of_all(seed, scope=scope, world_size=world_size)
         return drawn_seed
     verdict = _meet(store, {**options(), "seed": seed}, drawn_seed)
     if "differ" in verdict:
@@ -72,6 +68,15 @@ def agreed_seed(
     if seed is None and is_first and torch.distributed.get_rank() == 0:
         logger.info("seed=None: all %d ranks use seed=%d, drawn by rank 0", world_size, verdict["seed"])
     return int(verdict["seed"])
+
+
+def check_seed_of_all(seed: int | None, *, scope: ShuffleScope, world_size: int) -> None:
+    """Raise a ValueError where ranks that cannot agree on a seed need one."""
+    if seed is None and scope == "global" and world_size > 1:
+        raise ValueError(
+            f"seed=None must be a number where {world_size} ranks share one shuffle and cannot agree on one: "
+            "without a process group of torch.distributed, or in workers of a plain DataLoader; try seed=42."
+        )
 
 
 def log_parts(world_size: int, n_workers: int) -> None:

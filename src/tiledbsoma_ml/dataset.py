@@ -14,7 +14,7 @@ import numpy as np
 import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._agreement import agreed_seed, log_parts
+from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
 from tiledbsoma_ml._deal import ShuffleScope
@@ -460,6 +460,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         if not in_worker:
             self._agree(0, begin)
+        elif self.shuffle:
+            check_seed_of_all(self.seed, scope=self.shuffle_scope, world_size=place.world_size)
         part = self._continued(begin, place)
         start = Position(
             epoch=epoch,
