@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -10,7 +11,7 @@ import pytest
 import torch.multiprocessing
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tiledbsoma_ml._epoch import EpochCounter
+from tiledbsoma_ml._epoch import N_PROCESSES, EpochCounter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -195,6 +196,25 @@ def test_processes_that_share_a_counter_do_not_move_each_others_epochs() -> None
     assert [here.recv() for _ in ranks] == [[{0}, {1}]] * 2
     for rank in ranks:
         rank.join()
+
+
+def test_as_many_living_processes_as_there_are_rows_have_one_each_and_those_of_dead_ones_are_free() -> None:
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in range(N_PROCESSES + 1)]
+    try:
+        *living, another = (sleeper.pid for sleeper in sleepers)
+        counter = EpochCounter()
+        for process in living:
+            counter._claimed(process)[-1] = process
+        assert [counter._claimed(process)[-1] for process in living] == living
+        sleepers[7].kill()
+        sleepers[7].wait()
+        counter._claimed(another)[-1] = another
+        there = [*living[:7], another, *living[8:]]
+        assert [counter._claimed(process)[-1] for process in there] == there
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.wait()
 
 
 def test_spawned_workers_agree_too() -> None:

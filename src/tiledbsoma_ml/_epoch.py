@@ -155,17 +155,23 @@ class EpochCounter:
 
     def _row(self, process: int) -> NDArray[np.int64] | None:
         """Return what a process and its workers tell each other, if they do."""
-        row: NDArray[np.int64] = self._shared.numbers[process % N_PROCESSES]
-        return row if int(row[_PROCESS]) == process else None
+        rows = self._shared.numbers
+        found = np.flatnonzero(rows[:, _PROCESS] == process)
+        return rows[found[0]] if len(found) else None
 
     def _claimed(self, process: int) -> NDArray[np.int64]:
         if (known := self._row(process)) is not None:
             return known
-        row: NDArray[np.int64] = self._shared.numbers[process % N_PROCESSES]
-        row[:] = 0
-        row[_LAST], row[_N_SET] = -1, self._n_seen
-        row[_PROCESS] = process
-        return row
+        with self._shared.locked():  # processes that share it may claim a row at the same time
+            if (known := self._row(process)) is not None:
+                return known
+            rows = self._shared.numbers
+            free = (k for k, of in enumerate(rows[:, _PROCESS].tolist()) if not of or not _is_alive(of))
+            row: NDArray[np.int64] = rows[next(free, process % N_PROCESSES)]
+            row[:] = 0
+            row[_LAST], row[_N_SET] = -1, self._n_seen
+            row[_PROCESS] = process
+            return row
 
     def __getstate__(self) -> dict[str, Any]:
         is_for_worker = multiprocessing.context.get_spawning_popen() is not None
@@ -174,6 +180,16 @@ class EpochCounter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._made_in = os.getpid()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _number_of_process() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import mmap
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import context, reduction
 from typing import Any
 
@@ -28,6 +31,15 @@ class SharedArray:
         with open(self._descriptor, "wb", closefd=False) as file:
             file.write(np.ascontiguousarray(numbers, dtype=np.int64).data)
         self.numbers = _mapped(self._descriptor, numbers.shape)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes that lock it as well out."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if context.get_spawning_popen() is None:
