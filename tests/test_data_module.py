@@ -286,33 +286,6 @@ def test_fewer_training_rows_than_ranks_are_refused(store: Store, monkeypatch: p
         data.train_dataloader()
 
 
-WITHOUT_EXTRAS = """
-import sys
-import tiledbsoma_ml
-
-needed_by = {"lightning": ["ExperimentDataModule", "SCVIDataModule"], "ray": ["RayTrainRunner"]}
-for extra, names in needed_by.items():
-    sys.modules[extra] = None
-    for name in names:
-        try:
-            getattr(tiledbsoma_ml, name)
-        except ImportError as err:
-            print(err)
-    del sys.modules[extra]
-"""
-
-
-def test_a_missing_extra_is_named_with_how_to_install_it() -> None:
-    output = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS], check=True, capture_output=True, text=True
-    ).stdout
-    assert re.findall(r"(\w+) needs .* run `pip install 'tiledbsoma-ml\[(\w+)\]'`", output) == [
-        ("ExperimentDataModule", "lightning"),
-        ("SCVIDataModule", "scvi"),
-        ("RayTrainRunner", "ray"),
-    ]
-
-
 # Under a Trainer ------------------------------------------------------------------------------------------
 
 N_ROWS = 310  # 248 train, 31 validation and 31 test rows: 124 of two ranks, and 16 with one row that fills up
