@@ -538,6 +538,27 @@ def test_a_disk_without_locks_is_told(
     assert raised.value.errno == number
 
 
+def test_a_lock_that_is_taken_away_whenever_it_is_looked_at_is_made_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken_away(look: Any) -> Any:
+        def looked(self: Path, **options: Any) -> Any:
+            if n_taken_away and self.suffix == ".lock":
+                n_taken_away.pop()
+                self.unlink()
+            return look(self, **options)
+
+        return looked
+
+    n_taken_away = [0]
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(Path, name, taken_away(getattr(Path, name)))
+    monkeypatch.setattr(Path, "exists", lambda self: os.path.lexists(self))
+    with _snapshot_progress.locked(path, pytest.fail):
+        assert not n_taken_away
+        assert list(path.parent.iterdir()) == [path.with_name(".x.snapshot.lock")]
+
+
 def test_a_lock_of_another_user_and_a_link_are_told(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

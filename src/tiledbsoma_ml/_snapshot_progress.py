@@ -172,7 +172,7 @@ def _lock(lock: Path, say: Callable[[str], object]) -> int:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             _flock(descriptor, say)
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+            if _is_named(descriptor, lock):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
@@ -180,6 +180,14 @@ def _lock(lock: Path, say: Callable[[str], object]) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_named(descriptor: int, lock: Path) -> bool:
+    """Whether an open file still has its name, which whoever held the lock takes away."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), lock.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _flock(descriptor: int, say: Callable[[str], object]) -> None:
