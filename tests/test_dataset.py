@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs
-from tiledbsoma_ml import ExperimentDataset, QueryIDs
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
 from tiledbsoma_ml._query_ids import Partition
 from tiledbsoma_ml.dataset import DEFAULT_IO_BATCH_SIZE
 
@@ -426,6 +426,31 @@ def test_a_query_on_a_closed_experiment_is_refused(store: Store) -> None:
         pass
     with pytest.raises(ValueError, match=r"the experiment .* must be open; build the dataset inside"):
         ExperimentDataset(query)
+
+
+def test_what_is_no_query_is_refused(store: Store) -> None:
+    with soma.Experiment.open(store.uri) as experiment:
+        for given_query in (experiment, store.uri):
+            with pytest.raises(
+                TypeError, match=rf"query must be .* not of type {type(given_query).__name__}; try"
+            ):
+                ExperimentDataset(given_query)
+
+
+def test_a_query_of_no_cells_is_told(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with store.query(obs="cell_type == 'none of them'") as query:
+        dataset = ExperimentDataset(query)
+    assert [record.levelname for record in caplog.records if "selects no cells" in record.message] == [
+        "WARNING"
+    ]
+    assert not list(dataset)
+
+
+def test_printing_says_what_a_dataset_yields(store: Store) -> None:
+    expected = f"<ExperimentDataset: 311 rows by 23 columns of {store.uri!r}; batch_size=16, seed=3>"
+    dataset = store.dataset(batch_size=16, seed=3)
+    assert str(dataset) == repr(dataset) == expected
+    assert repr(experiment_dataloader(dataset)) == f"<ExperimentDataLoader of {expected}; num_workers=0>"
 
 
 def test_either_a_query_or_a_locator_with_ids_must_be_given(store: Store) -> None:

@@ -290,6 +290,13 @@ def test_a_query_by_value_has_the_rows_with_that_value(store: Store) -> None:
         assert QueryIDs.create(query).obs_joinids.tolist() == list(range(1, N_OBS, 3))
 
 
+def test_printing_counts_rows_and_columns() -> None:
+    ids = QueryIDs(obs_joinids=np.arange(1_234), var_joinids=[0, 1])
+    assert repr(ids) == "<QueryIDs: 1,234 rows by 2 columns>"
+    part = ids.partitioned(Partition(rank=0, world_size=2, worker_id=0, n_workers=1))
+    assert repr(part).startswith("<QueryIDs: 617 rows by 2 columns; Partition(rank=0,")
+
+
 def test_a_query_of_a_closed_experiment_is_refused(store: Store) -> None:
     with store.query() as query:
         pass

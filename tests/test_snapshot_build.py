@@ -159,6 +159,11 @@ def test_bad_options_are_refused_before_anything_is_written(
     assert not list(path.parent.iterdir())
 
 
+def test_what_is_no_query_is_refused(store: Store, path: Path) -> None:
+    with pytest.raises(TypeError, match="query must be an ExperimentAxisQuery, not of type str; try"):
+        Snapshot.create(path, store.uri)
+
+
 def test_a_closed_experiment_is_refused(store: Store, path: Path) -> None:
     with store.query() as query:
         pass

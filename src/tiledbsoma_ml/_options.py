@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
@@ -12,9 +13,11 @@ import torch
 
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._plan import Size
-from tiledbsoma_ml._query_ids import QueryIDs, Tail, check_whole
+from tiledbsoma_ml._query_ids import QueryIDs, Tail, check_query, check_whole
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml.x_locator import XLocator
+
+logger = logging.getLogger("tiledbsoma_ml")
 
 
 class ShuffleMode(StrEnum):
@@ -56,9 +59,13 @@ def locate(
     if query_ids is not None:
         check_whole(query_ids)
     if query is not None and x_locator is None and query_ids is None:
+        check_query(query)
         locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
         check_obs_column_names(obs_column_names, query.experiment.obs)
-        return locator, QueryIDs.create(query)
+        ids = QueryIDs.create(query)
+        if not len(ids.obs_joinids):
+            logger.warning("the query selects no cells, so that there is no mini-batch; loosen its filters")
+        return locator, ids
     if query is None and layer_name is None and x_locator is not None and query_ids is not None:
         with x_locator.open() as (_, obs):
             check_obs_column_names(obs_column_names, obs)

@@ -131,6 +131,15 @@ def first_repeated(joinids: NDArrayJoinId) -> int | None:
     return int(repeated[0]) if len(repeated) else None
 
 
+def check_query(query: object) -> None:
+    """Raise a TypeError if it is not a query, but an experiment or its address for instance."""
+    if not isinstance(query, soma.ExperimentAxisQuery):
+        raise TypeError(
+            f"query must be an ExperimentAxisQuery, not of type {type(query).__name__}; "
+            "try experiment.axis_query('RNA') of an open tiledbsoma.Experiment."
+        )
+
+
 def check_once(frame: soma.DataFrame, joinids: NDArrayJoinId) -> None:
     """Raise a ValueError if a joinid repeats among those that `obs` or `var` have."""
     if (repeated := first_repeated(joinids)) is not None:
@@ -159,7 +168,7 @@ def _kept(joinids: NDArrayJoinId) -> NDArrayJoinId:
 _same_joinids = attrs.cmp_using(eq=np.array_equal)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, repr=False)
 class QueryIDs:
     """The rows and columns of a query, as joinids; picklable, and never changed in place.
 
@@ -179,13 +188,20 @@ class QueryIDs:
     var_joinids: NDArrayJoinId = attrs.field(converter=_var_joinids, eq=_same_joinids)
     partition: Partition | None = None
 
+    def __repr__(self) -> str:
+        """Return how many rows and columns there are, in a line."""
+        part = "" if self.partition is None else f"; {self.partition}"
+        return f"<QueryIDs: {len(self.obs_joinids):,} rows by {len(self.var_joinids):,} columns{part}>"
+
     @classmethod
     def create(cls, query: soma.ExperimentAxisQuery) -> QueryIDs:
         """Return the rows and columns that a query selects.
 
         Raises:
+            TypeError: If it is not a query.
             ValueError: If the query's experiment is closed, or a joinid repeats in its `obs` or `var`.
         """
+        check_query(query)
         experiment = query.experiment
         check_open(experiment)
         obs_joinids, var_joinids = query.obs_joinids().to_numpy(), query.var_joinids().to_numpy()

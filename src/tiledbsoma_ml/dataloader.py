@@ -89,6 +89,10 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     _own_progress: Progress | None = None
     _n_iterators = 0
 
+    def __repr__(self) -> str:
+        """Return what it is a loader of, in a line."""
+        return f"<{type(self).__name__} of {self.dataset!r}; num_workers={self.num_workers}>"
+
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch, over all workers of this rank."""
         return self.dataset._n_mini_batches(self.num_workers)

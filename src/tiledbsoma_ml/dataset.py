@@ -260,6 +260,13 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             end_with_parent()
         return ClosedWhenDropped(self._iterate(self._epochs.iterating()))
 
+    def __repr__(self) -> str:
+        """Return what it yields and where that is, in a line; nothing is read for it, or written."""
+        n_rows, n_cols = len(self.query_ids.obs_joinids), len(self.query_ids.var_joinids)
+        place = "" if self.x_locator is None else f" of {self.x_locator.uri!r}"
+        options = f"batch_size={self.batch_size}, seed={self.seed}"
+        return f"<{type(self).__name__}: {n_rows:,} rows by {n_cols:,} columns{place}; {options}>"
+
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
         return self._plan.n_mini_batches(self._part(self.epoch, self._place()))

@@ -17,7 +17,7 @@ from scipy import sparse
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
 from tiledbsoma_ml._obs import ObsTable, with_missing
-from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
+from tiledbsoma_ml._query_ids import QueryIDs, check_joinids, check_query
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml._snapshot_build import Rows, create, source_of, warn_of_unknown
 from tiledbsoma_ml._snapshot_check import (
@@ -94,13 +94,16 @@ class Snapshot:
                 per second and seconds left.
 
         Raises:
+            TypeError: If something else than queries is given.
             ValueError: If a name does not exist, queries do not fit together, or there is something else at
                 `path`, which is never overwritten.
             OSError: If the disk cannot be written to, or is too small.
         """
-        queries = list(query) if isinstance(query, Sequence) else [query]
+        queries = list(query) if isinstance(query, Sequence) and not isinstance(query, str) else [query]
         if not queries:
             raise ValueError("query=[] must hold at least one query; try experiment.axis_query('RNA').")
+        for q in queries:
+            check_query(q)
         parts = [
             (XLocator.create(q.experiment, q.measurement_name, layer_name), QueryIDs.create(q))
             for q in queries
