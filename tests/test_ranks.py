@@ -191,6 +191,8 @@ def test_without_a_seed_and_without_a_group_one_shuffle_is_refused(
         with pytest.raises(ValueError, match="seed=None must be a number where 2 ranks share one shuffle"):
             next(iter(loader))
     assert len(list(store.dataset(batch_size=100))) == 2  # parts need no common seed
+    in_order = {"shuffle": False, "shuffle_scope": "global"}  # nor does what is not shuffled
+    assert len(list(store.dataset(batch_size=100, **in_order))) == 2
 
 
 def test_replaced_functions_tell_the_ranks_and_nothing_is_agreed_on_without_a_group(

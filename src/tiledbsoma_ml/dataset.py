@@ -592,7 +592,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if world_size > 1:
             self._drawn_seed = agreed_seed(
                 partial(self._shared_by_ranks, begin, max(num_workers, 1)),
-                self.seed,
+                self.seed if self.shuffle else 0,  # where nothing is shuffled, any will do
                 drawn_seed=self._drawn_seed,
                 scope=self.shuffle_scope,
                 world_size=world_size,
