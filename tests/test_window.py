@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import resource
@@ -564,6 +565,14 @@ def test_the_space_of_a_part_is_used_again_once_it_was_taken(tmp_path: Path) -> 
             windows.append(layers[number + 2].filled(n_parts=n_parts, store=store))
     [at_last] = open_files(tmp_path)
     assert at_last < at_first + n_bytes / 10  # windows differ a little
+
+
+def test_a_disk_that_becomes_full_is_told_with_its_folder(tmp_path: Path) -> None:
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    rule = f"window_dir='{tmp_path}' must take .*, but: No space left on device; choose another folder, or"
+    with mock.patch.object(os, "pwrite", full), pytest.raises(OSError, match=rule) as raised:
+        random_layer(5).filled(n_parts=3, store=store_in(tmp_path))
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_an_operating_system_that_writes_and_reads_less_than_asked_for_is_asked_again(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ class Extents:
 
     def __init__(self, folder: Path, size: int = 2**20) -> None:
         self.size = size
+        self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed when dropped
         weakref.finalize(self, self._file.close)
         self._free: list[int] = []
@@ -168,7 +169,14 @@ class Extents:
 
     def write(self, data: memoryview, start: int) -> int:
         """Write the first bytes of `data`; return how many these were."""
-        return os.pwrite(self._file.fileno(), data, start)
+        try:
+            return os.pwrite(self._file.fileno(), data, start)
+        except OSError as err:
+            raise OSError(
+                err.errno,
+                f"window_dir={str(self._folder)!r} must take what waits to be given out, but: {err.strerror}"
+                "; choose another folder, or lower window_budget where the disk is full.",
+            ) from err
 
     def read(self, into: memoryview, start: int) -> None:
         """Read as many bytes as there is room for."""
