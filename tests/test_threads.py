@@ -242,6 +242,28 @@ def test_a_process_can_be_forked_whatever_threads_do(store: Store, tmp_path: Pat
     assert run(FORKS, store.uri, folder=tmp_path) == {}
 
 
+GARBAGE = """
+import gc, json, os, signal, sys
+import tiledbsoma, tiledbsoma_ml
+
+gc.disable()
+with tiledbsoma.Experiment.open(sys.argv[1], context=tiledbsoma_ml.context()) as experiment:
+    experiment.obs.read(column_names=["soma_joinid"]).concat()
+    cycle = [experiment]
+cycle.append(cycle)
+del experiment, cycle
+if not (pid := os.fork()):
+    signal.alarm(30)
+    gc.collect()
+    os._exit(0)
+print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}))
+"""
+
+
+def test_a_fork_leaves_the_contexts_of_tiledb_that_it_inherited_alone(store: Store, tmp_path: Path) -> None:
+    assert run(GARBAGE, store.uri, folder=tmp_path) == {"code": 0}
+
+
 # Workers and their parent ---------------------------------------------------------------------------------
 
 TRAIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401
+import gc
 import multiprocessing
 import os
 import threading
@@ -111,6 +112,7 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
+    gc.freeze()  # inherited garbage: a context of TileDB would end the process, as its threads are not here
     _turns.clear()  # of threads that are not here
     _turns.add(_turn.lock)
     _after_fork()
