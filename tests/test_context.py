@@ -76,6 +76,12 @@ def test_a_name_that_is_no_setting_is_refused() -> None:
         tiledbsoma_ml.context(region="us-west-2")
 
 
+@pytest.mark.parametrize("settings", ["vfs.s3.region", [("vfs.s3.region", "us-west-2")], {1: 2}])
+def test_what_is_no_dictionary_of_settings_is_refused(settings: Any) -> None:
+    with pytest.raises(TypeError, match=r"try context\({'vfs.s3.region': 'us-west-2'}\)"):
+        tiledbsoma_ml.context(settings)
+
+
 def test_the_context_takes_a_timestamp(store: Store) -> None:
     context = tiledbsoma_ml.context(timestamp=1_700_000_000_000)
     assert context.timestamp_ms == 1_700_000_000_000

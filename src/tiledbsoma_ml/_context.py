@@ -48,11 +48,16 @@ def context(
         **config: Settings of TileDB as well: `context(**{"vfs.s3.region": "us-west-2"})`.
 
     Raises:
-        TypeError: If a name cannot be one of TileDB's settings.
+        TypeError: If a name cannot be one of TileDB's settings, or they are no dictionary.
     """
+    if tiledb_config is not None and not isinstance(tiledb_config, Mapping):
+        raise TypeError(
+            f"tiledb_config must be a dictionary of settings, not a {type(tiledb_config).__name__}; "
+            "try context({'vfs.s3.region': 'us-west-2'})."
+        )
     given = {**(tiledb_config or {}), **config}
     for name in given:
-        if "." not in name and not name.startswith("profile_"):
+        if not isinstance(name, str) or ("." not in name and not name.startswith("profile_")):
             raise TypeError(
                 f"{name}={given[name]!r} must be a setting of TileDB, whose names have dots; "
                 "try context({'vfs.s3.region': 'us-west-2'})."

@@ -607,7 +607,10 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
         if self._content is None:
             self._content = self._described()
-        state = begin.to_dict({**self._identity, **self._content})
+        # At the start of an epoch it is of no account who took part in the one before.
+        begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
+        place = {"epoch": begin.epoch, "n_yielded": begin.n_yielded}  # what is told first where ranks differ
+        state = {**place, **begin.to_dict({**self._identity, **self._content})}
         del state["seed"]
         # Each worker's last mini-batch may be smaller there, so that their number counts.
         return state | ({"workers": n_workers} if self.shuffle_scope == "partition" else {})
