@@ -339,3 +339,23 @@ def test_the_home_directory_is_understood_wherever_a_folder_is_named(
     assert sum(len(obs) for _, obs in dataset) == 12
     assert (whole.parent / "home.snapshot").is_dir()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_of_many_fragments_is_read_within_a_small_budget(tmp_path: Path) -> None:
+    n_fragments, n_rows, n_cols = 16, 60, 700
+    uri = make_experiment(tmp_path / "experiment", obs_joinids=range(n_fragments * n_rows), layers=())
+    config = {"tiledb": {"create": {"capacity": 65_536}}}
+    with soma.Experiment.open(uri, "w") as experiment:
+        layers = experiment.ms[MEASUREMENT].X
+        shape = (n_fragments * n_rows, n_cols)
+        X = layers.add_new_sparse_ndarray("raw", type=pa.float32(), shape=shape, platform_config=config)
+        i, j = (index.ravel() for index in np.indices((n_rows, n_cols)))
+        for fragment in range(n_fragments):
+            values = np.full(len(i), fragment + 1, dtype=np.float32)
+            X.write(pa.table({"soma_dim_0": i + fragment * n_rows, "soma_dim_1": j, "soma_data": values}))
+    with soma.Experiment.open(uri) as experiment:
+        locator = XLocator.create(experiment, MEASUREMENT)
+    ids = QueryIDs(obs_joinids=range(n_fragments * n_rows), var_joinids=range(5))
+    dataset = ExperimentDataset(x_locator=locator, query_ids=ids, memory_budget="64MiB", batch_size=100)
+    for X, obs in dataset:
+        np.testing.assert_array_equal(X[:, 4], obs["soma_joinid"] // n_rows + 1)

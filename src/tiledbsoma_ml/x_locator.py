@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import attrs
+import pyarrow as pa
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
 from tiledbsoma_ml._common import absolute_uri, check_name
 from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
+from tiledbsoma_ml._vfs import open_vfs
 
 
 @attrs.frozen(kw_only=True)
@@ -80,11 +82,25 @@ class XLocator:
         if budget.keeps_freed_memory:
             keep_freed_memory()
         config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget)}
-        with self.open_experiment(config) as experiment:
-            check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
-            layers = experiment.ms[self.measurement_name].X
-            check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
-            yield layers[self.layer_name], experiment.obs
+        with ExitStack() as stack:
+            X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
+            least = _least_total_budget([X, obs], config)
+            if self._sizes_total_budget and least > budget.tiledb:
+                config["sm.mem.total_budget"] = least
+                X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
+            yield X, obs
+
+    def _arrays(
+        self, experiment: soma.Experiment
+    ) -> tuple[soma.SparseNDArray | soma.DenseNDArray, soma.DataFrame]:
+        check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
+        layers = experiment.ms[self.measurement_name].X
+        check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
+        return layers[self.layer_name], experiment.obs
+
+    @property
+    def _sizes_total_budget(self) -> bool:
+        return "sm.mem.total_budget" in _buffer_sizes(self.tiledb_config, Budget(2**31))
 
     def open_experiment(self, config: dict[str, str | float] | None = None) -> soma.Experiment:
         """Open the experiment as of its timestamp.
@@ -106,6 +122,9 @@ class XLocator:
             ) from err
 
 
+TEXT_BYTES = 48
+"""What a value of a dimension of text takes up in memory, about."""
+
 _TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
 
 
@@ -125,6 +144,36 @@ def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, s
         for name, size in ours.items()
         if str(config.get(name, _TILEDB_DEFAULTS[name])) == str(_TILEDB_DEFAULTS[name])
     }
+
+
+def _least_total_budget(arrays: Sequence[Any], config: dict[str, str | float]) -> int:
+    """Return the least `sm.mem.total_budget` with which sparse arrays can be read; 0 if that is not known.
+
+    Without its parallel merge, TileDB gives every fragment the same share of half of it, which must hold the
+    coordinates of a tile.
+    """
+    least = 0
+    with suppress(OSError), open_vfs(config) as vfs:
+        for array in arrays:
+            if isinstance(array, soma.DenseNDArray):
+                continue
+            n_fragments = len(vfs.names(f"{array.uri}/__fragments"))
+            is_text = [
+                not pa.types.is_primitive(array.schema.field(name).type) for name in _dimensions(array)
+            ]
+            cell_bytes = 2 + sum(TEXT_BYTES if text else 8 for text in is_text)
+            tile_bytes = array.schema_config_options().capacity * cell_bytes
+            least = max(least, 2 * n_fragments * tile_bytes)
+    return least
+
+
+def _dimensions(array: soma.SparseNDArray | soma.DataFrame) -> Sequence[str]:
+    names: Sequence[str] = (
+        array.index_column_names
+        if isinstance(array, soma.DataFrame)
+        else [f"soma_dim_{d}" for d in range(array.ndim)]
+    )
+    return names
 
 
 def check_open(experiment: soma.Experiment) -> None:
