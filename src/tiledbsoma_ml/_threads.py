@@ -37,7 +37,7 @@ class _Lock(Protocol):
 
 
 class _Turn(threading.local):
-    """Of each thread, the lock that it holds while it is at work."""
+    """The lock that each thread holds while it is at work."""
 
     def __init__(self) -> None:
         self.is_of_package = False

@@ -81,11 +81,12 @@ class XLocator:
         budget = budget or Budget(2**31, self.is_remote)
         if budget.keeps_freed_memory:
             keep_freed_memory()
-        config = {**self.tiledb_config, **_buffer_sizes(self.tiledb_config, budget)}
+        sizes = _buffer_sizes(self.tiledb_config, budget)
+        config = {**self.tiledb_config, **sizes}
         with ExitStack() as stack:
             X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
-            least = _least_total_budget([X, obs], config)
-            if self._sizes_total_budget and least > budget.tiledb:
+            is_ours = "sm.mem.total_budget" in sizes
+            if is_ours and (least := _least_total_budget([X, obs], config)) > budget.tiledb:
                 config["sm.mem.total_budget"] = least
                 X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
             yield X, obs
@@ -97,10 +98,6 @@ class XLocator:
         layers = experiment.ms[self.measurement_name].X
         check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
         return layers[self.layer_name], experiment.obs
-
-    @property
-    def _sizes_total_budget(self) -> bool:
-        return "sm.mem.total_budget" in _buffer_sizes(self.tiledb_config, Budget(2**31))
 
     def open_experiment(self, config: dict[str, str | float] | None = None) -> soma.Experiment:
         """Open the experiment as of its timestamp.
