@@ -94,6 +94,7 @@ class SOMAReader:
         self._var_joinids = var_joinids
         self._columns = Columns(var_joinids)
         self._use_eager_fetch = use_eager_fetch
+        self._written = X.non_empty_domain()
         self._window_options: dict[str, Any] = {
             "n_parts": n_parts,
             "room": room,
@@ -117,7 +118,7 @@ class SOMAReader:
         """Read the rows of `obs_joinids`, without their `obs`."""
         dtype = np.dtype(self._X.schema.field("soma_data").type.to_pandas_dtype())
         window = Window(obs_joinids, self._columns, dtype, **self._window_options)
-        rows, columns = _existing(self._X, window.sorted_ids, self._var_joinids)
+        rows, columns = self._existing(window.sorted_ids)
         if len(rows) and len(columns):
             is_dense = isinstance(self._X, soma.DenseNDArray)
             pieces: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
@@ -127,6 +128,16 @@ class SOMAReader:
                 for piece in ahead:
                     add(*piece)
         return window
+
+    def _existing(self, sorted_ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayJoinId]:
+        """Return the rows and columns among which anything is written; all others are zero.
+
+        Asking for what is beyond the shape of a layer is an error to TileDB, or not, as it is asked.
+        """
+        (first_row, last_row), (first_col, last_col) = self._written
+        start, stop = np.searchsorted(sorted_ids, [first_row, last_row + 1]).tolist()
+        are_within = (first_col <= self._var_joinids) & (self._var_joinids <= last_col)
+        return sorted_ids[start:stop], self._var_joinids[are_within]
 
     def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[IOBatch]:
         assert self._obs_columns is not None
@@ -197,18 +208,6 @@ def row_tile(X: soma.SparseNDArray | soma.DenseNDArray) -> int:
 
 def _tile(X: soma.SparseNDArray | soma.DenseNDArray, dim: str) -> int:
     return int(json.loads(X.schema_config_options().dims)[dim]["tile"])
-
-
-def _existing(
-    X: soma.SparseNDArray | soma.DenseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
-) -> tuple[NDArrayJoinId, NDArrayJoinId]:
-    """Return the rows and columns among which anything is written; all others are zero.
-
-    Asking for what is beyond the shape of a layer is an error to TileDB, or not, as it is asked.
-    """
-    (first_row, last_row), (first_col, last_col) = X.non_empty_domain()
-    start, stop = np.searchsorted(sorted_ids, [first_row, last_row + 1]).tolist()
-    return sorted_ids[start:stop], var_joinids[(first_col <= var_joinids) & (var_joinids <= last_col)]
 
 
 def _may_repeat(X: soma.SparseNDArray | soma.DenseNDArray) -> bool:
