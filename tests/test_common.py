@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledbsoma_ml._common import check_count, check_name, nearest_names, seeded_rng
+from tiledbsoma_ml._common import cache_folder, check_count, check_name, nearest_names, seeded_rng
 
 
 def draws(rng: np.random.Generator) -> list[int]:
@@ -31,6 +32,23 @@ def test_every_epoch_and_seed_has_its_own_stream_which_repeats(seed: int, epoch:
 
 def test_without_a_seed_every_generator_differs() -> None:
     assert draws(seeded_rng(None)) != draws(seeded_rng(None))
+
+
+@pytest.mark.parametrize(
+    ("given", "beginning"), [("{home}/mine", "mine"), ("~/mine", "mine"), ("", None), (None, None)]
+)
+def test_the_cache_folder_is_where_the_environment_says_or_else_below_the_home_directory(
+    given: str | None, beginning: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    usual = cache_folder().parent
+    assert usual in (tmp_path / ".cache", tmp_path / "Library" / "Caches")
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given.format(home=tmp_path))
+    expected = usual if beginning is None else tmp_path / beginning
+    assert cache_folder() == expected / "tiledbsoma_ml"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int32(7), np.uint64(2**63)])

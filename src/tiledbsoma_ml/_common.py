@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
+import platformdirs
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
@@ -53,6 +54,17 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
 def absolute_uri(uri: str | os.PathLike[str]) -> str:
     """Return the address of an experiment, where it is a path as `absolute_path` does."""
     return str(uri) if "://" in str(uri) else str(absolute_path(uri))
+
+
+def cache_folder() -> Path:
+    """Return the folder of this package in the user's cache directory, which need not be there.
+
+    `XDG_CACHE_HOME` names that directory where it is set.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if given.startswith("~"):  # as quotes in a script leave it; platformdirs takes absolute paths only
+        return absolute_path(given) / "tiledbsoma_ml"
+    return absolute_path(platformdirs.user_cache_path("tiledbsoma_ml", appauthor=False))
 
 
 def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) -> int:

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber, absolute_path
+from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber, absolute_path, cache_folder
 from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._plan import EpochPart, Plan
@@ -184,8 +184,7 @@ class SnapshotReading:
         content = describe(
             [Rows.of(locator, ids)], obs_column_names=self._obs_column_names, layers=(), obsm=()
         )
-        cache = absolute_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        return cache / "tiledbsoma_ml" / f"{content.fingerprint}.snapshot"
+        return cache_folder() / f"{content.fingerprint}.snapshot"
 
     def _check(self, snapshot: Snapshot) -> None:
         """Raise a ValueError unless a snapshot holds the query; keep what is found out meanwhile."""

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import attrs
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import absolute_path, absolute_uri, check_count
+from tiledbsoma_ml._common import absolute_path, absolute_uri, cache_folder, check_count
 from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._h5ad import MEASUREMENT_NAME, ingest_h5ads
 from tiledbsoma_ml.snapshot import Snapshot
@@ -242,8 +242,7 @@ class _Queried:
         paths = [Path(file) for file in files]
         if not paths:
             raise ValueError("data=[] must hold at least one h5ad file; try ['cells.h5ad'].")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tiledbsoma_ml"
-        folder = absolute_path(self.experiments_path or cache)
+        folder = absolute_path(self.experiments_path or cache_folder())
         uri = ingest_h5ads(paths, options.get("layer_name"), folder, _logger.info)
         rest = {name: value for name, value in options.items() if name != "layer_name"}
         return attrs.evolve(self, measurement_name=MEASUREMENT_NAME).module(uri, rest)
