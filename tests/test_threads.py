@@ -204,8 +204,13 @@ with EagerIterator(fork_and_wait()) as forking:
     found["a thread of the package forks"] = next(forking)
 
 path = pathlib.Path(sys.argv[0]).with_name("made")
+lock, held = path.with_name(".made.lock"), locked(path, print)
+held.__enter__()
+found["a fork leaves what its parent locked"] = in_a_fork(lambda: held.__exit__(None, None, None))
+found["a fork gives a lock back"] = int(lock.read_text() != str(os.getpid()))
+held.__exit__(None, None, None)
 with locked(path, print):
-    waiting = path.with_name(".made.lock").open()  # as another process does
+    waiting = lock.open()  # as another process does
     if not (child := os.fork()):
         time.sleep(200)
         os._exit(0)

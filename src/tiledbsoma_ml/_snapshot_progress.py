@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib.util
 import logging
 import os
@@ -16,8 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from filelock import FileLock, Timeout
+
 ProgressCallback: TypeAlias = Callable[[int, int, float, float], object]
 """Called with: rows done, rows in all, rows per second, seconds left."""
+
+GRACE_S = 0.1
+"""A lock that is free by then was not waited for."""
 
 LINE_EVERY_S = 5.0
 """Without a terminal, or without rich, a line is written after so many seconds."""
@@ -96,18 +100,41 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     Raises:
         OSError: If the folder cannot be written to or has no locks, or the lock is another user's.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    file = path.with_name(f".{path.name}.lock")
+    # A file that is there, without a lock of the system, would be left by a process that was killed.
+    lock = FileLock(file, fallback_to_soft=False, on_acquired=_sign)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(lock, say)
+        _acquire(lock, file, say)
     except OSError as err:
-        raise OSError(err.errno, f"path={str(path)!r} must be {_what_is_wrong(lock, err)}") from err
+        raise OSError(err.errno, f"path={str(path)!r} must be {_what_is_wrong(file, err)}") from err
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for what forked meanwhile and has it open as well
-        os.close(descriptor)
+        if lock.is_locked:  # not in a fork of the process that holds it
+            file.unlink(missing_ok=True)
+            lock.release()
+
+
+def _acquire(lock: FileLock, file: Path, say: Callable[[str], object]) -> None:
+    """Take a lock; say once who holds it, if somebody does."""
+    timeout = GRACE_S
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout)
+        except Timeout:
+            try:
+                maker = file.read_text() or "another one"
+            except FileNotFoundError:  # it was given back just now
+                continue
+            say(f"process {maker} is making it; waiting until it is there")
+            timeout = -1
+
+
+def _sign(descriptor: int) -> None:
+    """Write to a lock who holds it."""
+    os.truncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
 
 
 def _what_is_wrong(lock: Path, err: OSError) -> str:
@@ -164,36 +191,3 @@ def _owner_if_other(path: Path) -> str | None:
         return f"the user {pwd.getpwuid(user).pw_name!r}"
     except KeyError:
         return f"the user {user}"
-
-
-def _lock(lock: Path, say: Callable[[str], object]) -> int:
-    """Return the open and locked file; it is the one that has this name."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            _flock(descriptor, say)
-            if _is_named(descriptor, lock):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _is_named(descriptor: int, lock: Path) -> bool:
-    """Whether an open file still has its name, which whoever held the lock takes away."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), lock.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _flock(descriptor: int, say: Callable[[str], object]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        maker = os.pread(descriptor, 20, 0).decode() or "another one"
-        say(f"process {maker} is making it; waiting until it is there")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
