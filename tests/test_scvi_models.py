@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +196,7 @@ def test_no_version_classifies_cells_without_a_label_or_trains_on_one_alone(
     model, datamodule = sparsely_labelled
     parts = {True: [], False: []}
     for batch, is_training in zip(datamodule.handed, datamodule.was_training, strict=True):
-        parts[is_training].append(classified(batch, version))
+        parts[is_training].append(classified(batch, version, is_training))
     for found in parts.values():
         assert None in found
         assert all(part["labels"].lt(2).all() for part in found if part is not None)
@@ -205,21 +207,52 @@ def test_no_version_classifies_cells_without_a_label_or_trains_on_one_alone(
     assert np.isfinite(model.history["train_loss"].to_numpy(float)).all()
 
 
+def test_the_installed_version_has_the_rule_that_is_taken_for_it(
+    sparsely_labelled: tuple[Any, Recording],
+) -> None:
+    model, datamodule = sparsely_labelled
+    batches = zip(datamodule.handed, datamodule.was_training, strict=True)
+    by_rule = [classified(batch, INSTALLED, is_training) for batch, is_training in batches]
+    for found, expected in zip(model.classified, by_rule, strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found["X"], expected["X"])
+
+
 @pytest.fixture(scope="module")
 def sparsely_labelled(uri: str) -> tuple[Any, Recording]:
-    """A model that was trained where most mini-batches have one labelled cell or none."""
-    options = {"label_column_name": "cell_type", "unlabeled_category": "CD4-positive, alpha-beta T cell"}
+    """A model that was trained where most mini-batches have one labelled cell or none.
+
+    They have every key by which a version could take a batch alone for one of labelled cells. `classified` of
+    the model are the cells that the training plan classified, step by step.
+    """
+    options = {**COVARIATES, "unlabeled_category": "CD4-positive, alpha-beta T cell"}
     with query(uri, "cell_type in ['CD4-positive, alpha-beta T cell', 'plasma cell', 'platelet']") as found:
         datamodule = Recording(found, batch_size=3, train_size=0.8, seed=0, **options)
-    return trained(make(SCANVI, datamodule), datamodule, max_epochs=4, check_val_every_n_epoch=1), datamodule
+    model = make(SCANVI, datamodule)
+    model.classified, loss = [], model.module.loss
+
+    @functools.wraps(loss)
+    def recorded(*args: Any, labelled_tensors: Any = None, **options: Any) -> Any:
+        model.classified.append(labelled_tensors)
+        return loss(*args, labelled_tensors=labelled_tensors, **options)
+
+    model.module.loss = recorded
+    return trained(model, datamodule, max_epochs=4, check_val_every_n_epoch=1), datamodule
 
 
-def classified(batch: Any, version: str) -> dict[str, torch.Tensor] | None:
+INSTALLED = "1.4" if metadata.version("scvi-tools").startswith("1.4.") else "1.5"
+
+
+def classified(batch: Any, version: str, is_training: bool) -> dict[str, torch.Tensor] | None:
     """Return the cells that the training plan of a version of scvi-tools classifies, by the rule it has."""
     keys = ["X", "batch", "labels", "extra_categorical_covs", "extra_continuous_covs"]
-    if isinstance(batch, tuple):
+    if version == "1.4":
+        if len(batch) == 2:
+            return batch[1]
+        return batch if is_training and list(batch)[:5] == keys else None
+    if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[1]
-    return batch if (list(batch)[:5] == keys if version == "1.4" else set(keys) <= set(batch)) else None
+    return batch if all(key in batch for key in keys) else None
 
 
 def test_all_cells_are_classified_where_there_is_no_unlabeled_category(uri: str) -> None:
