@@ -847,6 +847,13 @@ def test_a_budget_that_does_not_hold_a_tile_says_what_is_needed(in_huge_tiles: S
     assert len(in_huge_tiles.dataset(batch_size=100, **AUTO, memory_budget="1GiB")) == 4
 
 
+def test_sparse_mini_batches_are_not_offered_where_they_are_sparse_already(in_huge_tiles: Store) -> None:
+    with pytest.raises(
+        ValueError, match=r"^memory_budget=128 MiB must hold one tile of .* buffers, \d+ MiB; raise it\.$"
+    ):
+        in_huge_tiles.dataset(**AUTO, memory_budget="128MiB", return_sparse_X=True)
+
+
 def test_a_budget_that_does_not_hold_three_dense_mini_batches_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match=r"memory_budget=256 MiB must hold three mini-batches and one tile"):
         store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6)

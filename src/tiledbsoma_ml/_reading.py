@@ -127,7 +127,7 @@ class Reading:
             permutes = plan.permutes or permutes_on_device
             plan = attrs.evolve(plan, window_bytes=window_bytes, permutes=permutes)
         if plan.io_batch_size == "auto":
-            _check_budget(plan, len(ids.obs_joinids), budget, memory, window_budget)
+            _check_budget(plan, len(ids.obs_joinids), budget, memory, window_budget, is_dense)
         return cls(
             locator=locator,
             obs_column_names=obs_column_names,
@@ -238,7 +238,9 @@ def _measured(locator: XLocator, ids: QueryIDs, budget: Budget) -> Layout:
         return measure_layout(reader, row_tile(X), ids.obs_joinids)
 
 
-def _check_budget(plan: Plan, n_rows: int, budget: Budget, memory: int, window_budget: int | None) -> None:
+def _check_budget(
+    plan: Plan, n_rows: int, budget: Budget, memory: int, window_budget: int | None, is_dense: bool
+) -> None:
     assert plan.layout is not None
     n_held = min(plan.layout.row_tile, n_rows)
     tile_bytes = n_held * plan.layout.bytes_per_row
@@ -252,10 +254,13 @@ def _check_budget(plan: Plan, n_rows: int, budget: Budget, memory: int, window_b
     if held < tile_bytes:
         # Of a byte of budget, four fifths go to windows.
         needed = budget.total + (tile_bytes - held) * (1 + EXPANSION / N_PARTS) / 0.55
+        batches = "three mini-batches and " if is_dense else ""
+        way_out = (
+            "raise it, or take a smaller batch_size or return_sparse_X=True." if is_dense else "raise it."
+        )
         raise ValueError(
-            f"memory_budget={budget.total / 2**20:.0f} MiB must hold three mini-batches and {tile} beside "
-            f"buffers, {math.ceil(needed / 2**20)} MiB; raise it, or take a smaller batch_size or "
-            "return_sparse_X=True."
+            f"memory_budget={budget.total / 2**20:.0f} MiB must hold {batches}{tile} beside buffers, "
+            f"{math.ceil(needed / 2**20)} MiB; {way_out}"
         )
 
 
