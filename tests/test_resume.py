@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -609,6 +609,22 @@ def test_a_look_by_another_loader_moves_neither_the_position_nor_the_order(
     assert found == expected[:5]
     later = experiment_dataloader(loader.dataset)
     assert place_of(later) == (2, 0)  # a loader that is made now goes on from what there was
+
+
+@pytest.mark.parametrize("copied_by", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_dataset_moves_by_itself(whole: Snapshot, copied_by: Callable[[Any], Any]) -> None:
+    dataset = dataset_of(whole)
+    batches_of(dataset)
+    copied = copied_by(dataset)
+    assert place_of(copied) == place_of(dataset) == (1, 0)
+    iterator = iter(dataset)
+    ahead = [next(iterator)[1]["soma_joinid"].tolist() for _ in range(3)]
+    assert place_of(copied) == (1, 0)
+    assert batches_of(copied)[:3] == ahead
+    copied.load_state_dict(dict(copied.state_dict(), epoch=7))
+    assert (place_of(copied), place_of(dataset)) == ((7, 0), (1, 3))
+    copied.set_epoch(9)
+    assert (copied.epoch, dataset.epoch) == (9, 1)
 
 
 def test_an_iterator_that_is_not_the_newest_does_not_move_the_position(whole: Snapshot) -> None:

@@ -422,6 +422,13 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         dataset._epochs.counter.step = 0
         return dataset
 
+    def __copy__(self) -> ExperimentDataset:
+        """Return a dataset with these rows and options, and with epochs and a position of its own."""
+        dataset = type(self).__new__(type(self))
+        dataset.__dict__ |= self.__dict__
+        dataset._epochs = copy.deepcopy(self._epochs)
+        return dataset
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
