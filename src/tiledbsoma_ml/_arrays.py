@@ -22,8 +22,8 @@ def ranges(
 
     Args:
         sorted_ids: The ids.
-        starts: Where runs start in them.
-        at_most: Where there would be more, and no slice, the ids alone are returned.
+        starts: The places in them where runs start.
+        at_most: Number of ids above which, without a slice, `sorted_ids` alone are returned.
     """
     firsts, lasts = sorted_ids[starts], sorted_ids[np.append(starts[1:], len(sorted_ids)) - 1]
     lengths = lasts - firsts + 1

@@ -12,10 +12,10 @@ MIN_BUDGET = 64 * 2**20
 """The smallest budget that is accepted."""
 
 FIXED_BYTES = 128 * 2**20
-"""What an open experiment, columns of `obs` and mini-batches that are read ahead take, with some to spare."""
+"""Memory of an open experiment, columns of `obs` and mini-batches that are read ahead, with some to spare."""
 
 KEPT_BYTES = 128 * 2**20
-"""What malloc may keep of freed memory, where there is room for it: from a budget of 1 GiB on."""
+"""Freed memory that malloc may keep, where there is room for it: from a budget of 1 GiB on."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
@@ -41,14 +41,14 @@ def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
 
 @attrs.frozen
 class Budget:
-    """Where the bytes of a memory budget go: what TileDB gets, and what is left for rows that wait."""
+    """The shares of a memory budget: one for TileDB, and what is left for rows that wait."""
 
     total: int
     is_remote: bool = False
 
     @property
     def tiledb(self) -> int:
-        """What TileDB may use to decode tiles: as many as fit are fetched at once, which hides latency.
+        """Memory in which TileDB decodes tiles: as many as fit are fetched at once, which hides latency.
 
         Without its parallel merge, each fragment gets an equal share of it: with 16 fragments, 64 MiB read
         slower by a tenth than 128 MiB.
@@ -63,7 +63,7 @@ class Budget:
 
     @property
     def windows(self) -> int:
-        """What is left for rows that wait, all windows together."""
+        """Memory that is left for rows that wait, all windows together."""
         fixed = min(FIXED_BYTES, self.total // 2)
         return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - fixed - self._kept
 

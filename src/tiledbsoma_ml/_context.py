@@ -16,7 +16,7 @@ from tiledbsoma_ml._common import absolute_uri
 Config: TypeAlias = dict[str, str | float]
 
 PARALLEL_MERGE = "sm.query.sparse_global_order.preprocess_tile_merge"
-"""How many tiles libtiledb 2.28 and later merge in a thread of its own; 0: it does not do so.
+"""Number of tiles that libtiledb 2.28 and later merge in a thread of its own; with 0 it does not do so.
 
 The merge frees memory that its threads still use, now and then, when `obs` or `var` is read: the process dies
 or reads what is not there. No version is known in which this is mended.
@@ -43,8 +43,8 @@ def context(
     Args:
         tiledb_config: Settings of TileDB by name, for instance `{"vfs.s3.region": "us-west-2"}`. They win
             over ours.
-        timestamp: What is read, and written, is as of this time, in ms since 1970. The time at which
-            something is opened if left out.
+        timestamp: The time, in ms since 1970, as of which data are read and written. If left out, the time
+            at which something is opened.
         **config: Settings of TileDB as well: `context(**{"vfs.s3.region": "us-west-2"})`.
 
     Raises:

@@ -25,8 +25,8 @@ MANY_VALUES = 1000
 """A numeric column with more values than this is hardly a label."""
 
 Unseen: TypeAlias = Literal["error", "extend"] | Mapping[str, str]
-"""What to do about labels that are not among the known ones: refuse them, append them to the known ones, or
-take another one in place of each."""
+"""The treatment of labels that are not known: they are refused, or appended, or each is replaced
+by the known one that a mapping names."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Labels:
         Args:
             columns: Columns of `obs`, read.
             obs_joinids: All their rows, sorted.
-            names: At least one.
-            parameter: Where the user gave the names.
+            names: At least one column.
+            parameter: The parameter in which the user gave the names.
         """
         joined, codes = np.array([""], dtype=object), np.zeros(len(obs_joinids), dtype=np.int64)
         for number, name in enumerate(names):
@@ -86,7 +86,7 @@ class Labels:
 
         Args:
             known: The categories; their order is kept.
-            unseen: What to do about others. With "extend" they follow the known ones.
+            unseen: The treatment of other labels. With "extend" they follow the known ones.
             what: A word for a label: "batch".
 
         Raises:

@@ -34,8 +34,8 @@ class Progress:
 
     Args:
         progress: True for a bar on a terminal (with rich) or a line on stderr every few seconds, False for
-            nothing, or whom to call.
-        name: Of what is made.
+            nothing, or a function to call.
+        name: Name of the snapshot.
     """
 
     def __init__(self, progress: bool | ProgressCallback, name: str) -> None:
@@ -180,7 +180,7 @@ def check_own_folder(folder: Path, path: Path) -> bool:
 
 
 def _owner_if_other(path: Path) -> str | None:
-    """Return whom a file or folder belongs to; None if that is us, or it is not there."""
+    """Return the owner of a file or folder; None if that is this user, or it is not there."""
     try:
         user = path.lstat().st_uid
     except OSError:

@@ -304,7 +304,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
 @attrs.frozen(kw_only=True)
 class DemoOptions:
-    """What `tiledbsoma-ml demo` was asked for."""
+    """The options of `tiledbsoma-ml demo`."""
 
     h5ad: Path | None
     uri: str | None

@@ -45,13 +45,13 @@ Source: TypeAlias = (
     | os.PathLike[str]
     | Sequence[str | os.PathLike[str]]
 )
-"""Where cells are: a data module, an open query, a snapshot, the URI of an experiment, or h5ad files."""
+"""The source of cells: a data module, an open query, a snapshot, the URI of an experiment, or h5ad files."""
 
 CHECKPOINT_NAME = "checkpoint.ckpt"
 """The Lightning checkpoint in the folder of a Ray checkpoint."""
 
 CPUS_PER_WORKER = 4
-"""Of each worker, if not told otherwise and where the cluster has as many."""
+"""CPUs that each worker gets where the cluster has as many and `resources_per_worker` does not say."""
 
 _logger = logging.getLogger(__name__)
 
@@ -75,17 +75,18 @@ class RayTrainRunner:
     the mini-batch after it.
 
     Args:
-        Model: Made anew in each worker.
+        Model: The class of the model, which is made anew in each worker.
         model_args: Called once, with the data module, where `train` is called; what it returns is passed to
             `Model`.
         before_dense: Takes the batch `(X, obs)`, `X` as `torch.sparse_csr` on the CPU, and returns such a
             pair: `X` still sparse, and what the model needs of `obs`.
         after_dense: Takes that pair on the device of the model, with `X` dense, and returns what the model
             takes.
-        address: Of the cluster. If None: the one that this process is connected to, or `RAY_ADDRESS`, or one
-            that runs on this machine, or else a new one, which ends with `train`.
-        runtime_env: What the workers' environment needs, as for `ray.init`.
-        strategy: How Lightning trains; a strategy of `ray.train.lightning`, by default `RayDDPStrategy()`.
+        address: Address of the cluster. If None, the cluster is the one that this process is connected to,
+            that of `RAY_ADDRESS`, or one that runs on this machine, or else a new one, which ends with
+            `train`.
+        runtime_env: The environment that workers need, as `ray.init` takes it.
+        strategy: A strategy of `ray.train.lightning`, by default `RayDDPStrategy()`.
     """
 
     def __init__(
@@ -136,24 +137,24 @@ class RayTrainRunner:
             data: A data module that can be pickled, such as `ExperimentDataModule`; or what to make one of,
                 with `data_options`: an open query, a `Snapshot`, the URI of an experiment, or a list of h5ad
                 files, which are first written to an experiment.
-            measurement_name: With a URI: which measurement.
-            obs_query: With a URI or h5ad files: which rows; all if None.
-            var_query: With a URI or h5ad files: which columns; all if None.
+            measurement_name: The measurement to read, where `data` is a URI.
+            obs_query: The rows to read, where `data` is a URI or h5ad files; all if None.
+            var_query: The columns to read, likewise.
             experiments_path: Folder for the experiment made of h5ad files, once for the same files; by
                 default in the user's cache directory.
-            max_epochs: When to end.
-            num_workers: How many processes train. By default one for each GPU or, on CPUs, as many as the
-                cluster has resources for.
-            resources_per_worker: What Ray reserves for each, for instance `{"CPU": 8, "GPU": 1}`.
+            max_epochs: Number of epochs after which training ends.
+            num_workers: Number of processes that train. By default one for each GPU or, on CPUs, as many as
+                the cluster has resources for.
+            resources_per_worker: Resources that Ray reserves for each, for instance `{"CPU": 8, "GPU": 1}`.
             use_gpu: Whether to train on GPUs. Where the cluster has none, it is done on CPUs, with a warning.
-            storage_path: Where results and checkpoints go: a folder, or a URI like "s3://bucket/results".
-            name: Of the folder of this run there. Given again, an interrupted run goes on.
+            storage_path: Folder for results and checkpoints, or a URI like "s3://bucket/results".
+            name: Name of the folder of this run there. The same name again continues an interrupted run.
             ckpt_path: A checkpoint of Lightning, or the folder of one of Ray's, to go on from.
-            checkpoint_every_n_steps: How often to write one within an epoch; one is written at its end in any
-                case.
-            max_failures: How often to start again after workers died.
-            trainer_options: For Lightning's `Trainer`.
-            data_options: For `ExperimentDataModule`: sizes of the parts, `batch_size`, `snapshot`, ….
+            checkpoint_every_n_steps: Number of steps between checkpoints within an epoch; one is written at
+                its end in any case.
+            max_failures: Number of times that training starts again after workers died.
+            trainer_options: Options of Lightning's `Trainer`.
+            data_options: Options of `ExperimentDataModule`: sizes of the parts, `batch_size`, `snapshot`, ….
 
         Raises:
             ValueError: If an argument does not fit.
@@ -220,7 +221,7 @@ class RayTrainRunner:
 
 @attrs.frozen
 class _Queried:
-    """What to query where an experiment is given by its URI, or by h5ad files."""
+    """The query to make of an experiment that is given by its URI, or by h5ad files."""
 
     measurement_name: str
     obs_query: soma.AxisQuery | None
