@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anndata
 import attrs
 import numpy as np
 import pandas as pd
@@ -107,6 +108,26 @@ def _write_frame(parent: soma.Collection, name: str, table: pa.Table, n_rows: in
     frame.close()
     with soma.DataFrame.open(frame.uri, "w") as frame:
         frame.write(table)
+
+
+def make_cells(
+    X: Any,
+    *,
+    obs: Mapping[str, Any] | None = None,
+    var: Mapping[str, Any] | None = None,
+    genes: Sequence[str] | None = None,
+    **more: Any,
+) -> anndata.AnnData:
+    """Return cells for an h5ad file, named c0, c1, …, with these columns; genes are g0, g1, … if not named.
+
+    Without `X`, there are as many cells as `obs` has rows.
+    """
+    n_obs = X.shape[0] if X is not None else len(next(iter((obs or {}).values())))
+    names = [f"g{j}" for j in range(X.shape[1])] if genes is None else list(genes)
+    cells = [f"c{i}" for i in range(n_obs)]
+    return anndata.AnnData(
+        X, obs=pd.DataFrame(obs or {}, index=cells), var=pd.DataFrame(var or {}, index=names), **more
+    )
 
 
 @attrs.frozen

@@ -10,16 +10,16 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import tiledbsoma.io
 import torch
 from scipy import sparse
 from typer.testing import CliRunner
 
+from stores import make_cells
 from tiledbsoma_ml import __version__, cli
+from tiledbsoma_ml._h5ad import write_cells
 from tiledbsoma_ml.simulate import simulate_cells, simulate_experiment
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -51,9 +51,8 @@ def size_of_png(path: Path) -> tuple[int, int]:
 def write_h5ad(path: Path, **obs: Any) -> Path:
     counts = np.random.default_rng(0).poisson(3.0, (60, 8)).astype(np.float32)
     counts[::2, :4] *= 4
-    frame = pd.DataFrame({name: pd.Categorical(list(values)) for name, values in obs.items()})
-    adata = anndata.AnnData(X=sparse.csr_matrix(counts), obs=frame.set_index(frame.index.astype(str)))
-    adata.write_h5ad(path)
+    columns = {name: pd.Categorical(list(values)) for name, values in obs.items()}
+    make_cells(sparse.csr_matrix(counts), obs=columns).write_h5ad(path)
     return path
 
 
@@ -305,7 +304,7 @@ def test_numbers_below_zero_are_refused_instead_of_learned_from(tmp_path: Path) 
     uri = str(tmp_path / "scaled")
     cells = simulate_cells(n_cells=60, n_genes=20)
     cells.X = cells.X * -1.0
-    tiledbsoma.io.from_anndata(uri, cells, "RNA", X_layer_name="scaled")
+    write_cells(uri, cells, layer_name="scaled")
     code, output = run("demo", "--uri", uri, "--label", "assay", "--output-dir", tmp_path)
     assert code == 2
     assert output.splitlines()[-1].startswith("Error: X must hold counts, or other numbers of 0 or more")

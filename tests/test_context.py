@@ -16,7 +16,7 @@ import tiledbsoma as soma
 from typer.testing import CliRunner
 
 import tiledbsoma_ml
-from stores import MEASUREMENT, N_OBS, Store
+from stores import MEASUREMENT, N_OBS, Store, make_cells
 from stress_obs import read_until
 from tiledbsoma_ml import (
     ExperimentDataset,
@@ -210,10 +210,8 @@ def test_a_data_module_does(query: soma.ExperimentAxisQuery, opened: list[Any]) 
 
 
 def test_the_demo_does_on_an_h5ad_file(tmp_path: Path, opened: list[Any]) -> None:
-    import anndata
-
-    obs = pd.DataFrame({"label": pd.Categorical(["odd", "even"] * 30)}, index=[f"cell{i}" for i in range(60)])
-    anndata.AnnData(X=np.ones((60, 4), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "cells.h5ad")
+    cells = make_cells(np.ones((60, 4), np.float32), obs={"label": pd.Categorical(["odd", "even"] * 30)})
+    cells.write_h5ad(tmp_path / "cells.h5ad")
     for _ in range(2):  # the second uses what the first made
         run("demo", "--h5ad", tmp_path / "cells.h5ad", "--epochs", 2, "--output-dir", tmp_path / "out")
 
@@ -224,12 +222,10 @@ def test_the_demo_and_the_plan_do_on_an_experiment(simulated: str, tmp_path: Pat
 
 
 def test_several_h5ad_files_as_one_experiment_do(tmp_path: Path, opened: list[Any]) -> None:
-    import anndata
-
     from tiledbsoma_ml._h5ad import ingest_h5ads
 
     path = tmp_path / "cells.h5ad"
-    anndata.AnnData(X=np.ones((6, 4), dtype=np.float32)).write_h5ad(path)
+    make_cells(np.ones((6, 4), np.float32)).write_h5ad(path)
     ingest_h5ads([path], None, tmp_path / "made", print)
 
 

@@ -13,6 +13,7 @@ import tiledbsoma as soma
 import torch
 from scipy import sparse
 
+from stores import make_cells
 from tiledbsoma_ml import ExperimentDataset, Snapshot, demo
 from tiledbsoma_ml.demo import History, Task, build_simulated, ingest_h5ad, load_task, normalise
 from tiledbsoma_ml.simulate import simulate_cells
@@ -46,12 +47,8 @@ def write_h5ad(tmp_path: Path) -> Callable[..., Path]:
 
     def write(change: Callable[[anndata.AnnData], object] = lambda adata: None) -> Path:
         counts = np.random.default_rng(0).poisson(2.0, (40, 6)).astype(np.float32)
-        obs = pd.DataFrame(
-            {"cell_type": pd.Categorical(["B", "T"] * 20), "batch": pd.Categorical(["x"] * 20 + ["y"] * 20)},
-            index=[f"c{i}" for i in range(40)],
-        )
-        var = pd.DataFrame({"feature_name": list("abcdef")}, index=[f"g{j}" for j in range(6)])
-        adata = anndata.AnnData(X=sparse.csr_matrix(counts), obs=obs, var=var)
+        obs = {"cell_type": pd.Categorical(["B", "T"] * 20), "batch": pd.Categorical(["x"] * 20 + ["y"] * 20)}
+        adata = make_cells(sparse.csr_matrix(counts), obs=obs, var={"feature_name": list("abcdef")})
         change(adata)
         adata.write_h5ad(tmp_path / "cells.h5ad")
         return tmp_path / "cells.h5ad"

@@ -33,12 +33,12 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
-import tiledbsoma.io
 import torch
 import typer
 
 import tiledbsoma_ml
 from tiledbsoma_ml import ExperimentDataset
+from tiledbsoma_ml._h5ad import write_cells
 from tiledbsoma_ml.cli import build_app
 from tiledbsoma_ml.simulate import simulate_cells
 
@@ -117,9 +117,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adata = simulate_cells(n_cells=1_500, n_genes=200)
     adata.obs["tissue"] = np.where(np.arange(adata.n_obs) % 3 == 0, "blood", "lung")
     adata.write_h5ad(folder / "cells.h5ad")
-    tiledbsoma.io.from_anndata(
-        str(folder / "cells.soma"), adata, "RNA", X_layer_name="raw", var_id_name="feature_id"
-    )
+    write_cells(str(folder / "cells.soma"), adata, var_id_name="feature_id")
     return folder
 
 

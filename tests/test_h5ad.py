@@ -18,7 +18,7 @@ import pytest
 import tiledbsoma as soma
 from scipy import sparse
 
-from stores import expected_X
+from stores import expected_X, make_cells
 from tiledbsoma_ml import ExperimentDataset, _h5ad_file
 from tiledbsoma_ml._h5ad import Choose, build_once, ingest_h5ads
 from tiledbsoma_ml._h5ad_file import choose_matrix, find_counts
@@ -29,13 +29,8 @@ GENES = ["g0", "g1", "g2", "g3", "g4"]
 def write(path: Path, rows: range, genes: range, *, kind: Any = sparse.csr_matrix, **obs: Any) -> Path:
     """Write a file of cells with these rows and columns of `expected_X`."""
     X = expected_X(rows, genes)
-    cells = anndata.AnnData(
-        kind(X),
-        obs=pd.DataFrame(obs, index=[f"cell-{i}" for i in range(len(rows))]),
-        var=pd.DataFrame(index=[GENES[gene] for gene in genes]),
-        layers={"doubled": sparse.csr_matrix(2 * X)},
-    )
-    cells.write_h5ad(path)
+    names, layers = [GENES[gene] for gene in genes], {"doubled": sparse.csr_matrix(2 * X)}
+    make_cells(kind(X), obs=obs, genes=names, layers=layers).write_h5ad(path)
     return path
 
 
@@ -83,8 +78,7 @@ COUNTS = np.random.default_rng(0).poisson(1.5, (8, len(GENES))).astype(np.float3
 
 
 def cells(X: Any, **more: Any) -> anndata.AnnData:
-    obs = pd.DataFrame({"kind": pd.Categorical(["a", "b"] * 4)}, index=[f"c{i}" for i in range(8)])
-    return anndata.AnnData(X, obs=obs, var=pd.DataFrame(index=GENES), **more)
+    return make_cells(X, obs={"kind": pd.Categorical(["a", "b"] * 4)}, genes=GENES, **more)
 
 
 def few_genes(X: np.ndarray, *, raw: np.ndarray) -> anndata.AnnData:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import anndata
-import pandas as pd
 import pytest
 import ray
 import tiledbsoma as soma
@@ -17,7 +15,7 @@ from lightning.pytorch import LightningModule
 from ray.cluster_utils import Cluster
 from scipy import sparse
 
-from stores import N_VARS, Store, expected_X
+from stores import N_VARS, Store, expected_X, make_cells
 from tiledbsoma_ml import ExperimentDataModule, RayTrainRunner, Snapshot
 
 pytestmark = [
@@ -156,8 +154,7 @@ def test_h5ad_files_are_ingested_and_an_error_in_a_worker_tells_its_rank_and_cau
 ) -> None:
     X = expected_X(range(100), range(N_VARS))
     for number, rows in enumerate([range(60), range(60, 100)]):
-        obs = pd.DataFrame(index=[f"cell-{row}" for row in rows])
-        anndata.AnnData(sparse.csr_matrix(X[rows]), obs=obs).write_h5ad(tmp_path / f"{number}.h5ad")
+        make_cells(sparse.csr_matrix(X[rows])).write_h5ad(tmp_path / f"{number}.h5ad")
 
     def fail(batch: Any) -> Any:
         (tmp_path / "rows").write_text(json.dumps(len(batch[1])))

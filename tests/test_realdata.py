@@ -14,6 +14,7 @@ import tiledbsoma.io
 from scipy import sparse
 
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
+from tiledbsoma_ml._h5ad import write_cells
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,7 +35,7 @@ H5ADS = {
 def ingest(name: str, directory: Path) -> tuple[str, anndata.AnnData]:
     adata = anndata.read_h5ad(DATA / name)
     uri = str(directory / "experiment")
-    tiledbsoma.io.from_anndata(uri, adata, measurement_name="RNA", X_layer_name="raw")
+    write_cells(uri, adata)
     return uri, adata
 
 

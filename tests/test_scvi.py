@@ -18,7 +18,7 @@ import torch
 from scipy import sparse
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
-from tiledbsoma_ml import SCVIDataModule
+from tiledbsoma_ml import SCVIDataModule, _h5ad
 from tiledbsoma_ml.scvi import write_obsm
 
 OBS = make_obs(np.arange(N_OBS))
@@ -457,7 +457,6 @@ def write_cells(
 ) -> str:
     """Write an experiment of cells with these labels, all of whose counts are 1 unless `X` is given."""
     import anndata
-    import tiledbsoma.io
 
     genes = genes or ["gene0", "gene1"]
     X = np.ones((len(obs), len(genes)), np.float32) if X is None else X
@@ -465,7 +464,7 @@ def write_cells(
     var = pd.DataFrame({"feature_id": genes}, index=[f"v{j}" for j in range(len(genes))])
     adata = anndata.AnnData(sparse.csr_matrix(X), obs=obs, var=var)
     uri = str(directory / "written")
-    tiledbsoma.io.from_anndata(uri, adata, MEASUREMENT, X_layer_name="raw")
+    _h5ad.write_cells(uri, adata)
     return uri
 
 

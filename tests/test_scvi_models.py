@@ -19,6 +19,7 @@ import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml import SCVIDataModule
+from tiledbsoma_ml._h5ad import write_cells
 from tiledbsoma_ml.scvi import load_query_model, load_scvi_model
 from tiledbsoma_ml.simulate import simulate_cells
 
@@ -54,13 +55,11 @@ def few_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A simulated experiment; never written to."""
-    import tiledbsoma.io
-
     cells = simulate_cells(N_CELLS, N_GENES)
     cells.obs["lane"] = [f"lane-{i % 3}" for i in range(N_CELLS)]
     cells.obs["age"] = np.arange(N_CELLS) % 50 / 10
     uri = str(tmp_path_factory.mktemp("scvi") / "experiment")
-    tiledbsoma.io.from_anndata(uri, cells, "RNA", X_layer_name="raw", var_id_name="feature_id")
+    write_cells(uri, cells, var_id_name="feature_id")
     return uri
 
 
@@ -403,15 +402,13 @@ def test_a_row_of_the_embedding_is_that_of_its_cell(model_and_module: Any, uri: 
 def test_the_latent_space_does_not_depend_on_the_order_of_genes(
     model_and_module: Any, uri: str, tmp_path: Path
 ) -> None:
-    import tiledbsoma.io
-
     model, datamodule = model_and_module
     with query(uri) as found:
         cells = found.to_anndata("raw")
     cells = cells[:50, np.random.default_rng(0).permutation(N_GENES)].copy()
     cells.var.index = [f"gene-{j}" for j in range(N_GENES)]
     other = str(tmp_path / "other")
-    tiledbsoma.io.from_anndata(other, cells, "RNA", X_layer_name="raw")
+    write_cells(other, cells)
     with query(other) as found:
         part = datamodule.embed(model, found)
     assert distance(part, datamodule.embed(model).iloc[:50]) < 1e-5

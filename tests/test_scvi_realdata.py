@@ -14,6 +14,7 @@ import tiledbsoma.io
 import torch
 
 from tiledbsoma_ml import SCVIDataModule
+from tiledbsoma_ml._h5ad import write_cells
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 
@@ -58,7 +59,7 @@ def cells() -> anndata.AnnData:
 @pytest.fixture(scope="module")
 def uri(cells: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("pbmc") / "experiment")
-    tiledbsoma.io.from_anndata(uri, cells, "RNA", X_layer_name="raw")
+    write_cells(uri, cells)
     return uri
 
 

@@ -18,16 +18,16 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 import tiledbsoma.io
 
-from tiledbsoma_ml._common import absolute_path
+from tiledbsoma_ml._common import absolute_path, absolute_uri
 from tiledbsoma_ml._context import context, open_experiment
 from tiledbsoma_ml._h5ad_file import H5adFile, Matrix, Say, check_exists, choose_matrix, open_h5ad
 from tiledbsoma_ml._snapshot_progress import check_own_folder, locked
 
 Choose: TypeAlias = Callable[[H5adFile, str | None, Say], Matrix]
-"""Decides which matrix of a file to take."""
+"""Chooses the matrix of a file."""
 
 MEASUREMENT_NAME, LAYER_NAME = "RNA", "raw"
-"""Where the matrix of h5ad files is in the experiment made of them."""
+"""Measurement and layer of the experiment that hold the matrix of h5ad files."""
 
 
 def ingest_h5ads(
@@ -47,10 +47,10 @@ def ingest_h5ads(
 
     Args:
         paths: The files.
-        layer_name: Which matrix to take: "X", one of `layers`, or "raw.X". It is written as the layer "raw",
-            as float32.
-        folder: Where the experiment is to be, in a folder of its own.
-        say: Told what is done.
+        layer_name: The matrix to take: "X", one of `layers`, or "raw.X". It is written as the layer "raw", as
+            float32.
+        folder: The folder in which the experiment gets a folder of its own.
+        say: Called with a line for each thing that is done.
         choose: Finds the matrix, and looks at its values, before anything is written.
 
     Raises:
@@ -77,7 +77,7 @@ def _write(uri: str, paths: Sequence[Path], layer_name: str | None, say: Say, ch
             var_of_files.append(_with_unique_names(file.var(matrix)))
     obs, var = clean(_concat(obs_of_files), "obs", say), clean(_genes(var_of_files), "var", say)
     empty = anndata.AnnData(X=sp.csr_matrix((len(obs), len(var)), dtype=np.float32), obs=obs, var=var)
-    tiledbsoma.io.from_anndata(uri, empty, MEASUREMENT_NAME, context=context(), X_layer_name=LAYER_NAME)
+    write_cells(uri, empty)
     start = 0
     with open_experiment(uri, "w") as experiment:
         X = experiment.ms[MEASUREMENT_NAME].X[LAYER_NAME]
@@ -126,6 +126,27 @@ def _entries(rows: sp.csr_matrix, start: int, columns: np.ndarray) -> pa.Table:
 
 
 # Also for the demo ----------------------------------------------------------------------------------------
+
+
+def write_cells(
+    uri: str, cells: anndata.AnnData, *, layer_name: str = LAYER_NAME, var_id_name: str = "var_id"
+) -> None:
+    """Write cells in memory to a new experiment.
+
+    Args:
+        uri: Address of the experiment.
+        cells: Their `X` becomes a layer of the measurement "RNA".
+        layer_name: Name of that layer.
+        var_id_name: Column of `var` that gets the names of genes.
+    """
+    tiledbsoma.io.from_anndata(
+        absolute_uri(uri),
+        cells,
+        MEASUREMENT_NAME,
+        context=context(),
+        X_layer_name=layer_name,
+        var_id_name=var_id_name,
+    )
 
 
 def clean(frame: pd.DataFrame, axis: str, say: Say) -> pd.DataFrame:

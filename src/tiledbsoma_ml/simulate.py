@@ -6,11 +6,9 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import tiledbsoma.io
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import absolute_uri
-from tiledbsoma_ml._context import context
+from tiledbsoma_ml._h5ad import write_cells
 
 __all__ = ["N_CELLS", "N_GENES", "simulate_cells", "simulate_experiment"]
 
@@ -48,10 +46,7 @@ def simulate_experiment(uri: str, n_cells: int = N_CELLS, n_genes: int = N_GENES
 
     The counts are the layer "raw" of the measurement "RNA"; `feature_id` is the key of its `var`.
     """
-    cells = simulate_cells(n_cells, n_genes, seed)
-    tiledbsoma.io.from_anndata(
-        absolute_uri(uri), cells, "RNA", context=context(), X_layer_name="raw", var_id_name="feature_id"
-    )
+    write_cells(uri, simulate_cells(n_cells, n_genes, seed), var_id_name="feature_id")
 
 
 def simulate_cells(n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0) -> anndata.AnnData:
