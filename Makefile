@@ -9,11 +9,14 @@ BENCH_ARGS ?=
 STRESS_ARGS ?=
 NEWEST := .venv-newest
 NEWEST_TESTS := $(patsubst %,tests/test_%.py,package x_locator snapshot_dataset h5ad scvi_models)
+# What starts processes, compiles, or loads what takes seconds to load, in whatever folder the file is.
+SLOW_TESTS := benchmarks budget cli context data_module dataloader demo distributed docs epoch kernels notebooks \
+  ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata shuffle_viz snapshot_build threads torchrun
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
 
-.PHONY: help demo test stress compat-newest bench viz docs lint format clean
+.PHONY: help demo test test-fast stress compat-newest bench viz docs lint format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +27,9 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
 	$(BIN)/pytest -m "not ray" --numprocesses auto --dist worksteal
 	$(BIN)/pytest -m ray  # a cluster of processes: nothing else beside it
+
+test-fast: $(VENV)/test.installed  ## Run the tests that are quick, while you work: below two minutes on two cores
+	$(BIN)/pytest --numprocesses auto --dist worksteal $(SLOW_TESTS:%=--ignore-glob='*/test_%.py')
 
 stress: $(VENV)/test.installed  ## Read obs beside busy loops: no process may die; STRESS_ARGS="--minutes 60"
 	$(BIN)/python tests/stress_obs.py $(STRESS_ARGS)

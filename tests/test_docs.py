@@ -322,6 +322,16 @@ def check_make_variable(name: str, value: str) -> None:
         raise AssertionError(f"make does not look at {name}")
 
 
+@pytest.mark.parametrize("variable", ["SLOW_TESTS", "NEWEST_TESTS"])
+def test_the_test_files_that_the_makefile_names_are_there(variable: str) -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    [value] = re.findall(rf"^{variable} *:= *(.+)$", makefile, re.MULTILINE)
+    names = value.rpartition(",")[2].rstrip(")").split()
+    assert len(names) > 3
+    for name in names:
+        assert len(list((ROOT / "tests").rglob(f"test_{name}.py"))) == 1, name
+
+
 @pytest.mark.parametrize(
     "command", ["tiledbsoma-ml demo --h5da x", "make dmo", "pip install 'tiledbsoma-ml[cil]'", "rm -r x"]
 )
