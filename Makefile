@@ -40,7 +40,7 @@ compat-newest:  ## Install the newest version of everything but torch, and try i
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test]'
 	$(NEWEST)/bin/pip list --disable-pip-version-check
 	$(NEWEST)/bin/tiledbsoma-ml demo --cells 300 --genes 50 --epochs 2 --output-dir $(NEWEST)/demo_output
-	$(NEWEST)/bin/pytest -q -W default $(NEWEST_TESTS)
+	$(NEWEST)/bin/pytest -q -W default --numprocesses auto --dist worksteal $(NEWEST_TESTS)
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
