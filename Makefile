@@ -9,9 +9,10 @@ BENCH_ARGS ?=
 STRESS_ARGS ?=
 NEWEST := .venv-newest
 NEWEST_TESTS := $(patsubst %,tests/test_%.py,package x_locator snapshot_dataset h5ad scvi_models)
-# What starts processes, compiles, or loads what takes seconds to load, in whatever folder the file is.
-SLOW_TESTS := benchmarks budget cli context data_module dataloader demo distributed docs epoch kernels notebooks \
-  ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata shuffle_viz snapshot_build threads torchrun
+# What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
+SLOW_TESTS := auto benchmarks budget cli context data_module dataloader demo distributed docs epoch h5ad kernels \
+  notebooks ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata shuffle_modes shuffle_viz snapshot \
+  snapshot_build threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
