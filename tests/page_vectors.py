@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml import QueryIDs
-from tiledbsoma_ml._plan import EpochPart, Layout, Plan, predicted_mixing, read_amplification
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.sizes import Layout, predicted_mixing, read_amplification
 from tiledbsoma_ml._query_ids import Partition
 
 PATH = Path(__file__).parents[1] / "shuffle_viz" / "src" / "golden" / "vectors.json"

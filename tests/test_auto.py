@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, _plan, _reader, _reading, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, _reader, _reading, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._order import sizes as order_sizes
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._reading import Reading
 from tiledbsoma_ml._window import Room, Window, preload_kernels
@@ -221,7 +222,7 @@ def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_ch
 ) -> None:
     monkeypatch.setattr(Budget, "windows", 160_000)
     # The store is small: say that 15 chunks mix well enough.
-    monkeypatch.setattr(_plan, "predicted_mixing", lambda n_chunks, _: min(1.0, n_chunks / 15))
+    monkeypatch.setattr(order_sizes, "predicted_mixing", lambda n_chunks, _: min(1.0, n_chunks / 15))
     dataset = dataset_of(large, batch_size=4, mixing=1.0)
     sizes = dataset._reading.plan.sizes(dataset.query_ids)
     lengths = window_lengths(dataset)

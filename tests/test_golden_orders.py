@@ -21,7 +21,7 @@ from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._common import seeded_rng
 from tiledbsoma_ml._io_batch_iterable import id_batches
-from tiledbsoma_ml._plan import Plan
+from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._query_ids import Partition
 
 Record: TypeAlias = dict[str, Any]

@@ -12,8 +12,7 @@ from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml._csr import CSR_IO_Buffer
-from tiledbsoma_ml._io_batch_iterable import IOBatch, IOBatchIterable, io_batches
-from tiledbsoma_ml._plan import id_batches
+from tiledbsoma_ml._io_batch_iterable import IOBatch, IOBatchIterable, id_batches, io_batches
 from tiledbsoma_ml._window import Columns, Room, Window
 
 

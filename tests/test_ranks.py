@@ -324,7 +324,7 @@ def test_ctrl_c_in_the_middle_of_an_epoch_leaves_nothing_behind(
 
 def test_a_plan_of_many_ranks_and_workers_over_many_rows_is_that_of_its_part() -> None:
     from tiledbsoma_ml import QueryIDs
-    from tiledbsoma_ml._plan import EpochPart, Plan
+    from tiledbsoma_ml._order.plan import EpochPart, Plan
     from tiledbsoma_ml._query_ids import Partition
 
     ids = QueryIDs(obs_joinids=np.arange(200_000), var_joinids=[0])

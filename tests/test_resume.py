@@ -23,7 +23,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stores import MEASUREMENT, N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, _reader, experiment_dataloader
-from tiledbsoma_ml._plan import EpochPart, Layout, Plan
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import Partition
 
 pytestmark = [

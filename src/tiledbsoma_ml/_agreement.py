@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tiledbsoma_ml._deal import ShuffleScope
+from tiledbsoma_ml._order.share import ShuffleScope
 
 logger = logging.getLogger("tiledbsoma_ml")
 

@@ -14,8 +14,9 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
 from tiledbsoma_ml._h5ad_file import first_line
-from tiledbsoma_ml._plan import EpochPart, Plan, predicted_mixing, read_amplification
-from tiledbsoma_ml._query_ids import Partition, QueryIDs
+from tiledbsoma_ml._order.plan import EpochPart, PartPlan
+from tiledbsoma_ml._order.sizes import read_amplification
+from tiledbsoma_ml._query_ids import Partition
 from tiledbsoma_ml._reader import row_tile
 from tiledbsoma_ml._reading import Reading
 from tiledbsoma_ml.dataset import ExperimentDataset
@@ -105,23 +106,16 @@ def plan_epoch(options: PlanOptions) -> Json:
         for rank in range(options.world_size)
         for worker in range(max(1, options.num_workers))
     ]
-    first = ids if plan.scope == "global" else ids.partitioned(places[0])
-    chunk_rows, io_batch_rows, mixing = _sizes(plan, first, options.world_size)
-    n_rows = len(ids.obs_joinids)
-    parts = [
-        _part(
-            plan,
-            EpochPart(ids=ids, place=place, seed=options.seed, epoch=options.epoch),
-            chunk_rows,
-            options.limit // len(places),
-        )
-        for place in places
+    planned = [
+        plan.of(EpochPart(ids=ids, place=place, seed=options.seed, epoch=options.epoch)) for place in places
     ]
-    times = read_amplification(chunk_rows, io_batch_rows, tile, parts[0]["n_rows"])
+    parts = [_part(part, options.limit // len(places)) for part in planned]
+    first = planned[0]
+    times = read_amplification(first.chunk_rows, first.window_rows, tile, parts[0]["n_rows"])
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "n_rows": n_rows,
+        "n_rows": len(ids.obs_joinids),
         "row_tile": tile,
         "settings": {
             "uri": options.uri,
@@ -137,8 +131,8 @@ def plan_epoch(options: PlanOptions) -> Json:
             "num_workers": options.num_workers,
             "shuffle_scope": plan.scope,
         },
-        "sizes": {"chunk_rows": chunk_rows, "io_batch_rows": io_batch_rows},
-        "predicted": {"mixing": mixing, "read_amplification": times},
+        "sizes": {"chunk_rows": first.chunk_rows, "io_batch_rows": first.window_rows},
+        "predicted": {"mixing": first.predicted_mixing, "read_amplification": times},
         "is_whole": all(_n_listed(part) == part["n_rows"] for part in parts),
         "parts": parts,
     }
@@ -156,38 +150,13 @@ def _check_filter(obs_filter: str | None, query: soma.ExperimentAxisQuery) -> No
         raise ValueError(f"obs_filter={obs_filter!r} must select cells, and selects none; loosen it.")
 
 
-def _sizes(plan: Plan, ids: QueryIDs, world_size: int) -> tuple[int, int, float]:
-    """Return the rows of a chunk and of an IO batch, and the mixing that is predicted for them."""
-    is_global = plan.scope == "global"
-    n_rows = max(1, len(ids.obs_joinids) // (world_size if is_global else 1))
-    if isinstance(plan.shuffle_chunk_size, int) and isinstance(plan.io_batch_size, int):
-        chunk, window = plan.shuffle_chunk_size, plan.io_batch_size
-        if is_global:
-            window = max(plan.batch_size, window // plan.batch_size * plan.batch_size)
-    else:
-        sizes = plan.sizes(ids, world_size if is_global else 1)
-        chunk, window = sizes.run_length, sizes.window_rows
-        if isinstance(plan.shuffle_chunk_size, int):
-            chunk = plan.shuffle_chunk_size
-            window = window if is_global else -(-window // chunk) * chunk
-    n_chunks = min(window, n_rows) / min(chunk, n_rows)
-    return chunk, window, 1.0 if window >= n_rows else predicted_mixing(n_chunks, plan.batch_size)
-
-
-def _part(plan: Plan, part: EpochPart, chunk_rows: int, limit: int) -> Json:
+def _part(planned: PartPlan, limit: int) -> Json:
     """Return what one worker reads and yields; of chunks and IO batches, the rows that mini-batches list."""
-    ids, place = part.ids, part.place
-    io_batches = list(plan.batches_of(part))
-    yielded = np.concatenate([ids.obs_joinids[:0], *io_batches])
-    if plan.scope == "global":
-        shuffled = plan.shuffled(part)
-        in_chunks = shuffled[np.isin(shuffled, yielded)]
-    else:
-        mine, unpermuted = ids.partitioned(place), attrs.evolve(plan, permutes=False)
-        batches = unpermuted.id_batches(mine, seed=part.seed, epoch=part.epoch)
-        ids, in_chunks = mine, np.concatenate([ids.obs_joinids[:0], *batches])
-    chunks = np.split(in_chunks, _chunk_starts(plan, ids, in_chunks, chunk_rows)) if len(in_chunks) else []
-    n_listed = len(yielded) if len(yielded) <= limit else limit // plan.batch_size * plan.batch_size
+    batch_size, place = planned.plan.batch_size, planned.part.place
+    io_batches = list(planned.batches())
+    yielded = np.concatenate([planned.ids.obs_joinids[:0], *io_batches])
+    chunks = _chunks(planned, yielded)
+    n_listed = len(yielded) if len(yielded) <= limit else limit // batch_size * batch_size
     listed = np.sort(yielded[:n_listed])
     return {
         "rank": place.rank,
@@ -195,24 +164,28 @@ def _part(plan: Plan, part: EpochPart, chunk_rows: int, limit: int) -> Json:
         "n_rows": len(yielded),
         "n_chunks": len(chunks),
         "n_io_batches": len(io_batches),
-        "n_mini_batches": -(-len(yielded) // plan.batch_size),
+        "n_mini_batches": planned.n_mini_batches,
         "chunks": _pieces(chunks, listed),
         "io_batches": _pieces(io_batches, listed),
         "mini_batches": [
-            yielded[k : min(k + plan.batch_size, n_listed)].tolist()
-            for k in range(0, n_listed, plan.batch_size)
+            yielded[k : min(k + batch_size, n_listed)].tolist() for k in range(0, n_listed, batch_size)
         ],
     }
 
 
-def _chunk_starts(plan: Plan, ids: QueryIDs, in_chunks: NDArrayJoinId, chunk_rows: int) -> NDArrayJoinId:
-    """Return where a chunk follows another one: they are slices of the query, or runs of the layer."""
-    if plan.shuffle_chunk_size == "auto":
-        number = in_chunks // chunk_rows
+def _chunks(planned: PartPlan, yielded: NDArrayJoinId) -> list[NDArrayJoinId]:
+    """Return the rows that are yielded, chunk after chunk: slices of the query, or runs of the layer."""
+    if not len(yielded):
+        return []
+    order, joinids = planned.order, planned.ids.obs_joinids
+    shuffled = order.rows(0, order.n_rows)
+    shuffled = shuffled[np.isin(shuffled, yielded)]
+    if planned.plan.shuffle_chunk_size == "auto":
+        number = shuffled // planned.chunk_rows
     else:
-        by_joinid = np.argsort(ids.obs_joinids, kind="stable")
-        number = by_joinid[np.searchsorted(ids.obs_joinids, in_chunks, sorter=by_joinid)] // chunk_rows
-    return np.flatnonzero(np.diff(number)) + 1
+        by_joinid = np.argsort(joinids, kind="stable")
+        number = by_joinid[np.searchsorted(joinids, shuffled, sorter=by_joinid)] // planned.chunk_rows
+    return np.split(shuffled, np.flatnonzero(np.diff(number)) + 1)
 
 
 def _pieces(batches: Iterable[NDArrayJoinId], listed: NDArrayJoinId) -> list[Json]:

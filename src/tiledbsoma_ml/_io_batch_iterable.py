@@ -11,13 +11,12 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
 from tiledbsoma_ml._eager_iter import EagerIterator
-from tiledbsoma_ml._plan import id_batches
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
 from tiledbsoma_ml._reader import IOBatch, Reader, SOMAReader
 from tiledbsoma_ml._threads import ClosedWhenDropped
 from tiledbsoma_ml._window import Room
 
-__all__ = ["IOBatch", "IOBatchIterable", "io_batches"]
+__all__ = ["IOBatch", "IOBatchIterable", "id_batches", "io_batches"]
 
 
 @attrs.frozen
@@ -64,6 +63,17 @@ class IOBatchIterable(Iterable[IOBatch]):
         return ClosedWhenDropped(io_batches(batches, reader, use_eager_fetch=self.use_eager_fetch))
 
 
+def id_batches(
+    chunks: Chunks, io_batch_size: int, rng: np.random.Generator | None
+) -> Iterator[NDArrayJoinId]:
+    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
+
+    With `rng`, each batch is permuted by the generator's next draw.
+    """
+    for batch in _rebatched(chunks, io_batch_size):
+        yield batch if rng is None else batch[rng.permutation(len(batch))]
+
+
 def io_batches(
     batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool, room: Room | None = None
 ) -> Generator[IOBatch, None, None]:
@@ -87,3 +97,17 @@ def io_batches(
         finally:
             if room is not None:
                 room.close()
+
+
+def _rebatched(chunks: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
+    pending: list[NDArrayJoinId] = []
+    room = size
+    for chunk in chunks:
+        while len(chunk) >= room:
+            yield np.concatenate([*pending, chunk[:room]])
+            chunk, pending, room = chunk[room:], [], size
+        if len(chunk):
+            pending.append(chunk)
+            room -= len(chunk)
+    if pending:
+        yield np.concatenate(pending)

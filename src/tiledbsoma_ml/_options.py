@@ -12,7 +12,7 @@ import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml._common import check_count
-from tiledbsoma_ml._plan import Size
+from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._query_ids import QueryIDs, Tail, check_query, check_whole
 from tiledbsoma_ml._reader import check_obs_column_names
 from tiledbsoma_ml.x_locator import XLocator

@@ -16,8 +16,8 @@ from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
+from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
-from tiledbsoma_ml._plan import Layout
 from tiledbsoma_ml._window import Columns, Room, Window
 
 IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]

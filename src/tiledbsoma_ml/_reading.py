@@ -16,9 +16,10 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import absolute_path
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.quality import ShuffleQuality, evenly_spaced, measure_quality
+from tiledbsoma_ml._order.sizes import Layout, read_amplification
 from tiledbsoma_ml._parts import Extents, Pages
-from tiledbsoma_ml._plan import EpochPart, Layout, Plan, read_amplification
-from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import (
     SOMAReader,
@@ -149,33 +150,32 @@ class Reading:
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of a part of an epoch in its order, until the room is closed."""
         preload_kernels()
-        joinids = self.plan.joinids_of(part)
+        planned = self.plan.of(part)
         with self.locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
                 X,
                 obs,
                 part.ids.var_joinids,
                 obs_column_names=self.obs_column_names,
-                obs_joinids=joinids,
+                obs_joinids=planned.joinids(),
                 obs_types=self.obs_types,
                 n_parts=self.n_parts,
                 use_eager_fetch=use_eager_fetch,
                 room=room,
                 store=Pages() if self.window_dir is None else Extents(self.window_dir, self.extent_bytes),
             )
-            marked = mark_padding(reader, padding_column_name, self.plan.padding_of(part))
-            batches = self.plan.batches_of(part)
-            yield from io_batches(batches, marked, use_eager_fetch=use_eager_fetch, room=room)
+            marked = mark_padding(reader, padding_column_name, planned.padding())
+            yield from io_batches(planned.batches(), marked, use_eager_fetch=use_eager_fetch, room=room)
 
     def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed, from the plan and one column of `obs` alone."""
-        joinids = self.plan.joinids_of(part)
+        planned = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None).of(part)
+        joinids = planned.joinids()
         with self.locator.open(self.budget) as (X, obs):
             check_obs_column_names([column], obs)
             labels = ObsColumns.read(obs, [column], joinids).codes(column)
             tile = row_tile(X)
-        plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        chosen = evenly_spaced(plan.batches_of(part), plan.batch_size, len(joinids), n_batches)
+        chosen = evenly_spaced(planned.batches(), self.plan.batch_size, len(joinids), n_batches)
         return measure_quality(chosen, np.unique(joinids), labels, tile)
 
     @property

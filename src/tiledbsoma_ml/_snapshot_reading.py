@@ -19,8 +19,8 @@ import torch
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber, absolute_path, cache_folder
 from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
-from tiledbsoma_ml._plan import EpochPart, Plan
-from tiledbsoma_ml._quality import ShuffleQuality, evenly_spaced, measure_quality
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import mark_padding
 from tiledbsoma_ml._snapshot_build import Rows, describe
@@ -110,11 +110,12 @@ class SnapshotReading:
         use_eager_fetch: bool,
     ) -> Generator[MiniBatch, None, None]:
         """Yield the mini-batches of a part of an epoch, straight from the files."""
-        plan = self.plan
+        planned = self.plan.of(part)
+        plan = planned.plan
         n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
         reader = self._reader(part.ids)
         reader.keep_memory_of((n_threads + 3) * plan.batch_size, is_sparse=return_sparse_X)
-        to_obs = partial(_obs, reader, padding_column_name, plan.padding_of(part))
+        to_obs = partial(_obs, reader, padding_column_name, planned.padding())
 
         def with_room(ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
             shape = len(ids), reader.n_cols
@@ -127,7 +128,7 @@ class SnapshotReading:
             reader.fill_dense(ids, X)
             return X[0] if plan.batch_size == 1 else X, to_obs(ids)
 
-        rooms = map(with_room, _cut(plan.batches_of(part), plan.batch_size))
+        rooms = map(with_room, _cut(planned.batches(), plan.batch_size))
         with EagerMap(make, rooms, n_threads) if n_threads else nullcontext(map(make, rooms)) as made:
             yield from made
 
@@ -139,23 +140,24 @@ class SnapshotReading:
         self, part: EpochPart, *, padding_column_name: str | None, use_eager_fetch: bool, room: Room
     ) -> Generator[IOBatch, None, None]:
         """Yield the rows of a part of an epoch as whole IO batches, for a device."""
-        plan = self.plan
+        planned = self.plan.of(part)
         rows = self._reader(part.ids)
-        assert isinstance(plan.io_batch_size, int)
-        rows.keep_memory_of(2 * plan.io_batch_size, is_sparse=True)
+        assert isinstance(planned.plan.io_batch_size, int)
+        rows.keep_memory_of(2 * planned.plan.io_batch_size, is_sparse=True)
         reader = _Whole(rows)
-        marked = mark_padding(reader, padding_column_name, plan.padding_of(part))
-        return io_batches(plan.batches_of(part), marked, use_eager_fetch=use_eager_fetch, room=room)
+        marked = mark_padding(reader, padding_column_name, planned.padding())
+        return io_batches(planned.batches(), marked, use_eager_fetch=use_eager_fetch, room=room)
 
     def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed; every row counts as a tile of its own."""
-        plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        joinids = plan.joinids_of(part)
+        plan = self.plan
+        planned = attrs.evolve(plan, permutes=plan.shuffle_chunk_size is not None).of(part)
+        joinids = planned.joinids()
         rows = np.unique(joinids)
         reader = self.prepare().reader(rows, part.ids.var_joinids, [column])
         labels = reader.obs(rows)[column]
         codes = pa.array(labels).dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-        chosen = evenly_spaced(plan.batches_of(part), plan.batch_size, len(joinids), n_batches)
+        chosen = evenly_spaced(planned.batches(), plan.batch_size, len(joinids), n_batches)
         return measure_quality(chosen, rows, codes.astype(np.int64), row_tile=1)
 
     @property

@@ -8,9 +8,9 @@ from typing import Any
 
 import attrs
 
-from tiledbsoma_ml._deal import Deal, ShuffleScope, Stage, n_yielded_by
-from tiledbsoma_ml._plan import EpochPart
-from tiledbsoma_ml._query_ids import rows_per_rank
+from tiledbsoma_ml._order.plan import EpochPart
+from tiledbsoma_ml._order.share import Deal, ShuffleScope, Stage, n_yielded_by
+from tiledbsoma_ml._query_ids import Partition
 
 VERSION = 1
 
@@ -126,16 +126,20 @@ class Position:
 
     def _n_mini_batches(self, identity: Mapping[str, Any]) -> int:
         """Return how many mini-batches the worker or rank can have yielded."""
-        n_rows, size, n_workers = identity["n_obs"], identity["batch_size"], max(self.num_workers, 1)
-        deal = Deal(n_rows, size, identity["tail"], self.earlier)
-        if identity["shuffle_scope"] == "global":
-            of_rank = deal.n_mini_batches_of_rank(self.world_size)
-            of_worker = -(-of_rank // n_workers)
-        else:  # each worker's last one may be smaller
-            rows, more = divmod(rows_per_rank(n_rows, self.world_size, identity["tail"]), n_workers)
-            of_worker = -(-(rows + bool(more)) // size)
-            of_rank = more * of_worker + (n_workers - more) * -(-rows // size)
-        return of_rank if self.worker_id is None else of_worker
+        deal, n_workers = _deal(identity, self.earlier), max(self.num_workers, 1)
+        if self.worker_id is None:
+            return deal.n_mini_batches_of_rank(self.world_size, n_workers)
+        return deal.n_mini_batches(Partition(0, self.world_size, self.worker_id, n_workers))
+
+
+def _deal(identity: Mapping[str, Any], earlier: tuple[Stage, ...]) -> Deal:
+    return Deal(
+        n_rows=identity["n_obs"],
+        batch_size=identity["batch_size"],
+        tail=identity["tail"],
+        scope=identity["shuffle_scope"],
+        earlier=earlier,
+    )
 
 
 def _stages(stages: Any, identity: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -146,10 +150,9 @@ def _stages(stages: Any, identity: Mapping[str, Any]) -> tuple[Stage, ...]:
             f"earlier={stages!r} in state must be a list of three numbers each; load a state as it was."
         )
     for world_size, n_workers, n_yielded in stages:
-        deal = Deal(identity["n_obs"], identity["batch_size"], identity["tail"], found)
         world_size = _whole("earlier", world_size, 1, MOST)
         n_workers = _whole("earlier", n_workers, 1, MOST)
-        most = deal.n_mini_batches_of_rank(world_size)
+        most = _deal(identity, found).n_mini_batches_of_rank(world_size, n_workers)
         found = (*found, Stage(world_size, n_workers, _whole("earlier", n_yielded, 0, most)))
     return found
 

@@ -17,7 +17,6 @@ import torch
 from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
-from tiledbsoma_ml._deal import ShuffleScope
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
     get_distributed_rank_and_world_size,
@@ -36,9 +35,11 @@ from tiledbsoma_ml._options import (
     choose_device,
     locate,
 )
-from tiledbsoma_ml._plan import EpochPart, Plan, Size
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.quality import ShuffleQuality
+from tiledbsoma_ml._order.share import ShuffleScope
+from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._progress import Epochs, Loaded, Progress, Run, Told
-from tiledbsoma_ml._quality import ShuffleQuality
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
 from tiledbsoma_ml._reading import Reading, check_window_dir
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
@@ -518,10 +519,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _from_io_batches(
         self, io_batches: Iterator[IOBatch], part: EpochPart, use_eager_fetch: bool
     ) -> MiniBatchIterable:
+        planned = self._reading.plan.of(part)
         in_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
-        in_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not self._reading.plan.permutes_of(
-            part
-        )
+        in_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not planned.permutes
         return MiniBatchIterable(
             io_batches,
             batch_size=self.batch_size,
@@ -532,7 +532,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             device=self.device,
             seed=part.seed,
             epoch=part.epoch,
-            n_earlier=self._reading.plan.first_mini_batch(part),
+            n_earlier=planned.first_mini_batch,
         )
 
     @property

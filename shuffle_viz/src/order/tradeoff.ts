@@ -1,7 +1,7 @@
 /**
  * What a chunk size costs and how well it mixes: the predictions that `tiledbsoma_ml` chooses "auto" by.
  *
- * The same formulas as in `_plan.py`, for a query of neighbouring rows; `tests/golden.test.ts` compares them.
+ * The same formulas as in `_order/sizes.py`, for a query of neighbouring rows; `tests/golden.test.ts` compares them.
  */
 
 import { inverseNormal } from "./normal";

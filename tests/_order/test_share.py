@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledbsoma_ml import _deal
-from tiledbsoma_ml._deal import Deal, Stage, n_yielded_by
+from tiledbsoma_ml._order import share
+from tiledbsoma_ml._order.share import Deal, ShuffleScope, Stage, n_yielded_by
 from tiledbsoma_ml._query_ids import Partition, Tail
 
 tails = st.sampled_from(["drop", "pad"])
@@ -22,6 +22,10 @@ def places(world_size: int, n_workers: int) -> list[Partition]:
     return [Partition(r, world_size, w, n_workers) for r, w in product(range(world_size), range(n_workers))]
 
 
+def deal_of(n_rows: int, batch_size: int, tail: Tail, earlier: tuple[Stage, ...] = ()) -> Deal:
+    return Deal(n_rows=n_rows, batch_size=batch_size, tail=tail, scope="global", earlier=earlier)
+
+
 def rows_of(deal: Deal, place: Partition, skip: int = 0) -> list[int]:
     return [row for start, stop in deal.spans(place, skip) for row in range(start, stop)]
 
@@ -30,7 +34,7 @@ def rows_of(deal: Deal, place: Partition, skip: int = 0) -> list[int]:
 def test_every_row_is_dealt_once_but_for_the_tail(
     n_rows: int, batch_size: int, tail: Tail, world_size: int, n_workers: int
 ) -> None:
-    deal = Deal(n_rows, batch_size, tail)
+    deal = deal_of(n_rows, batch_size, tail)
     of_rank = [
         [
             row
@@ -52,7 +56,7 @@ def test_every_row_is_dealt_once_but_for_the_tail(
 def test_mini_batches_of_a_rank_do_not_depend_on_its_workers(
     n_rows: int, batch_size: int, tail: Tail, world_size: int, n_workers: int
 ) -> None:
-    deal = Deal(n_rows, batch_size, tail)
+    deal = deal_of(n_rows, batch_size, tail)
 
     def mini_batches(n_workers: int) -> list[list[int]]:
         found = []
@@ -72,11 +76,11 @@ def test_what_others_left_is_dealt_once_with_what_they_yielded(
 ) -> None:
     yielded: list[int] = []
     for k, stage in enumerate(earlier):
-        deal = Deal(n_rows, batch_size, tail, earlier[:k])
+        deal = deal_of(n_rows, batch_size, tail, earlier[:k])
         for place in places(stage.world_size, stage.n_workers):
             n = n_yielded_by(place.worker_id, stage.n_workers, stage.n_yielded)
             yielded += rows_of(deal, place)[: n * batch_size]
-    deal = Deal(n_rows, batch_size, tail, earlier)
+    deal = deal_of(n_rows, batch_size, tail, earlier)
     now = [rows_of(deal, place) for place in places(world_size, n_workers)]
     real = [row for row in [*yielded, *np.concatenate(now).astype(int).tolist()] if row < n_rows]
     if tail == "drop":
@@ -90,7 +94,7 @@ def test_what_others_left_is_dealt_once_with_what_they_yielded(
 def test_without_what_is_marked_as_padding_no_row_is_dealt_twice(
     n_rows: int, batch_size: int, earlier: tuple[Stage, ...], world_size: int
 ) -> None:
-    deal = Deal(n_rows, batch_size, "pad", earlier)
+    deal = deal_of(n_rows, batch_size, "pad", earlier)
     real: list[int] = []
     for place in places(world_size, 1):
         padding = [row for start, stop in deal.padding(place) for row in range(start, stop)]
@@ -102,23 +106,23 @@ def test_without_what_is_marked_as_padding_no_row_is_dealt_twice(
 
 
 def test_nothing_is_padded_where_rows_are_dropped() -> None:
-    assert Deal(10, 2, "drop").padding(Partition(3, 4, 0, 1)) == []
+    assert deal_of(10, 2, "drop").padding(Partition(3, 4, 0, 1)) == []
 
 
 @given(sizes, st.integers(1, 9), tails, stages, st.integers(0, 7))
 def test_skipping_leaves_out_the_first_mini_batches(
     n_rows: int, batch_size: int, tail: Tail, earlier: tuple[Stage, ...], skip: int
 ) -> None:
-    deal, place = Deal(n_rows, batch_size, tail, earlier), Partition(1, 2, 1, 2)
+    deal, place = deal_of(n_rows, batch_size, tail, earlier), Partition(1, 2, 1, 2)
     assert rows_of(deal, place, skip) == rows_of(deal, place)[skip * batch_size :]
 
 
 def test_what_earlier_stages_left_is_computed_once_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    without, calls = _deal._without, []
-    monkeypatch.setattr(_deal, "_without", lambda *spans: calls.append(spans) or without(*spans))
+    without, calls = share._without, []
+    monkeypatch.setattr(share, "_without", lambda *spans: calls.append(spans) or without(*spans))
     stages = (Stage(3, 2, 3), Stage(2, 2, 2), Stage(3, 2, 1))
     for _ in range(2):
-        deal = Deal(1234, 7, "drop", stages)
+        deal = deal_of(1234, 7, "drop", stages)
         for place in places(3, 2):
             assert deal.spans(place)
             assert deal.n_mini_batches(place)
@@ -130,3 +134,28 @@ def test_what_earlier_stages_left_is_computed_once_for_each(monkeypatch: pytest.
 )
 def test_workers_take_turns(n_workers: int, n_yielded: int, expected: list[int]) -> None:
     assert [n_yielded_by(worker, n_workers, n_yielded) for worker in range(n_workers)] == expected
+
+
+@given(sizes, st.integers(1, 9), tails, st.integers(1, 5), st.integers(1, 4))
+def test_in_the_scope_partition_a_worker_is_alone_with_the_rows_of_its_partition(
+    n_rows: int, batch_size: int, tail: Tail, world_size: int, n_workers: int
+) -> None:
+    deal = Deal(n_rows=n_rows, batch_size=batch_size, tail=tail, scope="partition")
+    for place in places(world_size, n_workers):
+        start, stop = place.bounds(n_rows, tail)
+        assert rows_of(deal, place) == list(range(stop - start))
+        assert deal.n_mini_batches(place) == -(-(stop - start) // batch_size)
+        assert rows_of(deal, place, 2) == list(range(2 * batch_size, stop - start))
+        assert deal.own(place)[0].n_rows == stop - start
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+@given(sizes, st.integers(1, 9), tails, st.integers(1, 5), st.integers(1, 4))
+def test_a_rank_has_the_mini_batches_of_its_workers(
+    scope: ShuffleScope, n_rows: int, batch_size: int, tail: Tail, world_size: int, n_workers: int
+) -> None:
+    deal = Deal(n_rows=n_rows, batch_size=batch_size, tail=tail, scope=scope)
+    for rank in range(world_size):
+        of_workers = [Partition(rank, world_size, worker, n_workers) for worker in range(n_workers)]
+        expected = sum(map(deal.n_mini_batches, of_workers))
+        assert deal.n_mini_batches_of_rank(world_size, n_workers) == expected

@@ -1,7 +1,8 @@
-"""Who gets which rows of an epoch where chunks are shuffled over the whole query first, also after a resume.
+"""Who yields which rows of an epoch: the ranks, their workers, and those who go on after a resume.
 
-An epoch is a sequence of rows, and whoever takes part has spans of it: arithmetic on places, no rows are
-looked at. When training resumes with other ranks or workers, what is left of the sequence is dealt anew.
+An epoch is a sequence of rows, and each worker has spans of it: this is arithmetic on numbers of rows, the
+same for all orders, and no joinids are looked at. When training resumes with other ranks or workers, the rows
+that nobody has yielded are dealt anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ ShuffleScope: TypeAlias = Literal["partition", "global"]
 """Among which rows chunks are shuffled: those of one worker of one rank, or all of the query."""
 
 Spans: TypeAlias = list[tuple[int, int]]
-"""Places in the sequence of an epoch, as (start, stop) of neighbouring ones."""
+"""Rows of an epoch by their numbers, as (start, stop) of each stretch."""
+
+ALONE = Partition(0, 1, 0, 1)
+"""The place of a process that yields all rows."""
 
 
 @attrs.frozen
@@ -30,25 +34,42 @@ class Stage:
     n_yielded: int
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Deal:
     """How the rows of an epoch are dealt.
 
-    Args:
-        n_rows: Rows of the query.
+    Attributes:
+        n_rows: Rows of an epoch.
         batch_size: Rows per mini-batch.
-        tail: What becomes of rows that do not divide by the number of ranks.
-        earlier: What was yielded before, by others.
+        tail: See `Tail`.
+        scope: See `ShuffleScope`. In the scope "partition" each worker has an epoch of its own rows.
+        earlier: What was yielded of this epoch before, by other ranks or workers; only in the scope "global".
     """
 
     n_rows: int
     batch_size: int
     tail: Tail
+    scope: ShuffleScope
     earlier: tuple[Stage, ...] = ()
 
-    def n_mini_batches_of_rank(self, world_size: int) -> int:
-        """Return how many mini-batches each of so many ranks has."""
-        return math.ceil(self._n_of_rank(world_size) / self.batch_size)
+    def own(self, place: Partition) -> tuple[Deal, Partition]:
+        """Return the deal of the rows among which those of a worker are shuffled, and its place in that deal.
+
+        In the scope "global" these are all rows. In the scope "partition" they are the rows that
+        `Partition.bounds` gives the worker, and it is alone with them.
+        """
+        if self.scope == "global":
+            return self, place
+        start, stop = place.bounds(self.n_rows, self.tail)
+        return attrs.evolve(self, n_rows=stop - start, scope="global", earlier=()), ALONE
+
+    def n_mini_batches_of_rank(self, world_size: int, n_workers: int) -> int:
+        """Return how many mini-batches each of so many ranks has, with so many workers."""
+        if self.scope == "global":
+            return math.ceil(self._n_of_rank(world_size) / self.batch_size)
+        n_rows, n_larger = divmod(rows_per_rank(self.n_rows, world_size, self.tail), n_workers)
+        larger, others = math.ceil((n_rows + 1) / self.batch_size), math.ceil(n_rows / self.batch_size)
+        return n_larger * larger + (n_workers - n_larger) * others
 
     def n_mini_batches(self, place: Partition) -> int:
         """Return how many mini-batches one worker of one rank has."""
@@ -56,21 +77,25 @@ class Deal:
         return stop - start
 
     def mini_batches(self, place: Partition) -> tuple[int, int]:
-        """Return (start, stop) of a worker's mini-batches among those of its rank."""
-        total = self.n_mini_batches_of_rank(place.world_size)
+        """Return (start, stop) of a worker's mini-batches among those that are made by the same draws."""
+        deal, place = self.own(place)
+        total = deal.n_mini_batches_of_rank(place.world_size, place.n_workers)
         return array_split_bounds(total, place.n_workers, place.worker_id)
 
     def spans(self, place: Partition, skip: int = 0) -> Spans:
         """Return the rows of one worker of one rank, but for its first `skip` mini-batches.
 
-        Places from `n_rows` on stand for the first rows again: those that "pad" repeats.
+        They are numbered as in the epoch of its `own` deal. Numbers from `n_rows` on stand for the first rows
+        again: those that "pad" repeats.
         """
         start, stop = self.mini_batches(place)
-        mine = self._of_rank(place, 0, self._n_of_rank(place.world_size))
+        deal, place = self.own(place)
+        mine = deal._of_rank(place, 0, deal._n_of_rank(place.world_size))
         return _cut(mine, (start + skip) * self.batch_size, stop * self.batch_size)
 
     def padding(self, place: Partition) -> Spans:
-        """Return the rows of a rank that another rank has as well."""
+        """Return the rows of a rank that another rank has as well; in the scope "global"."""
+        assert self.scope == "global"
         size = self._n_of_rank(place.world_size)
         n_real = min(max(_length(self._left) - place.rank * size, 0), size)
         return self._of_rank(place, n_real, size) if self.tail == "pad" else []
@@ -123,7 +148,7 @@ def _length(spans: Spans) -> int:
 
 
 def _cut(spans: Spans, begin: int, end: int) -> Spans:
-    """Return the places from the `begin`-th to the `end`-th of spans, or to the last."""
+    """Return the rows from the `begin`-th to the `end`-th of spans, or to the last."""
     found, n_before = [], 0
     for start, stop in spans:
         first, last = max(start, start + begin - n_before), min(stop, start + end - n_before)
@@ -134,7 +159,7 @@ def _cut(spans: Spans, begin: int, end: int) -> Spans:
 
 
 def _without(spans: Spans, others: Spans) -> Spans:
-    """Return what is left of ascending spans when others are taken away."""
+    """Return the rows of ascending spans that are not in the others."""
     left, others, first = [], sorted(others), 0
     for start, stop in spans:
         while first < len(others) and others[first][1] <= start:
