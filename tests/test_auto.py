@@ -553,13 +553,13 @@ def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
 def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
     n_tables, n_read, n_windows = 3000, 0, 0
     is_waited_for, is_left = threading.Event(), threading.Event()
-    io_batches, entries, close = Reading.io_batches, _reader._sparse_entries, EagerIterator.close
+    rows, entries, close = Reading.rows, _reader._sparse_entries, EagerIterator.close
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
         n_rows = 0
-        with closing(io_batches(*args, **options)) as parts:
+        with closing(rows(*args, **options)) as parts:
             for part in parts:
-                n_rows += len(part[0])
+                n_rows += len(part)
                 yield part
                 if n_rows == 300:
                     is_waited_for.set()
@@ -582,7 +582,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
 
     options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
     with (
-        mock.patch.object(Reading, "io_batches", watched),
+        mock.patch.object(Reading, "rows", watched),
         mock.patch.object(_reader, "_sparse_entries", slow),
     ):
         mini_batches = iter(dataset_of(large, **options))

@@ -197,9 +197,21 @@ def test_pieces_of_matrices_are_put_below_each_other(coos: list[Coo], rows: st.D
     pieces, expected = [], []
     for coo in coos:
         start, stop = sorted(rows.draw(st.lists(st.integers(0, coo.shape[0]), min_size=2, max_size=2)))
-        pieces.append((coo.buffer(), start, stop))
+        pieces.append(coo.buffer().slice(start, stop))
         expected.append(coo.scipy()[start:stop])
-    assert_canonical_and_equal(concat_toscipy(pieces), sparse.vstack(expected, format="csr"))
+    whole = sparse.vstack(expected, format="csr")
+    assert_canonical_and_equal(concat_toscipy(pieces), whole)
+    assert_canonical_and_equal(CSR_IO_Buffer.concat(pieces).slice_toscipy(slice(None)), whole)
+
+
+@given(coo=coos(), bounds=st.data())
+def test_a_slice_has_its_rows_and_shares_their_values(coo: Coo, bounds: st.DataObject) -> None:
+    start, stop = sorted(bounds.draw(st.lists(st.integers(0, coo.shape[0]), min_size=2, max_size=2)))
+    whole = coo.buffer()
+    found = whole.slice(start, stop)
+    assert (found.shape, found.dtype) == ((stop - start, coo.shape[1]), coo.d.dtype)
+    np.testing.assert_array_equal(found.slice_tonumpy(slice(None)), coo.scipy().toarray()[start:stop])
+    assert not found.nnz or np.shares_memory(found.data, whole.data)
 
 
 @given(coo=coos(), bounds=st.data())
@@ -220,7 +232,7 @@ def test_fill_dense_writes_the_rows_from_start_to_stop_and_nothing_else(
 def test_rows_are_taken_in_any_order_and_may_repeat(coo: Coo, data: st.DataObject) -> None:
     numbers = st.lists(st.integers(0, max(coo.shape[0] - 1, 0)), max_size=10 if coo.shape[0] else 0)
     rows = np.array(data.draw(numbers), dtype=np.int64)
-    taken = coo.buffer().take_rows(rows)
+    taken = coo.buffer().take(rows)
     assert (taken.shape, taken.dtype) == ((len(rows), coo.shape[1]), coo.d.dtype)
     np.testing.assert_array_equal(taken.slice_tonumpy(slice(None)), coo.scipy().toarray()[rows])
 

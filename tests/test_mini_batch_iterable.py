@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from stores import expected_X, make_obs
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import IOBatch
-from tiledbsoma_ml._mini_batch_iterable import MANY_CATEGORIES, MiniBatchIterable, _concat_obs
+from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 
 # torch says once per process that its CSR layout is in beta, and that it does not check it.
 pytestmark = [
@@ -394,28 +393,3 @@ def test_no_io_batch_is_asked_for_before_the_first_mini_batch() -> None:
     assert n_asked_for == 0
     next(mini_batches)
     assert n_asked_for == 1
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("ordered", [True, False])
-def test_categories_stay_the_same_where_a_mini_batch_is_made_of_several_pieces(
-    shared: bool, ordered: bool
-) -> None:
-    names = [f"label{k}" for k in range(MANY_CATEGORIES + 1)]
-    dtype = pd.CategoricalDtype(names, ordered=ordered)
-    pieces = [
-        pd.DataFrame({"label": pd.Categorical.from_codes(codes, dtype=dtype), "n": codes})
-        for codes in ([0, 2, -1], [1, 0])
-    ]
-    if not shared:  # as from another process
-        pieces[1] = pickle.loads(pickle.dumps(pieces[1]))
-    whole = _concat_obs(pieces)
-    pd.testing.assert_frame_equal(whole, pd.concat(pieces, ignore_index=True))
-    assert whole["label"].dtype.categories is dtype.categories
-
-
-def test_pieces_of_other_categories_are_put_together_as_pandas_does() -> None:
-    names = [f"label{k}" for k in range(MANY_CATEGORIES + 1)]
-    others = [names, names[::-1], names[:-1]]
-    pieces = [pd.DataFrame({"label": pd.Categorical(names[5:6], categories=known)}) for known in others]
-    pd.testing.assert_frame_equal(_concat_obs(pieces), pd.concat(pieces, ignore_index=True))

@@ -39,6 +39,7 @@ PACKAGE = Path(tiledbsoma_ml.__file__).parent
 LAYOUT = [
     "_budget",
     "_common",
+    "_rebatch",
     "_context",
     "_distributed",
     "_shared_array",
@@ -66,8 +67,11 @@ LAYOUT = [
     "_window",
     "_arrays",
     "_obs",
+    "_device",
+    "_rows",
     "_reader",
-    "_io_batch_iterable",
+    "_read_ahead",
+    "_assemble",
     "_reading",
     "_options",
     "_snapshot_format",
@@ -77,8 +81,6 @@ LAYOUT = [
     "_snapshot_build",
     "_snapshot_reader",
     "snapshot",
-    "_device",
-    "_mini_batch_iterable",
     "_snapshot_reading",
     "dataset",
     "dataloader",
@@ -96,6 +98,8 @@ LAYOUT = [
     "demo",
     "_epoch_plan",
     "cli",
+    "_io_batch_iterable",
+    "_mini_batch_iterable",
 ]
 
 

@@ -56,7 +56,7 @@ def read(
             **options,
         )
         parts = reader.read(rows)
-    matrices, frames = zip(*parts, strict=True)  # the layer is closed by now: all was read by `read`
+    matrices, frames = zip(*((part.X, part.obs) for part in parts), strict=True)  # though it is closed by now
     assert all(frame.index.equals(pd.RangeIndex(len(frame))) for frame in frames)
     X = np.concatenate([csr.slice_tonumpy(slice(None)) for csr in matrices])
     return X, pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
@@ -126,7 +126,8 @@ def test_infinite_and_missing_values_are_kept(store: Store, tmp_path: Any) -> No
     rows = np.array([3, 2, 1, 0])
     with soma.SparseNDArray.open(str(tmp_path / "X")) as array, store.locator.open() as (_, obs):
         reader = SOMAReader(array, obs, np.array([0]), obs_column_names=["soma_joinid"], obs_joinids=rows)
-        [(X, _)] = reader.read(rows)
+        [found] = reader.read(rows)
+        X = found.X
     np.testing.assert_array_equal(X.slice_tonumpy(slice(None))[:, 0], values[::-1])
 
 
@@ -145,7 +146,7 @@ def test_rows_come_in_as_many_io_batches_as_asked_for_of_almost_equal_size(
             obs_joinids=rows,
             n_parts=n_parts,
         )
-        sizes = [len(frame) for _, frame in reader.read(rows)]
+        sizes = [len(part) for part in reader.read(rows)]
     assert len(sizes) == n_parts
     assert max(sizes) - min(sizes) <= 1
 

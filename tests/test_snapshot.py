@@ -28,6 +28,7 @@ from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs, work
 from tiledbsoma_ml import _snapshot_build
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._reader import SOMAReader
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest, sealed
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -68,7 +69,7 @@ def read_soma(store: Store, rows: Sequence[int], columns: Sequence[int], names: 
         ids, columns = (np.asarray(joinids, dtype=np.int64) for joinids in (rows, columns))
         reader = SOMAReader(X, obs, columns, obs_column_names=names, obs_joinids=ids)
         [found] = reader.read(ids)
-    return found
+    return found.X, found.obs
 
 
 def add_array(store: Store, group: str, name: str, values: np.ndarray, dense: bool = False) -> None:
@@ -107,7 +108,9 @@ def test_rows_columns_and_obs_are_those_of_the_experiment_in_the_order_asked_for
     ids, var_joinids = np.array(rows), np.array(columns, dtype=np.int64)
     reader = whole.reader(ids, var_joinids, names)
 
-    found, found_obs = reader.rows(ids)
+    read = reader.rows(ids)
+    found, found_obs = read.X, read.obs
+    assert read.obs_joinids.tolist() == rows
     pd.testing.assert_frame_equal(found_obs, obs)
     assert (found.dtype, found.indices.dtype, found.shape) == (X.dtype, X.indices.dtype, X.shape)
     np.testing.assert_array_equal(found.slice_tonumpy(slice(None)), dense)
@@ -125,16 +128,16 @@ def test_rows_columns_and_obs_are_those_of_the_experiment_in_the_order_asked_for
     pd.testing.assert_frame_equal(reader.obs(ids), obs)
 
 
-def test_a_reader_gives_out_many_rows_in_several_io_batches(
+def test_a_reader_gives_out_many_rows_in_several_pieces(
     whole: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tiledbsoma_ml._snapshot_reader.READ_ROWS", 100)
     rows = np.random.default_rng(0).permutation(N_OBS)
-    matrices, frames = zip(*whole.reader(None, None, ["soma_joinid"]).read(rows), strict=True)
-    assert [len(m) for m in matrices] == [100, 100, 100, 11]
-    assert pd.concat(frames)["soma_joinid"].tolist() == rows.tolist()
-    X = np.concatenate([m.slice_tonumpy(slice(None)) for m in matrices])
-    np.testing.assert_array_equal(X, expected_X(rows, range(N_VARS)))
+    pieces = list(whole.reader(None, None, ["soma_joinid"]).read(rows))
+    assert [len(piece) for piece in pieces] == [100, 100, 100, 11]
+    found = Rows.concat(pieces)
+    assert found.obs["soma_joinid"].tolist() == found.obs_joinids.tolist() == rows.tolist()
+    np.testing.assert_array_equal(found.X.slice_tonumpy(slice(None)), expected_X(rows, range(N_VARS)))
 
 
 @pytest.mark.parametrize("query", [[5, 9, 100, 101, 310], slice(60, 70), "cell_type == 'B cell'", []])
@@ -160,9 +163,9 @@ def test_scattered_joinids_are_found_also_where_they_are_far_apart(make_store: A
     sparse = make_store(obs_joinids=joinids, n_vars=4)
     reader = make(tmp_path / "far.snapshot", sparse).reader()
     rows = np.random.default_rng(0).choice(joinids, 200)
-    X, obs = reader.rows(rows)
-    assert obs["soma_joinid"].tolist() == rows.tolist()
-    np.testing.assert_array_equal(X.slice_tonumpy(slice(None)), expected_X(rows, range(4)))
+    found = reader.rows(rows)
+    assert found.obs["soma_joinid"].tolist() == rows.tolist()
+    np.testing.assert_array_equal(found.X.slice_tonumpy(slice(None)), expected_X(rows, range(4)))
     for missing in (2, 4, 999, 7001, 39_999, 40_001, -1):
         with pytest.raises(ValueError, match=f"1 of 2 are not, {missing} for instance"):
             reader.rows(np.array([5, missing]))
@@ -182,11 +185,11 @@ def test_threads_may_read_from_one_reader_at_once(whole: Snapshot, monkeypatch: 
 
     def read(seed: int) -> None:
         rows = np.random.default_rng(seed).integers(0, N_OBS, 3000)
-        X, (csr, obs) = reader.csr(rows), reader.rows(rows)
+        X, found = reader.csr(rows), reader.rows(rows)
         expected = expected_X(rows, range(N_VARS))
         np.testing.assert_array_equal(X.toarray(), expected)
-        np.testing.assert_array_equal(csr.slice_tonumpy(slice(None)), expected)
-        assert obs["soma_joinid"].tolist() == rows.tolist()
+        np.testing.assert_array_equal(found.X.slice_tonumpy(slice(None)), expected)
+        assert found.obs["soma_joinid"].tolist() == rows.tolist()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(64)))
@@ -251,7 +254,7 @@ def test_values_are_stored_in_the_smallest_type_that_holds_all_of_a_shard_bit_fo
     assert [shard.data_dtype for shard in layer.shards] == [stored, "|u1"]
     reader = snapshot.reader()
     rows = snapshot.obs_joinids[: len(values)]
-    for found in (reader.csr(rows)[:, 0].data, reader.rows(rows)[0].data[::2], dense_of(reader, rows)[:, 0]):
+    for found in (reader.csr(rows)[:, 0].data, reader.rows(rows).X.data[::2], dense_of(reader, rows)[:, 0]):
         assert found.dtype == dtype
         assert found.tobytes() == values.tobytes()
 
@@ -299,7 +302,7 @@ def test_more_columns_than_16_bits_number_are_kept(make_store: Any, tmp_path: Pa
     assert snapshot._manifest.layers[0].indices_dtype == "<u4"
     np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(3), range(70_000)))
     few = np.array([69_999, 4, 65_536])
-    X, _ = snapshot.reader(None, few).rows(np.array([2, 0]))
+    X = snapshot.reader(None, few).rows(np.array([2, 0])).X
     assert X.indices.dtype == np.uint16
     np.testing.assert_array_equal(X.slice_tonumpy(slice(None)), expected_X([2, 0], few))
 
@@ -359,8 +362,8 @@ def test_rows_of_several_queries_follow_each_other(both: Snapshot) -> None:
 def test_rows_of_several_queries_are_read_by_their_numbers_as_joinids_repeat(both: Snapshot) -> None:
     ids = both.query_ids
     assert ids.obs_joinids.tolist() == list(range(23))
-    _, obs = both.reader(ids.obs_joinids, ids.var_joinids, ["soma_joinid"]).rows(np.array([13, 1]))
-    assert obs["soma_joinid"].tolist() == [90, 90]
+    rows = both.reader(ids.obs_joinids, ids.var_joinids, ["soma_joinid"]).rows(np.array([13, 1]))
+    assert rows.obs["soma_joinid"].tolist() == [90, 90]
 
 
 def test_queries_on_other_columns_or_features_are_refused(
@@ -742,7 +745,7 @@ def read(snapshot):
         X, dense = reader.csr(ids[::-1]), np.empty((len(ids), reader.n_cols), reader.dtype)
         X @ X.T
         reader.fill_dense(ids[::-1], dense)
-        found += [X.toarray(), dense, *(rows.slice_tonumpy(slice(None)) for rows, _ in reader.read(ids))]
+        found += [X.toarray(), dense, *(rows.X.slice_tonumpy(slice(None)) for rows in reader.read(ids))]
     return [array.tobytes() for array in found] + [snapshot.obs.to_csv(), snapshot.var.to_csv()]
 
 right, results = read(Snapshot.open(source)), []

@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._csr import CSR_IO_Buffer
-from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
 from tiledbsoma_ml._kernels import as_bits
 from tiledbsoma_ml._parts import Extents, Pages
+from tiledbsoma_ml._read_ahead import read_ahead
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._window import Columns, Room, Window
 
 LONG = 60  # seconds; only a failure waits as long
@@ -370,11 +372,13 @@ class WindowReader:
     def __init__(self, **options: Any) -> None:
         self._options = {"store": Pages(), **options}
 
-    def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[IOBatch]:
+    def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[Rows[CSR_IO_Buffer]]:
         window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
         for rows in np.array_split(np.sort(obs_joinids), 3):
             window.add(*self.table(rows))
-        return ((part, None) for part in window)  # type: ignore[misc]
+        return (
+            Rows(obs_joinids=np.arange(len(X)), X=X, obs=pd.DataFrame(index=range(len(X)))) for X in window
+        )
 
     @staticmethod
     def table(rows: NDArray[np.int64]) -> Table:
@@ -398,8 +402,8 @@ def test_windows_that_are_filled_while_those_before_are_given_out_never_block_ea
     room = WatchedRoom(limit)
     reader = WindowReader(n_parts=n_parts, room=room, store=store_in(folder if in_files else None))
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**13):
-        read = io_batches(iter(batches), reader, use_eager_fetch=True, room=room)
-        found = [part.slice_tonumpy(slice(None)) for part, _ in read]
+        read = read_ahead(iter(batches), reader, use_eager_fetch=True, room=room)
+        found = [part.X.slice_tonumpy(slice(None)) for part in read]
     rows = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
     expected = WindowReader.table(rows)[2].reshape(-1, 4)
     np.testing.assert_array_equal(np.concatenate([*found, np.empty((0, 4), np.float32)]), expected)

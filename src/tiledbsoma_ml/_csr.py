@@ -114,7 +114,7 @@ class CSR_IO_Buffer:
 
     def slice_tonumpy(self, row_index: slice) -> NDArrayNumber:
         """Return the rows of a slice (of step 1) as a new dense array of shape (n_rows, n_cols)."""
-        start, stop = self._bounds(row_index)
+        start, stop = _bounds(row_index, len(self))
         out = np.zeros((stop - start, self.shape[1]), dtype=self.dtype)
         self.fill_dense(start, stop, out)
         return out
@@ -129,15 +129,29 @@ class CSR_IO_Buffer:
 
     def slice_toscipy(self, row_index: slice) -> sparse.csr_matrix:
         """Return the rows of a slice (of step 1) as a canonical `csr_matrix`."""
-        start, stop = self._bounds(row_index)
-        return concat_toscipy([(self, start, stop)])
+        start, stop = _bounds(row_index, len(self))
+        return concat_toscipy([self.slice(start, stop)])
 
-    def take_rows(self, rows: NDArray[np.integer[Any]]) -> CSR_IO_Buffer:
+    def slice(self, start: int, stop: int) -> CSR_IO_Buffer:
+        """Return the rows from `start` to `stop`, without copying their values."""
+        first, last = self.indptr[start], self.indptr[stop]
+        indptr, shape = self.indptr[start : stop + 1] - first, (stop - start, self.shape[1])
+        return CSR_IO_Buffer(indptr, self.indices[first:last], self.data[first:last], shape)
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> CSR_IO_Buffer:
         """Return the rows with these numbers, in this order; a number may repeat."""
         lengths = np.diff(self.indptr)[rows]
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         entries = np.repeat(self.indptr[rows] - indptr[:-1], lengths) + np.arange(indptr[-1])
         return CSR_IO_Buffer(indptr, self.indices[entries], self.data[entries], (len(rows), self.shape[1]))
+
+    @staticmethod
+    def concat(parts: Sequence[CSR_IO_Buffer]) -> CSR_IO_Buffer:
+        """Return the rows of all parts, of which there is at least one, below each other."""
+        indptr, n_cols = _starts(parts), parts[0].shape[1]
+        indices = np.concatenate([part.indices for part in parts])
+        data = np.concatenate([part.data for part in parts])
+        return CSR_IO_Buffer(indptr, indices, data, (len(indptr) - 1, n_cols))
 
     def sort_indices(self) -> Self:
         """Sort the entries of every row by column, in place, and return this matrix."""
@@ -164,27 +178,32 @@ class CSR_IO_Buffer:
         indptr = np.searchsorted(firsts, rows.indptr)
         return CSR_IO_Buffer(indptr, rows.indices[firsts], data, self.shape)
 
-    def _bounds(self, row_index: slice) -> tuple[int, int]:
-        if not isinstance(row_index, slice):
-            raise TypeError(f"row_index={row_index!r} must be a slice; try slice(0, 1).")
-        start, stop, step = row_index.indices(self.shape[0])
-        if step != 1:
-            raise ValueError(f"row_index={row_index} must have a step of 1; slice without a step.")
-        return start, max(start, stop)
 
-
-def concat_toscipy(pieces: Sequence[tuple[CSR_IO_Buffer, int, int]]) -> sparse.csr_matrix:
-    """Return rows (matrix, start, stop) put below each other as one canonical `csr_matrix`."""
-    lengths = np.concatenate([np.diff(m.indptr[start : stop + 1]) for m, start, stop in pieces])
-    entries = [(m, slice(m.indptr[start], m.indptr[stop])) for m, start, stop in pieces]
-    n_cols = pieces[0][0].shape[1]
-    indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
+    """Return the rows of all parts, below each other, as one canonical `csr_matrix`."""
+    indptr, n_cols = _starts(parts), parts[0].shape[1]
     index_type = np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64
-    indices = np.concatenate([m.indices[entry] for m, entry in entries], dtype=index_type, casting="unsafe")
-    data = np.concatenate([m.data[entry] for m, entry in entries])
-    matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(lengths), n_cols))
+    indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
+    data = np.concatenate([part.data for part in parts])
+    matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(indptr) - 1, n_cols))
     matrix.sort_indices()
     return matrix
+
+
+def _bounds(row_index: slice, n_rows: int) -> tuple[int, int]:
+    """Return where the rows of a slice start and stop."""
+    if not isinstance(row_index, slice):
+        raise TypeError(f"row_index={row_index!r} must be a slice; try slice(0, 1).")
+    start, stop, step = row_index.indices(n_rows)
+    if step != 1:
+        raise ValueError(f"row_index={row_index} must have a step of 1; slice without a step.")
+    return start, max(start, stop)
+
+
+def _starts(parts: Sequence[CSR_IO_Buffer]) -> NDArray[np.int64]:
+    """Return where each row starts when parts are put below each other."""
+    lengths = [np.zeros(1, dtype=np.int64), *(np.diff(part.indptr) for part in parts)]
+    return np.cumsum(np.concatenate(lengths))
 
 
 def _check_within(name: str, numbers: NDArray[Any], n: int, shape: tuple[int, int]) -> None:

@@ -58,6 +58,12 @@ class DeviceRows:
     def __len__(self) -> int:
         return len(self.crow) - 1
 
+    def slice(self, start: int, stop: int) -> DeviceRows:
+        """Return the rows from `start` to `stop`, without copying their values."""
+        crow = self.crow[start : stop + 1]
+        first, last = int(crow[0]), int(crow[-1])
+        return attrs.evolve(self, crow=crow - first, col=self.col[first:last], bits=self.bits[first:last])
+
     def take(self, rows: NDArray[np.integer[Any]]) -> DeviceRows:
         """Return the rows with these numbers, in this order."""
         index = torch.from_numpy(rows).to(self.crow.device)

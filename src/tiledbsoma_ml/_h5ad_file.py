@@ -50,7 +50,7 @@ class H5adFile:
     """An open h5ad file.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         obs: Its cells.
         matrices: `X`, the layers and `raw.X`, as far as they are there, by the name that users give.
     """
@@ -149,9 +149,9 @@ class Matrix:
     """A matrix of an open h5ad file, read piece by piece.
 
     Attributes:
-        key: What users call it.
-        name: What it is called in Python.
-        title: What it is called in messages.
+        key: The name by which users choose it.
+        name: Its name in Python.
+        title: Its name in messages.
         node: A dataset if it is dense, a group of three of them if it is sparse.
     """
 

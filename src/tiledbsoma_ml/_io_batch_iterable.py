@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import TypeAlias
 
 import attrs
 import numpy as np
+import pandas as pd
 import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
-from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
-from tiledbsoma_ml._reader import IOBatch, Reader, SOMAReader
+from tiledbsoma_ml._read_ahead import read_ahead
+from tiledbsoma_ml._reader import SOMAReader
+from tiledbsoma_ml._rebatch import rebatch_joinids
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._threads import ClosedWhenDropped
-from tiledbsoma_ml._window import Room
 
-__all__ = ["IOBatch", "IOBatchIterable", "id_batches", "io_batches"]
+__all__ = ["IOBatch", "IOBatchIterable", "id_batches"]
+
+IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
+"""Rows of `X` and the same rows of `obs`, read together."""
 
 
 @attrs.frozen
@@ -60,7 +67,8 @@ class IOBatchIterable(Iterable[IOBatch]):
         )
         rng = seeded_rng(self.seed, self.epoch) if self.shuffle else None
         batches = id_batches(self.chunks, self.io_batch_size, rng)
-        return ClosedWhenDropped(io_batches(batches, reader, use_eager_fetch=self.use_eager_fetch))
+        rows = read_ahead(batches, reader, use_eager_fetch=self.use_eager_fetch)
+        return ClosedWhenDropped(_as_io_batches(rows))
 
 
 def id_batches(
@@ -70,44 +78,11 @@ def id_batches(
 
     With `rng`, each batch is permuted by the generator's next draw.
     """
-    for batch in _rebatched(chunks, io_batch_size):
+    for batch in rebatch_joinids(chunks, io_batch_size):
         yield batch if rng is None else batch[rng.permutation(len(batch))]
 
 
-def io_batches(
-    batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool, room: Room | None = None
-) -> Generator[IOBatch, None, None]:
-    """Yield the rows of each batch of joinids, in one IO batch or more.
-
-    Args:
-        batches: The joinids; each batch is read at once.
-        reader: Where to read them.
-        use_eager_fetch: Whether to read the next batch on a thread, while this one is used.
-        room: What the reader may wait for; closed at the end.
-    """
-    read = (reader.read(batch) for batch in batches)
-    with closing(EagerIterator(read) if use_eager_fetch else read) as ahead:
-        try:
-            for parts in ahead:
-                if use_eager_fetch:
-                    with EagerIterator(parts) as given_out:
-                        yield from given_out
-                else:
-                    yield from parts
-        finally:
-            if room is not None:
-                room.close()
-
-
-def _rebatched(chunks: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
-    pending: list[NDArrayJoinId] = []
-    room = size
-    for chunk in chunks:
-        while len(chunk) >= room:
-            yield np.concatenate([*pending, chunk[:room]])
-            chunk, pending, room = chunk[room:], [], size
-        if len(chunk):
-            pending.append(chunk)
-            room -= len(chunk)
-    if pending:
-        yield np.concatenate(pending)
+def _as_io_batches(rows: Generator[Rows[CSR_IO_Buffer], None, None]) -> Generator[IOBatch, None, None]:
+    with closing(rows):
+        for some in rows:
+            yield some.X, some.obs

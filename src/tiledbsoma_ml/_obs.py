@@ -58,7 +58,7 @@ class ObsColumns:
             obs: The open `obs`, or `var`.
             column_names: The columns.
             joinids: The rows.
-            types: Of the columns in the query that these rows are part of; by what is read if None.
+            types: The types that the columns have in the whole query; decided by what is read if None.
 
         Raises:
             ValueError: If `obs` lacks one of the rows, or has one twice.
@@ -244,7 +244,7 @@ class ObsTable:
     Dictionary columns become categoricals with all their categories.
 
     Args:
-        columns: By name, each of one piece; they may be mapped.
+        columns: The columns by name, each in one piece; they may be mapped.
         nullable: Columns of integers or booleans that become the nullable types of pandas, which hold every
             value exactly and tell which are missing.
     """

@@ -139,7 +139,7 @@ class Extents:
     stretches that were in use at one time, at most.
 
     Args:
-        folder: Where to make the file.
+        folder: The folder in which the file is made.
         size: Bytes of a stretch.
     """
 

@@ -32,10 +32,10 @@ class Loaded:
     """A position that the next iterator goes on from. It is used up by the second mini-batch.
 
     Attributes:
-        position: Where to go on.
-        n_set: How often the counter was set when it was loaded.
-        n_begun: How many iterators began there.
-        is_used: Whether one went on.
+        position: The position to go on from.
+        n_set: Number of times that the counter had been set when it was loaded.
+        n_begun: Number of iterators that began there.
+        is_used: Whether one of them went on.
     """
 
     position: Position
@@ -50,8 +50,8 @@ class Told:
 
     Attributes:
         ranks: Rank and number of ranks.
-        position: Where their first epoch begins.
-        channel: In shared memory: the number of the epoch, for workers that are kept.
+        position: The position at which their first epoch begins.
+        channel: The number of the epoch, in shared memory, for workers that are kept.
     """
 
     ranks: tuple[int, int]
@@ -69,12 +69,12 @@ class Run:
     """One iterator, and where it stands.
 
     Attributes:
-        start: Where it began.
+        start: The position at which it began.
         total: Mini-batches of the epoch, with those before `start`.
-        loaded: What it goes on from.
+        loaded: The loaded position that it goes on from, if there is one.
         waits: Whether the epoch goes on after its last mini-batch: a worker waits for the others.
-        step: By how much the number of the next epoch is larger.
-        ends_after: Gives the number of mini-batches after which whoever trains counts the epoch as over.
+        step: The difference between the number of the next epoch and that of this one.
+        ends_after: Returns the number of mini-batches after which the trainer counts the epoch as over.
         n_yielded: Mini-batches until now, with those before `start`.
         has_ended: Whether it was asked for more than there are.
         is_over: Whether it ended or was left.
@@ -126,8 +126,8 @@ class Epochs:
 
     Attributes:
         counter: Which epochs there were.
-        own: The iterators of the dataset by itself.
-        latest: Whose iterator began last.
+        own: The iterators that the dataset made without a loader.
+        latest: The owner of the iterator that began last.
     """
 
     def __init__(self) -> None:
@@ -153,8 +153,8 @@ class Progress:
     A loader counts its own epochs, from that which was to come when it was made.
 
     Attributes:
-        epochs: Those of the dataset.
-        ends_after: As that of a `Run`.
+        epochs: The epochs of the dataset.
+        ends_after: See `Run`.
     """
 
     def __init__(self, epochs: Epochs) -> None:

@@ -8,7 +8,6 @@ from contextlib import closing
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-import pandas as pd
 import tiledbsoma as soma
 
 from tiledbsoma_ml._arrays import ranges, telling_where, to_numpy
@@ -18,10 +17,8 @@ from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._window import Columns, Room, Window
-
-IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
-"""Rows of `X` and the same rows of `obs`, read together."""
 
 DENSE_READ_BYTES = 64 * 2**20
 """A dense layer is read in blocks of TileDB's buffer, but of no more than this, where nobody sized that."""
@@ -45,11 +42,11 @@ BYTES_PER_JOINID = 48
 class Reader(Protocol):
     """Something that holds rows and gives them back by joinid."""
 
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            IO batches that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows in exactly this order. What was taken is not held.
         """
         ...
 
@@ -102,11 +99,11 @@ class SOMAReader:
             "may_repeat": _may_repeat(X),
         }
 
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            IO batches that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows in exactly this order. What was taken is not held.
         """
         if self._obs_columns is None:
             self._obs_columns = ObsColumns.read(
@@ -139,33 +136,13 @@ class SOMAReader:
         are_within = (first_col <= self._var_joinids) & (self._var_joinids <= last_col)
         return sorted_ids[start:stop], self._var_joinids[are_within]
 
-    def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[IOBatch]:
+    def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[Rows[CSR_IO_Buffer]]:
         assert self._obs_columns is not None
         start = 0
-        for rows in window:
-            yield rows, self._obs_columns.take(obs_joinids[start : start + len(rows)])
-            start += len(rows)
-
-
-class _PaddingMarker:
-    """A Reader that adds a column to `obs`: whether another rank has the row as well."""
-
-    def __init__(self, reader: Reader, column_name: str, padding: NDArrayJoinId) -> None:
-        self._reader = reader
-        self._column_name = column_name
-        self._padding = padding
-
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
-        start = 0
-        for X, obs in self._reader.read(obs_joinids):
-            joinids = obs_joinids[start : start + len(obs)]
-            yield X, obs.assign(**{self._column_name: np.isin(joinids, self._padding)})
-            start += len(obs)
-
-
-def mark_padding(reader: Reader, column_name: str | None, padding: NDArrayJoinId) -> Reader:
-    """Return a Reader that tells in a column of `obs`, if one is named, which rows are among `padding`."""
-    return reader if column_name is None else _PaddingMarker(reader, column_name, padding)
+        for X in window:
+            joinids = obs_joinids[start : start + len(X)]
+            yield Rows(obs_joinids=joinids, X=X, obs=self._obs_columns.take(joinids))
+            start += len(X)
 
 
 def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:

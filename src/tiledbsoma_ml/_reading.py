@@ -14,20 +14,21 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import absolute_path
-from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
-from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._order.sizes import Layout, read_amplification
 from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._read_ahead import read_ahead
 from tiledbsoma_ml._reader import (
     SOMAReader,
     check_obs_column_names,
-    mark_padding,
     measure_layout,
     row_tile,
 )
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._window import Room, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -145,17 +146,16 @@ class Reading:
         """Return the room that the windows of an epoch share."""
         return Room(self.window_bytes)
 
-    def io_batches(
-        self, part: EpochPart, *, padding_column_name: str | None, use_eager_fetch: bool, room: Room
-    ) -> Generator[IOBatch, None, None]:
+    def rows(
+        self, planned: PartPlan, *, use_eager_fetch: bool, room: Room
+    ) -> Generator[Rows[CSR_IO_Buffer], None, None]:
         """Yield the rows of a part of an epoch in its order, until the room is closed."""
         preload_kernels()
-        planned = self.plan.of(part)
         with self.locator.open(self.budget) as (X, obs):
             reader = SOMAReader(
                 X,
                 obs,
-                part.ids.var_joinids,
+                planned.ids.var_joinids,
                 obs_column_names=self.obs_column_names,
                 obs_joinids=planned.joinids(),
                 obs_types=self.obs_types,
@@ -164,8 +164,8 @@ class Reading:
                 room=room,
                 store=Pages() if self.window_dir is None else Extents(self.window_dir, self.extent_bytes),
             )
-            marked = mark_padding(reader, padding_column_name, planned.padding())
-            yield from io_batches(planned.batches(), marked, use_eager_fetch=use_eager_fetch, room=room)
+            batches = planned.batches()
+            yield from read_ahead(batches, reader, use_eager_fetch=use_eager_fetch, room=room)
 
     def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed, from the plan and one column of `obs` alone."""

@@ -20,7 +20,7 @@ from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._obs_labels import Labels, Unseen, read_numbers
 
 VAR_ID_COLUMNS = ("feature_id", "var_id", "gene_id", "feature_name", "gene_name")
-"""Where the id of a gene is looked for, in this order."""
+"""Columns of `var` in which the id of a gene is looked for, in this order."""
 
 Batch: TypeAlias = dict[str, torch.Tensor]
 """What a model of scvi-tools takes."""
@@ -236,7 +236,7 @@ class Genes:
 
     Attributes:
         ids: All genes of the model, in its order.
-        var_joinids: Those that the measurement has, in that order.
+        var_joinids: Joinids of the columns that the measurement has, in that order.
         places: Where each of these is among `ids`; None if they are all there.
     """
 

@@ -34,9 +34,9 @@ def load_scvi_model(
 
     Args:
         model_class: `SCVI`, `SCANVI` or another class that takes a registry.
-        dir_path: Where it was saved.
-        device: Where to put it.
-        prefix: As it was given to `save`.
+        dir_path: The folder in which it was saved.
+        device: The device to put it on.
+        prefix: The prefix that was given to `save`.
 
     Raises:
         ValueError: If there is no such model.
@@ -77,7 +77,7 @@ def load_query_model(
         model_class: `SCVI` or `SCANVI`.
         reference: The trained model, or the folder where it was saved.
         datamodule: `SCVIDataModule(query, reference=reference, unseen="extend")`.
-        device: Where to put it.
+        device: The device to put it on.
         unfrozen: Whether to train all weights. The other options are those of `load_query_data`.
         freeze_dropout: See there.
         freeze_expression: See there.

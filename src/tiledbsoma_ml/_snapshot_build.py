@@ -82,7 +82,7 @@ SAMPLE_RUNS, SAMPLE_SHARE = 6, 2**17
 
 
 @attrs.frozen
-class Rows:
+class SourceRows:
     """Rows of a layer of an experiment, for a snapshot: ascending, none twice.
 
     Attributes:
@@ -94,14 +94,14 @@ class Rows:
     ids: QueryIDs
 
     @classmethod
-    def of(cls, locator: XLocator, ids: QueryIDs) -> Rows:
+    def of(cls, locator: XLocator, ids: QueryIDs) -> SourceRows:
         """Return the rows of a query."""
         return cls(locator, attrs.evolve(ids, obs_joinids=ascending(ids.obs_joinids)))
 
 
 def create(
     path: Path,
-    parts: Sequence[Rows],
+    parts: Sequence[SourceRows],
     *,
     obs_column_names: Sequence[str],
     layers: Sequence[str],
@@ -112,13 +112,13 @@ def create(
     """Make a snapshot at a path, unless it is there already.
 
     Args:
-        path: Where to put it.
+        path: The folder to make.
         parts: Rows of one query or of several, one after the other.
         obs_column_names: Columns of `obs`.
         layers: Further layers of `X`.
         obsm: Arrays of `obsm`.
-        budget: Of memory.
-        progress: Whom to tell.
+        budget: The memory that this may take.
+        progress: Callback for progress.
 
     Raises:
         ValueError: If a name does not exist, queries do not fit together, or there is something else.
@@ -173,7 +173,11 @@ def warn_of_unknown(path: Path, made: Source, asked: Source, arrays: Sequence[st
 
 
 def describe(
-    parts: Sequence[Rows], *, obs_column_names: Sequence[str], layers: Sequence[str], obsm: Sequence[str]
+    parts: Sequence[SourceRows],
+    *,
+    obs_column_names: Sequence[str],
+    layers: Sequence[str],
+    obsm: Sequence[str],
 ) -> Content:
     """Return what a snapshot of rows holds, having checked that it exists."""
     first = parts[0]
@@ -284,7 +288,7 @@ class _Builder:
     """
 
     def __init__(
-        self, path: Path, parts: Sequence[Rows], content: Content, budget: Budget, progress: Progress
+        self, path: Path, parts: Sequence[SourceRows], content: Content, budget: Budget, progress: Progress
     ) -> None:
         self._path = path
         self._folder = path.with_name(f".{path.name}.building")
@@ -512,7 +516,7 @@ class _Builder:
             first = end
 
     @contextmanager
-    def _reader(self, part: Rows, name: str, n_parts: int = 1) -> Iterator[tuple[SOMAReader, Any]]:
+    def _reader(self, part: SourceRows, name: str, n_parts: int = 1) -> Iterator[tuple[SOMAReader, Any]]:
         locator = attrs.evolve(part.locator, layer_name=name)
         with locator.open(self._budget) as (X, obs):
             yield self._reader_of(X, obs, part.ids.var_joinids, n_parts), X
@@ -541,7 +545,7 @@ class _Builder:
         [dtype] = dtypes
         return dtype
 
-    def _layer_dtype(self, part: Rows, name: str) -> np.dtype[Any]:
+    def _layer_dtype(self, part: SourceRows, name: str) -> np.dtype[Any]:
         with attrs.evolve(part.locator, layer_name=name).open(self._budget) as (X, _):
             return _dtype(X)
 
@@ -758,7 +762,7 @@ def _write_table(path: Path, tables: Sequence[pa.Table]) -> File:
     return describe_file(path)
 
 
-def _check_same_features(parts: Sequence[Rows], tables: Sequence[pa.Table]) -> None:
+def _check_same_features(parts: Sequence[SourceRows], tables: Sequence[pa.Table]) -> None:
     for part, table in zip(parts, tables, strict=True):
         if "feature_id" not in tables[0].column_names or "feature_id" not in table.column_names:
             continue

@@ -87,7 +87,7 @@ class Shard:
         row_start: First row.
         row_stop: Last row, plus one.
         nnz: Stored values.
-        data_dtype: Of the values, as stored.
+        data_dtype: Type of the values as they are stored.
         indptr: Where each row starts, and where the last ends; int64, of shape (n_rows + 1,).
         indices: Columns, ascending within a row.
         data: Values.
@@ -137,9 +137,9 @@ class Layer:
     """A layer of `X`.
 
     Attributes:
-        name: Of the layer.
-        dtype: Of the values as they are given out.
-        indices_dtype: Of the columns as they are stored.
+        name: Name of the layer.
+        dtype: Type of the values as they are given out.
+        indices_dtype: Type of the columns as they are stored.
         shards: Together all rows, in order.
     """
 
@@ -227,15 +227,15 @@ def damaged(folder: Path, file: File, rule: str) -> ValueError:
 
 @attrs.frozen(kw_only=True)
 class Source:
-    """Where neighbouring rows of a snapshot come from.
+    """The source of neighbouring rows of a snapshot.
 
     Attributes:
-        uri: Of the experiment.
+        uri: URI of the experiment.
         measurement_name: For instance "RNA".
         tiledb_timestamp_ms: At which it was opened.
         versions: What was written to each array, as a digest; without those for which that is not known.
         n_obs: Number of rows.
-        obs_digest: Of their joinids.
+        obs_digest: Digest of their joinids.
     """
 
     uri: str = attrs.field(validator=_TEXT)
@@ -262,9 +262,9 @@ class Content:
     """What a snapshot holds; two with the same fingerprint hold the same.
 
     Attributes:
-        sources: Where the rows come from, one after the other.
+        sources: The sources of the rows, one after the other.
         n_vars: Number of columns.
-        var_digest: Of the joinids of the columns.
+        var_digest: Digest of the joinids of the columns.
         layer_names: Layers of `X`; the first is the one that is read if none is named.
         obs_column_names: Columns of `obs`.
         obsm_names: Arrays of `obsm`.

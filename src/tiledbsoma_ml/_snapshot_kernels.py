@@ -127,8 +127,8 @@ def locate_rows(
         shard_borders: First row of each shard, and the number of rows.
         indptr_at: Addresses of the row starts of each shard.
         n_values: Stored values of each shard.
-        shards: Of each row.
-        begins: Of each row in its shard.
+        shards: The shard of each row.
+        begins: The place in its shard where each row begins.
         indptr: Row starts.
 
     Returns:

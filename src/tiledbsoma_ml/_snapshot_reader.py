@@ -18,7 +18,7 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._obs import ObsTable
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._query_ids import check_joinids
-from tiledbsoma_ml._reader import IOBatch
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_check import check_starts
 from tiledbsoma_ml._snapshot_format import Layer, Shard, damaged, map_file
 
@@ -36,9 +36,9 @@ class SnapshotReader:
 
     Args:
         layer: The rows of `X`.
-        index: Where the rows of joinids are.
+        index: Finds the row of each joinid.
         obs: Columns of `obs`.
-        places: Where the columns that are stored go; None for all of them as they are stored.
+        places: The place of each stored column among those that are given out; None if all stay as they are.
         n_cols: Number of columns that are given out.
 
     Attributes:
@@ -79,16 +79,16 @@ class SnapshotReader:
         """Columns of `obs` that come as pandas' nullable types."""
         return self._obs.nullable
 
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            IO batches that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows in exactly this order. What was taken is not held.
         """
         for start in range(0, len(obs_joinids), READ_ROWS):
             yield self.rows(obs_joinids[start : start + READ_ROWS])
 
-    def rows(self, obs_joinids: NDArrayJoinId) -> IOBatch:
+    def rows(self, obs_joinids: NDArrayJoinId) -> Rows[CSR_IO_Buffer]:
         """Return the rows of `obs_joinids`, in that order; they may repeat.
 
         Raises:
@@ -98,7 +98,7 @@ class SnapshotReader:
         indptr, indices, data = self._gather(found, self._layer.indices_dtype)
         indices = indices.astype(smallest_uint(self.n_cols), copy=False)
         X = CSR_IO_Buffer(indptr, indices, data, (len(obs_joinids), self.n_cols))
-        return X, self._obs.take(found.rows)
+        return Rows(obs_joinids=obs_joinids, X=X, obs=self._obs.take(found.rows))
 
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
         """Return `X` of the rows of `obs_joinids` as a canonical `csr_matrix`, without their `obs`."""
@@ -170,7 +170,7 @@ class SnapshotReader:
 
 @attrs.frozen(eq=False)
 class Found:
-    """Where rows are: their number, their shard, where they begin there; and their starts put end to end."""
+    """Rows that were found: number, shard and beginning there of each, and their starts put end to end."""
 
     rows: NDArray[np.int64]
     shards: NDArray[np.int32]
@@ -182,8 +182,8 @@ class MappedLayer:
     """The files of a layer, mapped.
 
     Args:
-        folder: Of the snapshot.
-        layer: What its manifest, which was checked, says about the layer.
+        folder: Folder of the snapshot.
+        layer: The layer as the manifest, which was checked, describes it.
         n_vars: Number of columns.
     """
 
@@ -256,12 +256,12 @@ def unsigned(values: NDArray[Any]) -> NDArray[Any]:
 
 
 class RowIndex:
-    """Where the row of each joinid is.
+    """Finds the row of each joinid.
 
     Args:
-        joinids: Of the rows, ascending and unique; None if they are known by their numbers.
+        joinids: Joinids of the rows, ascending and unique; None if rows are known by their numbers.
         n_rows: Number of rows.
-        path: Of the snapshot, for messages.
+        path: Path of the snapshot, for messages.
     """
 
     def __init__(self, joinids: NDArrayJoinId | None, n_rows: int, path: Path) -> None:

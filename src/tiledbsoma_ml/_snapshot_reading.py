@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ import pyarrow as pa
 import torch
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, NDArrayNumber, absolute_path, cache_folder
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerMap
-from tiledbsoma_ml._io_batch_iterable import IOBatch, io_batches
-from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality, evenly_spaced, measure_quality
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import mark_padding
-from tiledbsoma_ml._snapshot_build import Rows, describe
+from tiledbsoma_ml._read_ahead import read_ahead
+from tiledbsoma_ml._rebatch import rebatch_joinids
+from tiledbsoma_ml._rows import Padding, Rows
+from tiledbsoma_ml._snapshot_build import SourceRows, describe
 from tiledbsoma_ml._snapshot_reader import SnapshotReader
 from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
@@ -103,19 +104,20 @@ class SnapshotReading:
 
     def mini_batches(
         self,
-        part: EpochPart,
+        planned: PartPlan,
         *,
         return_sparse_X: bool,
-        padding_column_name: str | None,
+        padding: Padding,
         use_eager_fetch: bool,
     ) -> Generator[MiniBatch, None, None]:
         """Yield the mini-batches of a part of an epoch, straight from the files."""
-        planned = self.plan.of(part)
         plan = planned.plan
         n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
-        reader = self._reader(part.ids)
+        reader = self._reader(planned.ids)
         reader.keep_memory_of((n_threads + 3) * plan.batch_size, is_sparse=return_sparse_X)
-        to_obs = partial(_obs, reader, padding_column_name, planned.padding())
+
+        def to_obs(ids: NDArrayJoinId) -> pd.DataFrame:
+            return padding.mark(reader.obs(ids), ids)
 
         def with_room(ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
             shape = len(ids), reader.n_cols
@@ -128,7 +130,7 @@ class SnapshotReading:
             reader.fill_dense(ids, X)
             return X[0] if plan.batch_size == 1 else X, to_obs(ids)
 
-        rooms = map(with_room, _cut(planned.batches(), plan.batch_size))
+        rooms = map(with_room, rebatch_joinids(planned.batches(), plan.batch_size))
         with EagerMap(make, rooms, n_threads) if n_threads else nullcontext(map(make, rooms)) as made:
             yield from made
 
@@ -136,17 +138,14 @@ class SnapshotReading:
         """Return the room of an epoch: no rows wait here."""
         return Room(math.inf)
 
-    def io_batches(
-        self, part: EpochPart, *, padding_column_name: str | None, use_eager_fetch: bool, room: Room
-    ) -> Generator[IOBatch, None, None]:
+    def rows(
+        self, planned: PartPlan, *, use_eager_fetch: bool, room: Room
+    ) -> Generator[Rows[CSR_IO_Buffer], None, None]:
         """Yield the rows of a part of an epoch as whole IO batches, for a device."""
-        planned = self.plan.of(part)
-        rows = self._reader(part.ids)
+        reader = self._reader(planned.ids)
         assert isinstance(planned.plan.io_batch_size, int)
-        rows.keep_memory_of(2 * planned.plan.io_batch_size, is_sparse=True)
-        reader = _Whole(rows)
-        marked = mark_padding(reader, padding_column_name, planned.padding())
-        return io_batches(planned.batches(), marked, use_eager_fetch=use_eager_fetch, room=room)
+        reader.keep_memory_of(2 * planned.plan.io_batch_size, is_sparse=True)
+        return read_ahead(planned.batches(), _Whole(reader), use_eager_fetch=use_eager_fetch, room=room)
 
     def quality(self, part: EpochPart, column: str, n_batches: int) -> ShuffleQuality:
         """Return how well the rows of an epoch are mixed; every row counts as a tile of its own."""
@@ -184,7 +183,7 @@ class SnapshotReading:
             raise ValueError("snapshot=True needs a query to make it of; name the folder of a snapshot.")
         locator, ids = self._to_make
         content = describe(
-            [Rows.of(locator, ids)], obs_column_names=self._obs_column_names, layers=(), obsm=()
+            [SourceRows.of(locator, ids)], obs_column_names=self._obs_column_names, layers=(), obsm=()
         )
         return cache_folder() / f"{content.fingerprint}.snapshot"
 
@@ -219,31 +218,10 @@ class SnapshotReading:
 
 
 class _Whole:
-    """A Reader that gives out what it reads in one IO batch."""
+    """A Reader that gives out what it reads in one piece."""
 
     def __init__(self, reader: SnapshotReader) -> None:
         self._reader = reader
 
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[IOBatch]:
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         return iter([self._reader.rows(obs_joinids)])
-
-
-def _cut(batches: Iterable[NDArrayJoinId], batch_size: int) -> Iterator[NDArrayJoinId]:
-    """Yield joinids `batch_size` at a time, across the borders of batches."""
-    rest = np.empty(0, dtype=np.int64)
-    for batch in batches:
-        rows = np.concatenate([rest, batch])
-        n_whole = len(rows) // batch_size * batch_size
-        yield from rows[:n_whole].reshape(-1, batch_size)
-        rest = rows[n_whole:]
-    if len(rest):
-        yield rest
-
-
-def _obs(
-    reader: SnapshotReader, padding_column_name: str | None, padding: NDArrayJoinId, joinids: NDArrayJoinId
-) -> pd.DataFrame:
-    obs = reader.obs(joinids)
-    return (
-        obs if padding_column_name is None else obs.assign(**{padding_column_name: np.isin(joinids, padding)})
-    )

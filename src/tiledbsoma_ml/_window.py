@@ -31,7 +31,7 @@ class Columns:
         var_joinids: Columns in the order in which they are wanted; unique.
 
     Attributes:
-        n: How many there are.
+        n: Number of these columns.
         dtype: The smallest type that holds their places.
         first: The number of the first column in `place_of`; see `numbers`.
         place_of: Where each column goes, from `first` on; -1 if it is not wanted.
@@ -137,10 +137,10 @@ class Window:
     Args:
         obs_joinids: The rows asked for; they may repeat.
         columns: The columns asked for.
-        dtype: Of the values, which are kept in the smallest type that holds them exactly.
-        n_parts: In how many parts to give them out.
-        room: What limits the bytes held.
-        store: Where to keep them; in memory of its own if None.
+        dtype: Type of the values, which are kept in the smallest type that holds them exactly.
+        n_parts: Number of parts in which they are given out.
+        room: Limits the bytes that are held.
+        store: Keeps them until they are given out; memory of its own if None.
         may_repeat: Whether the layer may have a coordinate more than once: its values are added up.
     """
 

@@ -74,7 +74,7 @@ class ExperimentDataModule(QueryDataModule):
         train_size: Share of the rows.
         val_size: Share of the rows; 0 for no validation.
         test_size: Share of the rows; 0 for none. The three sum to 1.
-        seed: Of the split, and of the order of training batches. Every rank must have the same one.
+        seed: Seed of the split and of the order of training batches. Every rank must have the same one.
         snapshot: See `ExperimentDataset`; the way to take for more than one epoch. It holds the whole query;
             its parts are read from it.
         batch_size: Rows per batch, on each rank.

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, overload
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from tiledbsoma_ml._assemble import RowsInMemory
 from tiledbsoma_ml._common import MiniBatch
-from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._progress import Progress, Run
 from tiledbsoma_ml._state import Position
 from tiledbsoma_ml.dataset import ExperimentDataset
@@ -151,8 +151,8 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(
-            iter(self.dataset._from_io_batches(io_batches, part, use_eager_fetch=False))
-            for io_batches, part in zip(
+            self.dataset._assembly(self.dataset._planned(part), use_eager_fetch=False).mini_batches(rows)
+            for rows, part in zip(
                 _by_worker(items, self.num_workers),
                 self.dataset._parts_of_workers(begin, self.num_workers),
                 strict=True,
@@ -195,18 +195,18 @@ def _cause_of_death(exit_code: int) -> str:
     return f"signal {-exit_code}: {way_out}"
 
 
-def _by_worker(items: Iterator[tuple[int, IOBatch]], n_workers: int) -> list[Iterator[IOBatch]]:
-    """Return the IO batches of each worker, from items (worker, IO batch) of all workers."""
-    waiting: list[deque[IOBatch]] = [deque() for _ in range(n_workers)]
+def _by_worker(items: Iterator[tuple[int, RowsInMemory]], n_workers: int) -> list[Iterator[RowsInMemory]]:
+    """Return the rows of each worker, from items (worker, rows) of all workers."""
+    waiting: list[deque[RowsInMemory]] = [deque() for _ in range(n_workers)]
 
-    def of(worker: int) -> Iterator[IOBatch]:
+    def of(worker: int) -> Iterator[RowsInMemory]:
         while True:
             while not waiting[worker]:
                 try:
-                    sender, io_batch = next(items)
+                    sender, rows = next(items)
                 except StopIteration:
                     return
-                waiting[sender].append(io_batch)
+                waiting[sender].append(rows)
             yield waiting[worker].popleft()
 
     return [of(worker) for worker in range(n_workers)]

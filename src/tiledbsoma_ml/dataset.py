@@ -15,6 +15,7 @@ import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
+from tiledbsoma_ml._assemble import Assembly, DeviceShuffle, RowsInMemory
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
 from tiledbsoma_ml._distributed import (
@@ -22,8 +23,6 @@ from tiledbsoma_ml._distributed import (
     get_distributed_rank_and_world_size,
     get_worker_id_and_num,
 )
-from tiledbsoma_ml._io_batch_iterable import IOBatch
-from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 from tiledbsoma_ml._options import (
     ShuffleMode,
     check_mixing,
@@ -35,13 +34,14 @@ from tiledbsoma_ml._options import (
     choose_device,
     locate,
 )
-from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality
-from tiledbsoma_ml._order.share import ShuffleScope
+from tiledbsoma_ml._order.share import Deal, ShuffleScope, Stage
 from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._progress import Epochs, Loaded, Progress, Run, Told
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
 from tiledbsoma_ml._reading import Reading, check_window_dir
+from tiledbsoma_ml._rows import Padding
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
 from tiledbsoma_ml._snapshot_build import source_of
 from tiledbsoma_ml._snapshot_reading import SnapshotReading
@@ -225,7 +225,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             scope=self.shuffle_scope,
             tail=self.tail,
         )
-        self._plan = plan
         self._reading: Reading | SnapshotReading
         if snapshot is not None and snapshot is not False:
             self._reading = SnapshotReading(
@@ -270,7 +269,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
-        return self._plan.n_mini_batches(self._part(self.epoch, self._place()))
+        return self._deal().n_mini_batches(self._place())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -450,11 +449,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         part, run = self._begin(progress)
         room = self._reading.room()
         try:
+            planned = self._planned(part)
             if self._leaves_device_work_to_loader:
                 worker, _ = get_worker_id_and_num()
-                yield from ((worker, io_batch) for io_batch in self._io_batches(part, room))  # type: ignore[misc]
+                yield from ((worker, rows) for rows in self._rows(planned, room))  # type: ignore[misc]
                 return
-            mini_batches = self._mini_batches(part, room)
+            mini_batches = self._mini_batches(planned, room)
             # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
             with closing(mini_batches), closing(room):
                 for mini_batch in mini_batches:
@@ -486,60 +486,78 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             n_yielded=part.skip,
             earlier=part.earlier,
         )
-        n = self._plan.n_mini_batches(part)
+        n = self._deal(part.earlier).n_mini_batches(part.place)
         return part, progress.begin(Run(start=start, total=n, loaded=loaded, waits=in_worker))
 
     def _part(self, epoch: int, place: Partition) -> EpochPart:
         return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
 
+    def _planned(self, part: EpochPart) -> PartPlan:
+        """Return the plan of a part; a snapshot that "auto" depends on is made for it."""
+        return self._reading.plan.of(part)
+
     def _continued(self, begin: Position, place: Partition) -> EpochPart:
         """Return the part of a place, from a position on."""
         return begin.rest_of(self._part(begin.epoch, place), self.shuffle_scope)
 
-    def _mini_batches(self, part: EpochPart, room: Room) -> Generator[MiniBatch, None, None]:
+    def _mini_batches(self, planned: PartPlan, room: Room) -> Generator[MiniBatch, None, None]:
         if self.device is None and isinstance(self._reading, SnapshotReading):
             yield from self._reading.mini_batches(
-                part,
+                planned,
                 return_sparse_X=self.return_sparse_X,
-                padding_column_name=self.padding_column_name,
+                padding=self._padding(planned),
                 use_eager_fetch=self.use_eager_fetch,
             )
             return
-        with closing(self._io_batches(part, room)) as io_batches:
-            yield from self._from_io_batches(io_batches, part, self.use_eager_fetch)
+        with closing(self._rows(planned, room)) as rows:
+            yield from self._assembly(planned, self.use_eager_fetch).mini_batches(rows)
 
-    def _io_batches(self, part: EpochPart, room: Room) -> Generator[IOBatch, None, None]:
-        return self._reading.io_batches(
-            part,
-            padding_column_name=self.padding_column_name,
-            use_eager_fetch=self.use_eager_fetch,
-            room=room,
+    def _rows(self, planned: PartPlan, room: Room) -> Generator[RowsInMemory, None, None]:
+        return self._reading.rows(planned, use_eager_fetch=self.use_eager_fetch, room=room)
+
+    def _assembly(self, planned: PartPlan, use_eager_fetch: bool) -> Assembly:
+        """Return how the mini-batches of a part are made of its rows."""
+        return Assembly(
+            batch_size=self.batch_size,
+            is_sparse=self.return_sparse_X,
+            device=self.device,
+            shuffle=self._device_shuffle(planned),
+            padding=self._padding(planned),
+            use_eager_fetch=use_eager_fetch,
         )
 
-    def _from_io_batches(
-        self, io_batches: Iterator[IOBatch], part: EpochPart, use_eager_fetch: bool
-    ) -> MiniBatchIterable:
-        planned = self._reading.plan.of(part)
-        in_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
-        in_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not planned.permutes
-        return MiniBatchIterable(
-            io_batches,
-            batch_size=self.batch_size,
-            use_eager_fetch=use_eager_fetch,
-            return_sparse_X=self.return_sparse_X,
-            gpu_shuffle=self.shuffle and (in_mini_batches or in_io_batches),
-            gpu_shuffle_mode="minibatch" if in_mini_batches else "iobatch",
-            device=self.device,
-            seed=part.seed,
-            epoch=part.epoch,
+    def _device_shuffle(self, planned: PartPlan) -> DeviceShuffle | None:
+        of_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
+        of_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not planned.permutes
+        if not self.shuffle or not (of_mini_batches or of_io_batches):
+            return None
+        return DeviceShuffle(
+            unit="mini_batch" if of_mini_batches else "io_batch",
+            seed=planned.part.seed,
+            epoch=planned.part.epoch,
             n_earlier=planned.first_mini_batch,
         )
+
+    def _padding(self, planned: PartPlan) -> Padding:
+        name = self.padding_column_name
+        found = planned.padding() if name is not None else planned.ids.obs_joinids[:0]
+        return Padding(column_name=name, obs_joinids=found)
 
     @property
     def _shuffles_chunks(self) -> bool:
         return self.shuffle and self.shuffle_mode is not ShuffleMode.GPU_MINIBATCH
 
     # Who does what ----------------------------------------------------------------------------------------
+
+    def _deal(self, earlier: tuple[Stage, ...] = ()) -> Deal:
+        """Return how rows are dealt, where others have yielded some of them."""
+        return Deal(
+            n_rows=len(self.query_ids.obs_joinids),
+            batch_size=self.batch_size,
+            tail=self.tail,
+            scope=self.shuffle_scope,
+            earlier=earlier,
+        )
 
     def _place(self) -> Partition:
         return Partition(*self._ranks(), *get_worker_id_and_num())
@@ -570,7 +588,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             n_yielded=sum(part.skip for part in parts),
             earlier=parts[0].earlier,
         )
-        return Run(start=start, total=sum(map(self._plan.n_mini_batches, parts)), loaded=loaded)
+        total = self._deal(start.earlier).n_mini_batches_of_rank(start.world_size, len(parts))
+        return Run(start=start, total=total, loaded=loaded)
 
     def _check_dealt_once(self) -> None:
         """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here."""

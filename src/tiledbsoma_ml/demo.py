@@ -107,7 +107,7 @@ def ingest_h5ad(
     Args:
         path: The file.
         label: Column of `obs` to learn; the most telling one if None.
-        output_dir: Where the experiment is to be.
+        output_dir: The folder in which the experiment is made.
         say: Told what is done.
         layer: Which matrix to take; if None, the first one of `X`, `layers["counts"]` and `raw.X` that holds
             counts, else numbers of 0 or more.
@@ -167,8 +167,8 @@ def load_task(
     """Query the labelled cells of an experiment and hold out a fifth of them.
 
     Args:
-        uri: Where the experiment is.
-        name: What to call the cells.
+        uri: URI of the experiment.
+        name: A name for the cells.
         measurement: If left out, "RNA" if there is one, else the only one.
         layer: If left out, "raw" if there is one, else the only one.
         label: Column of `obs` with the classes.
@@ -287,7 +287,7 @@ def train_classifier(
     """Train a small classifier on the mini-batches of the training cells, and test it after each epoch.
 
     Args:
-        task: What to learn.
+        task: The task to learn.
         epochs: Passes over the training cells.
         workers: Processes that read, beside this one.
         seed: For the first weights of the model.

@@ -95,7 +95,7 @@ class SCVIDataModule(QueryDataModule):
             those that occur, sorted as text.
         dataloader_kwargs: For `experiment_dataloader`. Without workers, threads of this process read ahead.
         train_size: Share of the cells to train on; the others are for validation.
-        seed: Of the split, and of the order of cells.
+        seed: Seed of the split and of the order of cells.
         label_column_name: Column of the cells' labels, for `SCANVI`.
         unlabeled_category: The label of cells that have none ("nan" for missing values).
         categorical_covariate_column_names: Further columns to correct for, each with its own categories.
@@ -354,7 +354,7 @@ class SCVIDataModule(QueryDataModule):
             query: The cells; those of this data module if None. Of any experiment that has the columns.
             batch_size: Rows per batch.
             unseen: What to do about batches of cells that the model does not know; see `SCVIDataModule`.
-            device: Where `X` is made dense.
+            device: The device on which `X` is made dense.
 
         Raises:
             ValueError: If the query does not fit.
@@ -516,7 +516,7 @@ class InferenceDataLoader:
     many times. Every rank of a distributed job gets all cells.
 
     Attributes:
-        soma_joinids: Of all cells, in the order in which they come.
+        soma_joinids: Joinids of all cells, in the order in which they come.
         batch_labels: The batches; the index of each is its code. Those that were not known come last.
     """
 

@@ -19,7 +19,7 @@ from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, c
 from tiledbsoma_ml._obs import ObsTable, with_missing
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids, check_query
 from tiledbsoma_ml._reader import check_obs_column_names
-from tiledbsoma_ml._snapshot_build import Rows, create, source_of, warn_of_unknown
+from tiledbsoma_ml._snapshot_build import SourceRows, create, source_of, warn_of_unknown
 from tiledbsoma_ml._snapshot_check import (
     checked_column,
     read_frame,
@@ -82,7 +82,7 @@ class Snapshot:
         at once, one makes it and the others wait.
 
         Args:
-            path: Where it is, or is to be.
+            path: The folder of the snapshot, which is made if it is not there.
             query: Its experiment must be open. Of several queries, on the same columns, the rows follow each
                 other, and `obs` has a column "soma_source" with the number of the query.
             layer_name: Layer of `X`, sparse or dense. If left out: "raw" if there is one, else the only one.
@@ -134,7 +134,7 @@ class Snapshot:
         whole = absolute_path(path)
         create(
             whole,
-            [Rows.of(locator, ids) for locator, ids in queries],
+            [SourceRows.of(locator, ids) for locator, ids in queries],
             obs_column_names=obs_column_names,
             layers=layers,
             obsm=obsm,

@@ -19,7 +19,7 @@ from tiledbsoma_ml._vfs import open_vfs
 
 @attrs.frozen(kw_only=True)
 class XLocator:
-    """Where an `X` layer (and the `obs` beside it) is, at which timestamp, and with which configuration.
+    """The address of an `X` layer and of the `obs` beside it, with a timestamp and a configuration.
 
     A path is made absolute, so that it does not depend on the working directory. The configuration is the
     whole TileDB configuration of the experiment's context, storage credentials included, so that a worker
@@ -76,7 +76,7 @@ class XLocator:
         """Open the layer's array and the experiment's `obs`; both close with the context.
 
         Args:
-            budget: Of memory. Buffers are sized by it, but for those that the configuration sizes.
+            budget: Memory that reading may take: it sizes the buffers that the configuration leaves unsized.
         """
         budget = budget or Budget(2**31, self.is_remote)
         if budget.keeps_freed_memory:
@@ -120,7 +120,7 @@ class XLocator:
 
 
 TEXT_BYTES = 48
-"""What a value of a dimension of text takes up in memory, about."""
+"""Memory that a value of a dimension of text takes up, about."""
 
 _TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
 

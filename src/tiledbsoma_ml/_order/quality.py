@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+from tiledbsoma_ml._rebatch import rebatch_joinids
 
 
 @attrs.frozen
@@ -60,16 +61,9 @@ def evenly_spaced(
     """Yield `n_batches` of the mini-batches of an epoch, or all if there are fewer, spread over it evenly."""
     total = -(-n_rows // batch_size)
     wanted = set(np.linspace(0, total - 1, min(n_batches, total)).round().astype(int).tolist())
-    number, rest = 0, np.empty(0, dtype=np.int64)
-    for ids in id_batches:
-        rows = np.concatenate([rest, ids])
-        n_whole = len(rows) // batch_size
-        for k in range(n_whole):
-            if number + k in wanted:
-                yield rows[k * batch_size : (k + 1) * batch_size]
-        number, rest = number + n_whole, rows[n_whole * batch_size :]
-    if len(rest) and number in wanted:
-        yield rest
+    for number, batch in enumerate(rebatch_joinids(id_batches, batch_size)):
+        if number in wanted:
+            yield batch
 
 
 def _draw(n_rows: int, n_draws: int, rng: np.random.Generator) -> NDArray[np.int64]:
