@@ -357,7 +357,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.timeout(240)
 def test_two_processes_train_on_disjoint_rows_in_equal_steps(uri: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(DDP)
