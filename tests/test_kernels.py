@@ -101,20 +101,6 @@ def copy_runs() -> Arrays:
     return cols, kept
 
 
-def copy_neighbours() -> Arrays:
-    lengths = STOPS - STARTS
-    begins = np.cumsum(lengths) - lengths
-    cols, kept = np.empty(lengths.sum(), dtype=np.uint16), np.empty(lengths.sum(), dtype=np.uint8)
-    _kernels.copy_neighbours(DIM_1 + 7, COUNTS, 7, STARTS, STOPS, begins, cols, kept)
-    return cols, kept
-
-
-def are_within() -> Arrays:
-    ranges = [(0, N_COLS), (1, N_COLS), (0, N_COLS - 1), (-(2**63), 2**31), (3, 0)]
-    answers = [_kernels.are_within(DIM_1, first, n) for first, n in ranges]
-    return (np.array([*answers, _kernels.are_within(DIM_1[:0], 3, 0)]),)
-
-
 def add_lengths() -> Arrays:
     counts = np.ones(len(SORTED_IDS), dtype=np.int32)
     rows = np.concatenate([RUN_ROWS, RUN_ROWS[::-1]])  # a row may have more than one run
@@ -174,8 +160,6 @@ DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (copy_nonzeros, (np.broadcast_to(COL_OF, NONZERO.shape)[KEPT], dense()[LINES][KEPT])),
     (are_counts, (np.array(2 * [True, True, True, False, False, False, False, False]),)),
     (copy_runs, (COL_OF[DIM_1][WANTED], COUNTS[WANTED])),
-    (copy_neighbours, (DIM_1[np.isin(DIM_0, SORTED_IDS)], COUNTS[np.isin(DIM_0, SORTED_IDS)])),
-    (are_within, (np.array([True, False, False, False, False, True]),)),
     (add_lengths, (1 + 2 * LENGTHS,)),
     (place_runs, (INDPTR[1:], INDICES, COUNTS)),
     (fill_dense, (dense(),)),

@@ -71,16 +71,6 @@ def count_kept(
 
 
 @jit
-def are_within(numbers: NDArray[np.int64], first: int, n: int) -> bool:
-    """Whether all numbers lie in `first` … `first + n - 1`."""
-    n_numbers = np.uint64(n)
-    is_one_beyond = False
-    for k in range(len(numbers)):  # without a way out, so that several are compared at a time
-        is_one_beyond |= bool(np.uint64(numbers[k] - first) >= n_numbers)
-    return not is_one_beyond
-
-
-@jit
 def count_nonzeros(
     block: NDArray[Any], lines: NDArray[np.int32], col_of: NDArray[np.int32], lengths: NDArray[np.int32]
 ) -> None:
@@ -155,25 +145,6 @@ def add_lengths(rows: NDArray[np.int32], lengths: NDArray[np.int32], counts: NDA
     """Add the length of each run to the count of its row."""
     for r in range(len(rows)):
         counts[rows[r]] += lengths[r]
-
-
-@jit
-def copy_neighbours(
-    dim_1: NDArray[np.int64],
-    values: NDArray[Any],
-    first: int,
-    starts: NDArray[np.int32],
-    stops: NDArray[np.int32],
-    begins: NDArray[np.int64],
-    cols: NDArray[Any],
-    kept: NDArray[Any],
-) -> None:
-    """Do what `copy_runs` does where every column is wanted, and goes to its distance from the `first`."""
-    for r in range(len(starts)):
-        shift = begins[r] - starts[r]
-        for k in range(starts[r], stops[r]):
-            cols[k + shift] = dim_1[k] - first
-            kept[k + shift] = values[k]
 
 
 @jit

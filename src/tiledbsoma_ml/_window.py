@@ -35,7 +35,6 @@ class Columns:
         dtype: The smallest type that holds their places.
         first: The number of the first column in `place_of`; see `numbers`.
         place_of: Where each column goes, from `first` on; -1 if it is not wanted.
-        are_in_order: Whether the wanted columns are neighbours, from `first` on.
     """
 
     TABLE = 2**20
@@ -47,7 +46,6 @@ class Columns:
         self.first = int(var_joinids.min()) if self.n else 0
         n_between = int(var_joinids.max()) - self.first + 1 if self.n else 0
         self._are_neighbours = n_between == self.n
-        self.are_in_order = self._are_neighbours and bool((np.diff(var_joinids) == 1).all())
         self._sorted: NDArrayJoinId | None = None
         if n_between <= max(self.TABLE, 4 * self.n):
             self.place_of = np.full(n_between, -1, dtype=np.int32)
@@ -58,9 +56,9 @@ class Columns:
 
     def include_all(self, dim_1: NDArrayJoinId) -> bool:
         """Whether every one of some columns is wanted, as far as that is quick to tell."""
-        from tiledbsoma_ml import _kernels
-
-        return self._are_neighbours and _kernels.are_within(dim_1, self.first, self.n)
+        if not self._are_neighbours or not len(dim_1):
+            return False
+        return bool(dim_1.min() >= self.first and dim_1.max() < self.first + self.n)
 
     def places(self, first: int, n: int) -> NDArray[np.int32]:
         """Return where each of `n` neighbouring columns goes; -1 if it is not wanted."""
@@ -180,8 +178,7 @@ class Window:
         places, starts, stops = self._find_runs(dim_0)
         lengths = stops - starts
         columns = self._columns
-        are_all = columns.include_all(dim_1)
-        if not are_all:
+        if not columns.include_all(dim_1):
             dim_1 = columns.numbers(dim_1)
             _kernels.count_kept(dim_1, columns.first, columns.place_of, starts, stops, lengths)
 
@@ -189,10 +186,7 @@ class Window:
             as_they_are = kept.dtype == values.dtype
             source, target = (_kernels.as_bits(a) if as_they_are else a for a in (values, kept))
             first, place_of = columns.first, columns.place_of
-            if are_all and columns.are_in_order:
-                _kernels.copy_neighbours(dim_1, source, first, starts, stops, begins, cols, target)
-            else:
-                _kernels.copy_runs(dim_1, source, first, place_of, starts, stops, begins, cols, target)
+            _kernels.copy_runs(dim_1, source, first, place_of, starts, stops, begins, cols, target)
 
         self._add_runs(places, lengths, _narrowed(values), copy)
 

@@ -16,7 +16,7 @@ import attrs
 from tiledbsoma_ml._query_ids import Partition, Tail, array_split_bounds, rows_per_rank
 
 ShuffleScope: TypeAlias = Literal["partition", "global"]
-"""Among which rows chunks are shuffled: those of one worker of one rank, or all of the query."""
+"""The rows that chunks are shuffled among: those of one worker of one rank, or all of the query."""
 
 Spans: TypeAlias = list[tuple[int, int]]
 """Rows of an epoch by their numbers, as (start, stop) of each stretch."""
