@@ -184,7 +184,6 @@ def run_process(program: str, *arguments: str) -> subprocess.CompletedProcess[st
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
-        timeout=200,
         env={**os.environ, "PYTHONWARNINGS": ""},
     )
 

@@ -352,7 +352,7 @@ compiling = threading.Thread(target=compile_for_a_while)
 compiling.start()
 started.wait()
 if not os.fork():
-    signal.alarm(60)
+    signal.alarm(1_000)
     _kernels.count_rows(np.zeros(1, dtype=np.uint32), np.zeros(1, dtype=np.int64))
     os._exit(0)
 compiling.join()

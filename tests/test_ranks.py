@@ -63,7 +63,7 @@ def run_ranks(script: str, store: Store, world_size: int = 2) -> list[Any]:
         environment = os.environ | {name: str(value) for name, value in ranks.items()}
         command = [sys.executable, "-c", code, json.dumps(attrs.asdict(store.locator))]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
@@ -136,13 +136,13 @@ def rows(**options):
 
 def on(one, case):
     told = found(case) if rank == one else None
-    group.set_timeout(datetime.timedelta(seconds=60))
+    group.set_timeout(datetime.timedelta(minutes=10))
     torch.distributed.barrier()
     group.set_timeout(limit)
     return told
 
 told = [on(0, rows), on(1, rows), on(1, lambda: rows(ranks=(0, 1)))]
-group.set_timeout(datetime.timedelta(seconds=60))
+group.set_timeout(datetime.timedelta(minutes=10))
 told += [rows(), group.num_keys()]
 for _ in range(5):
     rows()
@@ -312,9 +312,9 @@ def test_ctrl_c_in_the_middle_of_an_epoch_leaves_nothing_behind(
     for _ in range(20):
         assert process.stdout.readline() == b"yielded\n"
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode in (-signal.SIGINT, 130, 1)
-    for _ in range(100):
+    for _ in range(3_000):
         if not list(members(process.pid)):
             break
         time.sleep(0.1)

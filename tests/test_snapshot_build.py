@@ -448,7 +448,7 @@ def test_of_several_processes_one_makes_the_snapshot_and_the_others_wait_and_use
     for process in makers:
         process.start()
     for process in makers:
-        process.join(250)
+        process.join()
     assert [process.exitcode for process in makers] == [0, 0, 0]
     writers = [line.split()[0] for line in (path.parent / "written.txt").read_text().splitlines()]
     assert writers == N_SHARDS * [writers[0]]

@@ -15,7 +15,7 @@ from stores import Store
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._threads import ClosedWhenDropped
 
-LONG = 120  # seconds; only a failure waits as long
+LONG = 1_000  # seconds; only a failure waits as long
 
 
 def run(script: str, *arguments: str, folder: Path) -> dict[str, int | str]:
@@ -93,7 +93,7 @@ for name, (situation, expected) in situations.items():
     if not pids[name]:
         break
 if not pids[name]:
-    signal.alarm(200)
+    signal.alarm(1_000)
     situation()
 else:
     wrong = {}
@@ -162,7 +162,7 @@ def in_a_fork(check):
     "Return how a fork of this process ends that does something."
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(200)
+    signal.alarm(1_000)
     try:
         check()
         os._exit(0)
@@ -229,12 +229,12 @@ def count(loader):
 
 for round in range(3):
     for make in (DataLoader, StatefulDataLoader):  # the first while kernels are still loaded
-        loader = make(dataset, batch_size=None, num_workers=2, timeout=120, multiprocessing_context="fork")
+        loader = make(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
         found[f"{make.__name__} {round}"] = count(loader) - 311
 iterator = iter(other)
 next(iterator)
 for round in range(3):
-    loader = experiment_dataloader(dataset, num_workers=2, timeout=120, multiprocessing_context="fork")
+    loader = experiment_dataloader(dataset, num_workers=2, multiprocessing_context="fork")
     found[f"while this process reads {round}"] = count(loader) - 311
     next(iterator)
 found["a dataset's iterator goes on in a fork"] = in_a_fork(lambda: use_inherited(iterator))
@@ -258,7 +258,7 @@ with tiledbsoma.Experiment.open(sys.argv[1], context=tiledbsoma_ml.context()) as
 cycle.append(cycle)
 del experiment, cycle
 if not (pid := os.fork()):
-    signal.alarm(30)
+    signal.alarm(1_000)
     gc.collect()
     os._exit(0)
 print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}))

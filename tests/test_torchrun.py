@@ -32,7 +32,6 @@ def run(*arguments: object) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
     )
     assert process.returncode == 0, process.stdout
     return process.stdout
