@@ -151,8 +151,7 @@ def chosen(n_rows: int, row_tile: int, window_rows: int, batch_size: int) -> lis
         io_batch_size="auto",
         batch_size=batch_size,
         permutes=True,
-        layout=Layout(row_tile, 1.0),
-        window_bytes=window_rows,
+        layout=Layout(row_tile, 1.0, window_rows),
     )
     sizes = plan.sizes(QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=[0]))
     return [n_rows, row_tile, window_rows, batch_size, sizes.run_length, sizes.window_rows, sizes.mixing]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from numbers import Integral
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -41,10 +42,21 @@ def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
 
 @attrs.frozen
 class Budget:
-    """The shares of a memory budget: one for TileDB, and what is left for rows that wait."""
+    """The shares of a memory budget: one for TileDB, and what is left for rows that wait.
+
+    Attributes:
+        total: All bytes that reading may take.
+        is_remote: Whether rows come from an object store or a server, where requests take long.
+        mini_batch_bytes: Bytes, of these, for mini-batches that are made ahead.
+        window_dir: Folder where windows wait in a file; in memory if None.
+        window_budget: Bytes that this file may take.
+    """
 
     total: int
     is_remote: bool = False
+    mini_batch_bytes: int = 0
+    window_dir: Path | None = None
+    window_budget: int = 0
 
     @property
     def tiledb(self) -> int:
@@ -65,7 +77,8 @@ class Budget:
     def windows(self) -> int:
         """Memory that is left for rows that wait, all windows together."""
         fixed = min(FIXED_BYTES, self.total // 2)
-        return int(self.total * 0.95) - self.tiledb - 9 * self.buffer - fixed - self._kept
+        others = self.tiledb + 9 * self.buffer + fixed + self._kept + self.mini_batch_bytes
+        return int(self.total * 0.95) - others
 
     @property
     def keeps_freed_memory(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
@@ -43,6 +44,17 @@ class Rows(Generic[Matrix]):
     def __attrs_post_init__(self) -> None:
         parts: list[Sized] = [self.X, self.obs, *self.layers.values(), *self.obsm.values()]
         assert all(len(part) == len(self) for part in parts)
+
+    @classmethod
+    def from_scipy(
+        cls, obs_joinids: NDArrayJoinId, X: sparse.csr_matrix | sparse.csr_array, obs: pd.DataFrame
+    ) -> Rows[CSR_IO_Buffer]:
+        """Return rows whose `X` SciPy has; values of a coordinate that repeats are added up."""
+        if not X.has_canonical_format:
+            X = X.copy()
+            X.sum_duplicates()
+        matrix = CSR_IO_Buffer.from_pjd(X.indptr, X.indices, X.data, X.shape)
+        return Rows(obs_joinids=obs_joinids, X=matrix, obs=obs)
 
     def __len__(self) -> int:
         """Return the number of rows."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._order.plan import EpochPart, Plan
 from tiledbsoma_ml._order.share import Stage
-from tiledbsoma_ml._order.sizes import UNSHUFFLED_ROWS, Layout, read_amplification
+from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout, read_amplification
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
 
 # The batches of an epoch ----------------------------------------------------------------------------------
@@ -34,8 +34,9 @@ def plans(draw: st.DrawFn) -> Plan:
         batch_size=draw(st.sampled_from([1, 5, 30])),
         permutes=chunk is not None and draw(st.booleans()),
         mixing=draw(st.none() | st.floats(0.8, 1.0)),
-        layout=Layout(draw(st.sampled_from([1, 3, 8, 64])), 10.0) if is_auto else None,
-        window_bytes=draw(st.integers(10, 2500)) if is_auto else 0,
+        layout=Layout(draw(st.sampled_from([1, 3, 8, 64])), 10.0, draw(st.integers(1, 250)))
+        if is_auto
+        else None,
     )
 
 
@@ -86,7 +87,7 @@ def test_every_epoch_and_every_seed_has_its_own_order_and_without_chunks_there_i
 def test_what_is_not_shuffled_keeps_the_order_of_the_query(plan: Plan, joinids: list[int]) -> None:
     unshuffled = attrs.evolve(plan, shuffle_chunk_size=None, permutes=False)
     if unshuffled.io_batch_size == "auto" or unshuffled.layout is None:
-        unshuffled = attrs.evolve(unshuffled, layout=Layout(8, 10.0), window_bytes=500)
+        unshuffled = attrs.evolve(unshuffled, layout=Layout(8, 10.0, 50))
     assert flat(batches_of(unshuffled, joinids)) == joinids
 
 
@@ -125,8 +126,7 @@ def test_a_batch_is_no_larger_than_the_window_where_an_unsorted_query_is_not_shu
         io_batch_size="auto",
         batch_size=8,
         permutes=False,
-        layout=Layout(64, 100.0),
-        window_bytes=100 * 100,
+        layout=Layout(64, 100.0, 100),
     )
     assert max(map(len, batches_of(plan, range(1000)[::-1]))) < 100 + 64
 
@@ -137,11 +137,10 @@ def test_an_unshuffled_query_is_read_in_windows_that_are_no_larger_than_helps() 
         io_batch_size="auto",
         batch_size=8,
         permutes=False,
-        layout=Layout(2048, 10.0),
-        window_bytes=10**9,
+        layout=Layout(2048, 10.0, 10**8),
     )
     lengths = [len(batch) for batch in batches_of(plan, range(300_000))]
-    assert max(lengths) <= UNSHUFFLED_ROWS
+    assert max(lengths) <= ENOUGH_ROWS
     assert [length % 2048 for length in lengths[:-1]] == [0] * (len(lengths) - 1)
 
 
@@ -170,8 +169,7 @@ def test_rows_that_repeat_come_as_often_as_the_query_has_them() -> None:
         io_batch_size="auto",
         batch_size=4,
         permutes=True,
-        layout=Layout(8, 10.0),
-        window_bytes=200,
+        layout=Layout(8, 10.0, 20),
     )
     joinids = [3, 3, 50, 7, 7, 7, 90, 11, *range(100, 140)]
     assert sorted(flat(batches_of(plan, joinids))) == sorted(joinids)
@@ -188,20 +186,19 @@ def test_numbers_are_cut_as_they_always_were() -> None:
     assert [batch.tolist() for batch in plan.id_batches(ids, seed=7, epoch=0)] == expected
 
 
-def test_the_window_holds_as_many_rows_as_the_bytes_allow() -> None:
-    layout = Layout(64, 250.0)
+def test_a_window_has_as_many_rows_as_it_may_hold() -> None:
+    layout = Layout(64, 250.0, 1000)
     plan = Plan(
         shuffle_chunk_size="auto",
         io_batch_size="auto",
         batch_size=128,
         permutes=True,
         layout=layout,
-        window_bytes=250 * 1000,
     )
     ids = QueryIDs(obs_joinids=np.arange(10_000), var_joinids=[0])
     assert plan.sizes(ids).window_rows == 1000
     assert attrs.evolve(plan, io_batch_size=500).sizes(ids).window_rows == 500
-    assert attrs.evolve(plan, window_bytes=10**9).sizes(ids).window_rows == 10_000
+    assert attrs.evolve(plan, layout=Layout(64, 250.0, 10**8)).sizes(ids).window_rows == 10_000
 
 
 @pytest.mark.parametrize(
@@ -358,7 +355,8 @@ def test_what_one_reads_together_is_said_by_the_plan() -> None:
     assert planned(**numbers, scope="global")[:2] == (4, 60)
     assert planned(**numbers | {"io_batch_size": 512}, scope="global")[2] == 1.0
     assert 0.5 < planned(**numbers)[2] < 1
-    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "layout": Layout(64, 1.0)}
-    assert planned(**auto, window_bytes=500) == (64, 500, 1.0)
-    assert planned(**auto | {"shuffle_chunk_size": 7}, window_bytes=250)[:2] == (7, 252)
-    assert planned(**auto | {"shuffle_chunk_size": 7}, window_bytes=250, scope="global")[:2] == (7, 250)
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "layout": Layout(64, 1.0, 500)}
+    assert planned(**auto) == (64, 500, 1.0)
+    sevens = {"shuffle_chunk_size": 7, "io_batch_size": "auto", "layout": Layout(64, 1.0, 250)}
+    assert planned(**sevens)[:2] == (7, 252)
+    assert planned(**sevens, scope="global")[:2] == (7, 250)

@@ -15,7 +15,7 @@ from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
 from tiledbsoma_ml._order.order import Chunked, Order, Stored, Tiled, chunk_starts, in_order, is_sorted
 from tiledbsoma_ml._order.share import ALONE, Deal, ShuffleScope, Stage
 from tiledbsoma_ml._order.sizes import (
-    UNSHUFFLED_ROWS,
+    ENOUGH_ROWS,
     Layout,
     Size,
     Sizes,
@@ -59,8 +59,7 @@ class Plan:
         batch_size: Rows per mini-batch.
         permutes: Whether the rows of each window are permuted.
         mixing: The mixing that "auto" should reach, see `choose_sizes`.
-        layout: How the layer is stored; needed where a size is "auto".
-        window_bytes: Memory for a window, where `io_batch_size` is "auto".
+        layout: How the layer is stored, and what a window may hold; needed where a size is "auto".
         scope: See `ShuffleScope`.
         tail: See `Tail`.
     """
@@ -71,9 +70,20 @@ class Plan:
     permutes: bool
     mixing: float | None = None
     layout: Layout | None = None
-    window_bytes: int = 0
     scope: ShuffleScope = "partition"
     tail: Tail = "drop"
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether a size is "auto", so that `layout` is needed."""
+        return "auto" in (self.shuffle_chunk_size, self.io_batch_size)
+
+    @property
+    def order_key(self) -> list[object]:
+        """What the order of rows depends on, beside what the user gave: what "auto" is chosen from."""
+        if self.layout is None:
+            return []
+        return [self.layout.row_tile, self.layout.window_rows, self.mixing]
 
     def of(self, part: EpochPart) -> PartPlan:
         """Return the plan of a part of an epoch; keep it for all that is asked about that part."""
@@ -101,9 +111,10 @@ class Plan:
         assert self.layout is not None
         window_rows = self.io_batch_size
         if window_rows == "auto":
-            window_rows = int(self.window_bytes / self.layout.bytes_per_row)
+            assert self.layout.window_rows is not None
+            window_rows = self.layout.window_rows
         if self.shuffle_chunk_size is None:
-            rows = max(1, min(window_rows, UNSHUFFLED_ROWS))
+            rows = max(1, min(window_rows, ENOUGH_ROWS))
             row_tile = self.layout.row_tile
             return Sizes(run_length=row_tile, window_rows=rows, first_window_rows=rows, mixing=0.0)
         return choose_sizes(
@@ -215,9 +226,7 @@ class PartPlan:
     @cached_property
     def sizes(self) -> Sizes | None:
         """What "auto" stands for; None where both sizes are numbers."""
-        if "auto" not in (self.plan.shuffle_chunk_size, self.plan.io_batch_size):
-            return None
-        return self.plan.sizes(self.ids, self._world_size)
+        return self.plan.sizes(self.ids, self._world_size) if self.plan.is_auto else None
 
     @property
     def chunk_rows(self) -> int:

@@ -27,8 +27,11 @@ REFERENCE_CHUNKS = 1024
 TOLERANCE = 0.005
 """A smaller difference in predicted mixing says nothing: the prediction is right to about one hundredth."""
 
-UNSHUFFLED_ROWS = 65_536
-"""Rows read together at most where nothing is shuffled, and more would only keep the first ones waiting."""
+ENOUGH_ROWS = 65_536
+"""Rows read together at most where more would only keep the first ones waiting.
+
+That is where nothing is shuffled, and where every row can be read by itself, so that chunks are single rows.
+"""
 
 
 @attrs.frozen
@@ -36,12 +39,14 @@ class Layout:
     """How a layer is stored, as far as planning needs to know.
 
     Attributes:
-        row_tile: Neighbouring rows that are decoded together.
+        row_tile: Neighbouring rows that are decoded together; 1 where every row can be read by itself.
         bytes_per_row: Memory that a row of the query takes up while it waits in a window.
+        window_rows: Rows that a window may hold; as many as the budget of memory holds if None.
     """
 
     row_tile: int
     bytes_per_row: float
+    window_rows: int | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -82,11 +87,11 @@ def choose_sizes(
         mixing: The mixing that is well enough; if None, that of the documented defaults.
         world_size: Number of ranks that share the rows.
     """
-    window_rows = max(1, window_rows)
+    window_rows = max(1, window_rows if layout.row_tile > 1 else min(window_rows, ENOUGH_ROWS))
     n_rows = math.ceil(len(sorted_ids) / world_size)
     n_windows = max(1, math.ceil(n_rows / window_rows))
     rows = math.ceil(n_rows / n_windows)
-    if n_windows == 1:
+    if n_windows == 1 or layout.row_tile == 1:
         return Sizes(run_length=layout.row_tile, window_rows=rows, first_window_rows=rows, mixing=1.0)
     target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
     for run_length in _run_lengths(layout.row_tile):
