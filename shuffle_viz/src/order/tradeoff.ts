@@ -8,6 +8,8 @@ import { inverseNormal } from "./normal";
 
 /** Chunks in a window of the documented defaults: "auto" mixes no worse. */
 const REFERENCE_CHUNKS = 1024;
+/** Rows read together at most where chunks are single rows: more would only keep the first ones waiting. */
+const ENOUGH_ROWS = 65_536;
 const TOLERANCE = 0.005;
 
 export interface Sizes {
@@ -42,9 +44,10 @@ export function predictedMixing(nChunks: number, miniBatch: number): number {
 
 /** Return what "auto" stands for where rows of the query are neighbours: the longest runs that mix well. */
 export function chooseSizes(rows: number, tile: number, windowRows: number, miniBatch: number): Sizes {
-  const nWindows = Math.max(1, Math.ceil(rows / Math.max(1, windowRows)));
+  const held = Math.max(1, tile > 1 ? windowRows : Math.min(windowRows, ENOUGH_ROWS));
+  const nWindows = Math.max(1, Math.ceil(rows / held));
   const window = Math.ceil(rows / nWindows);
-  if (nWindows === 1) return { chunk: tile, window, mixing: 1 };
+  if (nWindows === 1 || tile === 1) return { chunk: tile, window, mixing: 1 };
   const target = predictedMixing(REFERENCE_CHUNKS, miniBatch) - TOLERANCE;
   for (let chunk = tile; ; chunk /= 2) {
     const mixing = predictedMixing(window / (rows / Math.ceil(rows / chunk)), miniBatch);
