@@ -120,7 +120,7 @@ def _run_rows(dataset: ExperimentDataset) -> int:
     chunk = getattr(dataset, "shuffle_chunk_size", 64)  # 0.1.0 does not tell; no case of it has less
     if chunk != "auto":
         return min(64, int(chunk))
-    return min(64, int(dataset._reading.plan.sizes(dataset.query_ids).run_length))
+    return min(64, int(dataset.plan.sizes(dataset.query_ids).run_length))
 
 
 def window_ends(order: NDArray[np.int64], obs_joinids: NDArray[np.int64], run_rows: int) -> NDArray[np.int64]:

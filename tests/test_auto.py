@@ -21,13 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, _reader, _reading, experiment_dataloader
+from tiledbsoma_ml import (
+    ExperimentDataset,
+    QueryIDs,
+    _auto,
+    _reader,
+    _soma_source,
+    experiment_dataloader,
+)
+from tiledbsoma_ml import dataset as dataset_module
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._device import DeviceRows
-from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._order import sizes as order_sizes
 from tiledbsoma_ml._reader import SOMAReader
-from tiledbsoma_ml._reading import Reading
 from tiledbsoma_ml._window import Room, Window, preload_kernels
 
 # torch says once per process that its CSR layout is in beta, and that it does not check it.
@@ -120,8 +126,8 @@ def test_every_row_comes_once_with_its_own_values_in_a_new_order_every_epoch(
         np.sort(np.random.default_rng(n_rows).permutation(N_OBS)[:n_rows]) if scattered else np.arange(n_rows)
     )
     with (
-        mock.patch.object(Budget, "windows", window_bytes + 3 * 80 * N_VARS * 4),
-        mock.patch.object(_reading, "_check_budget"),
+        mock.patch.object(Budget, "windows", window_bytes),
+        mock.patch.object(_auto, "_check_holds_a_tile"),
     ):
         dataset = store.dataset(rows, **options, **mode, **files, seed=5)
         same = store.dataset(rows, **options, **mode, **files, seed=5)
@@ -212,7 +218,7 @@ def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
 
     with mock.patch.object(soma.SparseNDArray, "read", spy):
         assert sorted(joinids_of(dataset)) == rows.tolist()
-    assert dataset._reading.plan.sizes(dataset.query_ids).run_length == TILE
+    assert dataset.plan.sizes(dataset.query_ids).run_length == TILE
     assert len(tiles) > 1
     assert sum(map(len, tiles)) == len(set().union(*tiles)) == len(np.unique(rows // TILE))
 
@@ -224,7 +230,7 @@ def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_ch
     # The store is small: say that 15 chunks mix well enough.
     monkeypatch.setattr(order_sizes, "predicted_mixing", lambda n_chunks, _: min(1.0, n_chunks / 15))
     dataset = dataset_of(large, batch_size=4, mixing=1.0)
-    sizes = dataset._reading.plan.sizes(dataset.query_ids)
+    sizes = dataset.plan.sizes(dataset.query_ids)
     lengths = window_lengths(dataset)
     assert 2 * sizes.first_window_rows == sizes.window_rows == N_ROWS / 2
     assert lengths[0] < sizes.first_window_rows + sizes.run_length
@@ -242,23 +248,22 @@ def test_a_larger_budget_makes_larger_windows(large: Store, monkeypatch: pytest.
     assert len(set(lengths)) == 3
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_dense_mini_batches_are_paid_for_from_the_budget(large: Store) -> None:
     sparse, dense = (dataset_of(large, return_sparse_X=sparse_X) for sparse_X in (True, False))
-    assert dense._reading.window_bytes == sparse._reading.window_bytes - 3 * 32 * N_VARS * 4
+    assert sparse.budget.windows - dense.budget.windows == 3 * 32 * N_VARS * 4
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_rows_that_take_up_more_bytes_make_smaller_windows(large: Store) -> None:
     few, all_columns = large.dataset(range(N_ROWS), [0], **AUTO), large.dataset(range(N_ROWS), **AUTO)
-    rows = [d._reading.plan.sizes(d.query_ids).window_rows for d in (few, all_columns)]
+    rows = [d.plan.sizes(d.query_ids).window_rows for d in (few, all_columns)]
     assert rows[0] > rows[1]
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_a_better_mixing_takes_shorter_runs(large: Store) -> None:
     runs = [
-        d._reading.plan.sizes(d.query_ids).run_length
+        d.plan.sizes(d.query_ids).run_length
         for d in (dataset_of(large, mixing=mixing) for mixing in (0.8, 0.9, 1))
     ]
     assert runs[0] > runs[1] > runs[2] == 1
@@ -272,7 +277,7 @@ def test_one_size_may_be_auto_and_the_other_a_number(large: Store) -> None:
     assert (runs[:, 0] % 4 == 0).all()
     assert (np.diff(runs) == 1).all()
     only_chunk = dataset_of(large, io_batch_size=100)
-    run = only_chunk._reading.plan.sizes(only_chunk.query_ids).run_length
+    run = only_chunk.plan.sizes(only_chunk.query_ids).run_length
     lengths = window_lengths(only_chunk)
     assert max(lengths) < 100 + run
     assert sum(lengths) == N_ROWS
@@ -408,7 +413,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 @pytest.mark.usefixtures("small_windows")
 def test_the_log_says_what_auto_stands_for(large: Store, log: Callable[[], list[str]]) -> None:
     dataset = dataset_of(large, mixing=0.9)
-    sizes = dataset._reading.plan.sizes(dataset.query_ids)
+    sizes = dataset.plan.sizes(dataset.query_ids)
     [line] = log()
     found = re.fullmatch(
         r"runs of (\d+) rows in windows of (\d+) rows \((\d+) MiB\): mixing (0\.\d\d) of random is predicted",
@@ -455,7 +460,7 @@ def test_sizes_that_are_cheap_or_do_not_matter_are_not_worth_a_line(
 
 
 def test_nothing_is_measured_for_a_log_that_nobody_reads(large: Store) -> None:
-    with mock.patch.object(_reading, "row_tile", side_effect=AssertionError("the layer was opened")):
+    with mock.patch.object(_soma_source, "row_tile", side_effect=AssertionError("the layer was opened")):
         dataset_of(large, shuffle_chunk_size=2, io_batch_size=64)
 
 
@@ -505,7 +510,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
                 event.set()
             return answer
 
-    monkeypatch.setattr(_reading, "Room", TinyRoom)
+    monkeypatch.setattr(_soma_source, "Room", TinyRoom)
     return event
 
 
@@ -553,15 +558,13 @@ def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
 def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
     n_tables, n_read, n_windows = 3000, 0, 0
     is_waited_for, is_left = threading.Event(), threading.Event()
-    rows, entries, close = Reading.rows, _reader._sparse_entries, EagerIterator.close
+    read_ahead, entries, close = dataset_module.read_ahead, _reader._sparse_entries, Room.close
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
-        n_rows = 0
-        with closing(rows(*args, **options)) as parts:
-            for part in parts:
-                n_rows += len(part)
-                yield part
-                if n_rows == 300:
+        with closing(read_ahead(*args, **options)) as pieces:
+            for rows, is_last in pieces:
+                yield rows, is_last
+                if is_last:
                     is_waited_for.set()
 
     def slow(*args: Any) -> Iterator[Any]:
@@ -576,20 +579,20 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
             n_read += 1
             yield one_entry
 
-    def leave(self: EagerIterator[Any]) -> None:
-        is_left.set()
+    def leave(self: Room) -> None:
         close(self)
+        is_left.set()
 
     options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
     with (
-        mock.patch.object(Reading, "rows", watched),
+        mock.patch.object(dataset_module, "read_ahead", watched),
         mock.patch.object(_reader, "_sparse_entries", slow),
     ):
         mini_batches = iter(dataset_of(large, **options))
         for _ in range(300 // 20):
             next(mini_batches)
         assert is_waited_for.wait(LONG)
-        with mock.patch.object(EagerIterator, "close", leave):
+        with mock.patch.object(Room, "close", leave):
             mini_batches.close()
     assert n_read < n_tables
 
@@ -784,7 +787,7 @@ def test_a_window_budget_above_the_free_space_says_how_much_there_is(store: Stor
 
 @pytest.mark.parametrize("mixing", [0.8, 1, np.float64(0.9), None])
 def test_every_mixing_from_0_8_to_1_is_accepted(large: Store, mixing: float | None) -> None:
-    assert dataset_of(large, mixing=mixing)._reading.plan.mixing == mixing
+    assert dataset_of(large, mixing=mixing).plan.mixing == mixing
 
 
 @pytest.mark.parametrize(

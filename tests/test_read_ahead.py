@@ -14,7 +14,7 @@ from scipy import sparse
 from stores import N_VARS, expected_X, make_obs
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import id_batches
-from tiledbsoma_ml._read_ahead import read_ahead
+from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._window import Columns, Room, Window
 
@@ -32,7 +32,7 @@ class MemoryReader:
     """Rows of `expected_X`; counts what it reads, and fails where it is asked to."""
 
     def __init__(self, error_at: int | None = None, n_parts: int = 1) -> None:
-        self.n_read = 0
+        self.n_read = self.n_closed = 0
         self.has_read = [threading.Event() for _ in range(100)]
         self._error_at = error_at
         self._n_parts = n_parts
@@ -48,6 +48,9 @@ class MemoryReader:
         finally:
             self._busy.release()
             self.has_read[number].set()
+
+    def close(self) -> None:
+        self.n_closed += 1
 
     def _rows_of(self, obs_joinids: np.ndarray) -> Rows[Any]:
         csr = sparse.csr_matrix(expected_X(obs_joinids, range(N_VARS)))
@@ -75,7 +78,8 @@ def test_each_batch_holds_the_rows_of_its_joinids_in_their_order(
     read = list(read_ahead(id_batches(chunks, io_batch_size, None), MemoryReader(), use_eager_fetch=eager))
     batches = list(id_batches(chunks, io_batch_size, None))
     assert len(read) == len(batches)
-    for rows, batch in zip(read, batches, strict=True):
+    for (rows, is_last), batch in zip(read, batches, strict=True):
+        assert is_last
         assert rows.obs_joinids.tolist() == batch.tolist()
         np.testing.assert_array_equal(rows.X.slice_tonumpy(slice(None)), expected_X(batch, range(N_VARS)))
         pd.testing.assert_frame_equal(rows.obs, make_obs(batch))
@@ -85,8 +89,10 @@ def test_each_batch_holds_the_rows_of_its_joinids_in_their_order(
 def test_the_parts_of_each_batch_come_in_order_one_batch_after_the_other(eager: bool) -> None:
     reader = MemoryReader(n_parts=3)
     read = read_ahead(id_batches([np.arange(100, 125)], 10, None), reader, use_eager_fetch=eager)
-    parts = [rows.obs_joinids.tolist() for rows in read]
+    pieces = list(read)
+    parts = [rows.obs_joinids.tolist() for rows, _ in pieces]
     assert [len(part) for part in parts] == [4, 3, 3, 4, 3, 3, 2, 2, 1]
+    assert [is_last for _, is_last in pieces] == 3 * [False, False, True]
     assert np.concatenate(parts).tolist() == list(range(100, 125))
 
 
@@ -97,12 +103,12 @@ def test_an_error_of_the_reader_surfaces_at_its_batch_with_its_cause(eager: bool
     reader = MemoryReader(error_at)
     read = read_ahead(id_batches([np.arange(50)], 10, None), reader, use_eager_fetch=eager)
     for number in range(error_at):
-        assert next(read).obs_joinids.tolist() == list(range(10 * number, 10 * number + 10))
+        assert next(read)[0].obs_joinids.tolist() == list(range(10 * number, 10 * number + 10))
     with pytest.raises(OSError, match=f"batch {error_at} cannot be read") as caught:
         next(read)
     assert isinstance(caught.value.__cause__, KeyError)
     assert list(read) == []
-    assert reader.n_read == error_at + 1
+    assert (reader.n_read, reader.n_closed) == (error_at + 1, 1)
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -112,7 +118,7 @@ def test_an_error_of_the_joinids_surfaces_where_their_batch_would_have_come() ->
         raise RuntimeError("no more ids")
 
     read = read_ahead(batches(), MemoryReader(), use_eager_fetch=True)
-    assert len(next(read)) == 5
+    assert len(next(read)[0]) == 5
     with pytest.raises(RuntimeError, match="no more ids"):
         next(read)
 
@@ -126,7 +132,7 @@ def test_exactly_one_batch_is_read_ahead() -> None:
         next(read)
         assert reader.has_read[n_taken].wait(60), "the next batch is read without being asked for"
     read.close()  # waits for whatever is being read
-    assert reader.n_read == 4
+    assert (reader.n_read, reader.n_closed) == (4, 1)
 
 
 def test_without_eager_fetch_nothing_is_read_ahead_and_no_thread_is_started() -> None:
@@ -190,13 +196,16 @@ class WaitingReader:
             for X, ids in zip(window, obs_joinids.reshape(3, 1), strict=True)
         )
 
+    def close(self) -> None:
+        self.room.close()
 
-def ids_in(parts: list[Rows[Any]]) -> list[list[int]]:
+
+def ids_in(pieces: list[Piece]) -> list[list[int]]:
     """Return the joinids of rows, having checked that each row of X is its own."""
-    for rows in parts:
+    for rows, _ in pieces:
         found = rows.X.slice_tonumpy(slice(None))
         np.testing.assert_array_equal(found, expected_X(rows.obs_joinids, range(N_VARS)))
-    return [rows.obs_joinids.tolist() for rows in parts]
+    return [rows.obs_joinids.tolist() for rows, _ in pieces]
 
 
 ROWS = np.array([[5, 4, 9], [1, 0, 7], [8, 2, 6]])
@@ -205,7 +214,7 @@ ROWS = np.array([[5, 4, 9], [1, 0, 7], [8, 2, 6]])
 @pytest.mark.usefixtures("no_thread_left")
 def test_a_reader_that_waits_for_room_goes_on_as_rows_are_taken() -> None:
     reader = WaitingReader()
-    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     parts = [next(read)]
     assert reader.has_to_wait.wait(60)
     parts += read
@@ -216,7 +225,7 @@ def test_a_reader_that_waits_for_room_goes_on_as_rows_are_taken() -> None:
 @pytest.mark.usefixtures("no_thread_left")
 def test_closing_while_the_reader_waits_for_room_ends_its_thread() -> None:
     reader = WaitingReader()
-    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     next(read)
     assert reader.has_to_wait.wait(60)
     read.close()
@@ -227,7 +236,7 @@ def test_closing_while_the_reader_waits_for_room_ends_its_thread() -> None:
 @pytest.mark.usefixtures("no_thread_left")
 def test_an_error_while_rows_are_taken_ends_the_thread_of_a_reader_that_waits_for_room() -> None:
     reader = WaitingReader()
-    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True, room=reader.room)
+    read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     next(read)
     assert reader.has_to_wait.wait(60)
     with pytest.raises(KeyboardInterrupt):

@@ -260,7 +260,7 @@ def test_values_are_stored_in_the_smallest_type_that_holds_all_of_a_shard_bit_fo
 
 
 def dense_of(reader: Any, rows: np.ndarray) -> np.ndarray:
-    out = np.empty((len(rows), reader.n_cols), reader.dtype)
+    out = np.empty((len(rows), reader.n_vars), reader.dtype)
     reader.fill_dense(rows, out)
     return out
 
@@ -468,11 +468,10 @@ def test_reading_all_rows_over_and_over_keeps_no_more_memory_than_a_limit(
     whole: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Pool, "SMALL", 1)
-    monkeypatch.setattr("tiledbsoma_ml._snapshot_reader.KEPT_BYTES", 2**14)
-    snapshot = Snapshot.open(whole.path)
+    reader = whole.reader(kept_bytes=2**14)
     for n in range(50, N_OBS, 20):
-        snapshot[:n]
-    assert 0 < snapshot._reader_of_all().pool.kept_bytes <= 2**14
+        reader.csr(whole.query_ids.obs_joinids[:n])
+    assert 0 < reader.kept_bytes <= 2**14
 
 
 def test_mini_batches_that_are_held_stay_as_they_are(
@@ -742,7 +741,7 @@ def read(snapshot):
     ids, found = snapshot.query_ids.obs_joinids, []
     some = snapshot.var_joinids[[7, 3, 20]]
     for reader in (snapshot.reader(), snapshot.reader(ids, some, ["soma_joinid"])):
-        X, dense = reader.csr(ids[::-1]), np.empty((len(ids), reader.n_cols), reader.dtype)
+        X, dense = reader.csr(ids[::-1]), np.empty((len(ids), reader.n_vars), reader.dtype)
         X @ X.T
         reader.fill_dense(ids[::-1], dense)
         found += [X.toarray(), dense, *(rows.X.slice_tonumpy(slice(None)) for rows in reader.read(ids))]

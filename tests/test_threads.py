@@ -36,7 +36,7 @@ def run(script: str, *arguments: str, folder: Path) -> dict[str, int | str]:
 SITUATIONS = """
 import json, os, signal, sys, threading, time
 from stores import Store
-from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator, _reading
+from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator, _soma_source
 from tiledbsoma_ml._window import Room, preload_kernels
 import tiledbsoma
 
@@ -86,7 +86,7 @@ situations = {
     "a thread goes on": (lambda: iterate_in_a_thread(False), 0),
     "a daemon thread goes on": (lambda: iterate_in_a_thread(True), 0),
 }
-_reading.Room, rooms, pids = Recorded, [], {}
+_soma_source.Room, rooms, pids = Recorded, [], {}
 preload_kernels().join()
 for name, (situation, expected) in situations.items():
     pids[name] = os.fork()

@@ -16,13 +16,13 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer, concat_toscipy
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._pool import Pool
+from tiledbsoma_ml._read_ahead import Piece
 from tiledbsoma_ml._rebatch import rebatch
 from tiledbsoma_ml._rows import Padding, Rows, concat_obs
 
 KEPT_BATCHES = 3
 """Memory of so many dense mini-batches that nobody holds is kept for later ones."""
 
-RowsInMemory: TypeAlias = Rows[CSR_IO_Buffer]
 RowsOnDevice: TypeAlias = Rows[DeviceRows]
 
 _X = TypeVar("_X", NDArrayNumber, sparse.csr_matrix, torch.Tensor)
@@ -33,7 +33,7 @@ class DeviceShuffle:
     """How rows are permuted on a device: by the generator of [seed, epoch], one draw for each unit.
 
     Attributes:
-        unit: What is permuted: the rows that come together, or those of each mini-batch.
+        unit: What is permuted: the rows that are read at once, or those of each mini-batch.
         seed: The seed of the shuffle.
         epoch: The epoch of the shuffle.
         n_earlier: Mini-batches of the epoch that came before; their draws are passed over.
@@ -67,15 +67,15 @@ class Assembly:
     padding: Padding | None = None
     use_eager_fetch: bool = True
 
-    def mini_batches(self, rows: Iterable[RowsInMemory]) -> Generator[MiniBatch, None, None]:
-        """Yield the mini-batches of rows."""
-        made = self._on_cpu(rows) if self.device is None else self._on_device(rows, self.device)
+    def mini_batches(self, pieces: Iterable[Piece]) -> Generator[MiniBatch, None, None]:
+        """Yield the mini-batches of rows that come in pieces."""
+        made = self._on_cpu(pieces) if self.device is None else self._on_device(pieces, self.device)
         with closing(EagerIterator(made) if self.use_eager_fetch else made) as mini_batches:
             yield from mini_batches
 
-    def _on_cpu(self, rows: Iterable[RowsInMemory]) -> Generator[MiniBatch, None, None]:
+    def _on_cpu(self, pieces: Iterable[Piece]) -> Generator[MiniBatch, None, None]:
         pool: Pool | None = None
-        for parts in rebatch(rows, self.batch_size, Rows.slice):
+        for parts in rebatch((rows for rows, _ in pieces), self.batch_size, Rows.slice):
             matrices = [part.X for part in parts]
             if self.is_sparse:
                 yield self._finished(concat_toscipy(matrices), parts)
@@ -84,16 +84,14 @@ class Assembly:
             pool = pool or Pool(KEPT_BATCHES * n_bytes)
             yield self._finished(_concat_tonumpy(matrices, pool), parts)
 
-    def _on_device(
-        self, rows: Iterable[RowsInMemory], device: torch.device
-    ) -> Generator[MiniBatch, None, None]:
+    def _on_device(self, pieces: Iterable[Piece], device: torch.device) -> Generator[MiniBatch, None, None]:
         shuffle = self.shuffle
         rng = None if shuffle is None else seeded_rng(shuffle.seed, shuffle.epoch)
         of_mini_batches = rng if shuffle is not None and shuffle.unit == "mini_batch" else None
         if shuffle is not None and of_mini_batches is not None:
             for _ in range(shuffle.n_earlier):
                 of_mini_batches.permutation(self.batch_size)
-        on_device = _put(rows, device, None if of_mini_batches is not None else rng)
+        on_device = _put(pieces, device, None if of_mini_batches is not None else rng)
         for parts in rebatch(on_device, self.batch_size, Rows.slice):
             whole = Rows.concat(parts)
             if of_mini_batches is not None:
@@ -111,12 +109,19 @@ class Assembly:
 
 
 def _put(
-    rows: Iterable[RowsInMemory], device: torch.device, rng: np.random.Generator | None
+    pieces: Iterable[Piece], device: torch.device, rng: np.random.Generator | None
 ) -> Iterator[RowsOnDevice]:
-    """Yield the rows on the device; with `rng`, those that come together are permuted there."""
-    for some in rows:
-        on_device = some.to(device)
-        yield on_device if rng is None else on_device.take(rng.permutation(len(some)))
+    """Yield the rows on the device; with `rng`, those that are read at once are permuted there."""
+    together: list[RowsOnDevice] = []
+    for rows, is_last in pieces:
+        on_device = rows.to(device)
+        if rng is None:
+            yield on_device
+            continue
+        together.append(on_device)
+        if is_last:
+            whole, together = Rows.concat(together), []
+            yield whole.take(rng.permutation(len(whole)))
 
 
 def _concat_tonumpy(matrices: Sequence[CSR_IO_Buffer], pool: Pool) -> NDArrayNumber:

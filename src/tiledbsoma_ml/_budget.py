@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from numbers import Integral
 from pathlib import Path
@@ -17,6 +18,24 @@ FIXED_BYTES = 128 * 2**20
 
 KEPT_BYTES = 128 * 2**20
 """Freed memory that malloc may keep, where there is room for it: from a budget of 1 GiB on."""
+
+N_PARTS = 32
+"""In how many parts the rows of a window are given out, and what they held is freed."""
+
+MAX_PARTS = 200
+"""The same for windows in files."""
+
+EXTENTS_PER_PART = 16
+"""A part of a window in a file is kept in so many stretches of it, of which the last one is not full."""
+
+FILE_SHARE = 1 + 2 / EXTENTS_PER_PART
+"""Bytes of a file for each byte of two windows: one that is filled, and one that is given out."""
+
+EXPANSION = 5.0
+"""Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
+
+LEAST_SHARE = 0.55 / (1 + EXPANSION / N_PARTS)
+"""Of a byte that is added to a budget, a window gets this much at least."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
@@ -50,6 +69,7 @@ class Budget:
         mini_batch_bytes: Bytes, of these, for mini-batches that are made ahead.
         window_dir: Folder where windows wait in a file; in memory if None.
         window_budget: Bytes that this file may take.
+        use_eager_fetch: Whether threads may read ahead.
     """
 
     total: int
@@ -57,6 +77,7 @@ class Budget:
     mini_batch_bytes: int = 0
     window_dir: Path | None = None
     window_budget: int = 0
+    use_eager_fetch: bool = True
 
     @property
     def tiledb(self) -> int:
@@ -80,6 +101,24 @@ class Budget:
         others = self.tiledb + 9 * self.buffer + fixed + self._kept + self.mini_batch_bytes
         return int(self.total * 0.95) - others
 
+    def share_of_windows(self, n_bytes: int | None = None) -> WindowShare:
+        """Return how windows wait.
+
+        Args:
+            n_bytes: Bytes that all rows take up while they wait, where that is known.
+        """
+        memory = self.windows
+        if self.window_dir is None:
+            planned = int(memory / (1 + EXPANSION / N_PARTS))
+            return WindowShare(n_parts=N_PARTS, n_bytes=memory, planned_bytes=planned)
+        part_bytes = max(1, memory // 5)
+        largest = self.window_budget if n_bytes is None else min(self.window_budget, n_bytes)
+        n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(largest / part_bytes)))
+        file_bytes = min(self.window_budget, n_parts * part_bytes)
+        held = int(file_bytes / FILE_SHARE)
+        extent_bytes = _power_of_two(file_bytes // n_parts // EXTENTS_PER_PART)
+        return WindowShare(n_parts=n_parts, n_bytes=held, planned_bytes=held, extent_bytes=extent_bytes)
+
     @property
     def keeps_freed_memory(self) -> bool:
         """Whether there is room for what malloc keeps: see `keep_freed_memory`."""
@@ -88,6 +127,28 @@ class Budget:
     @property
     def _kept(self) -> int:
         return min(max((self.total - 2**29) // 4, 0), KEPT_BYTES)
+
+
+@attrs.frozen(kw_only=True)
+class WindowShare:
+    """How the rows of windows wait.
+
+    Attributes:
+        n_parts: In how many parts a window is given out.
+        n_bytes: Bytes that windows may hold together.
+        planned_bytes: Bytes that a window may hold where its size is "auto".
+        extent_bytes: Size of the stretches that a file of windows consists of.
+    """
+
+    n_parts: int
+    n_bytes: int
+    planned_bytes: int
+    extent_bytes: int = 0
+
+
+def _power_of_two(size: int) -> int:
+    """Return the largest power of two up to `size`, within the sizes that are written well."""
+    return 1 << min(max(size.bit_length() - 1, 14), 22)
 
 
 def keep_freed_memory() -> None:

@@ -110,3 +110,19 @@ def nearest_names(name: str, known: Sequence[str], limit: int = 10) -> str:
         return f"did you mean {' or '.join(map(repr, near))}?"
     listed = ", ".join(map(repr, known[:limit])) or "none"
     return f"there are {listed}{f' and {len(known) - limit} more' if len(known) > limit else ''}."
+
+
+def check_distinct(parameter: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return names, having checked that they are several ones, or one, that differ.
+
+    Raises:
+        TypeError: If `names` is a string.
+        ValueError: If it is empty, or has a name twice.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"{parameter}={names!r} must be a list of names; try [{names!r}].")
+    if not len(names):
+        raise ValueError(f"{parameter}=[] must hold at least one name; try ['soma_joinid'].")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{parameter}={list(names)} must differ from each other; name each column once.")
+    return tuple(names)

@@ -17,8 +17,6 @@ from tiledbsoma_ml._h5ad_file import first_line
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan
 from tiledbsoma_ml._order.sizes import read_amplification
 from tiledbsoma_ml._query_ids import Partition
-from tiledbsoma_ml._reader import row_tile
-from tiledbsoma_ml._reading import Reading
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.demo import choose_measurement, open_experiment
 
@@ -96,11 +94,7 @@ def plan_epoch(options: PlanOptions) -> Json:
                 seed=options.seed,
                 shuffle_scope=options.shuffle_scope,  # type: ignore[arg-type]
             )
-    assert dataset.x_locator is not None
-    with dataset.x_locator.open() as (X, _):
-        tile = row_tile(X)
-    assert isinstance(dataset._reading, Reading)
-    plan, ids = dataset._reading.plan, dataset.query_ids
+    plan, ids, tile = dataset.plan, dataset.query_ids, dataset.source.row_tile
     places = [
         Partition(rank, options.world_size, worker, max(1, options.num_workers))
         for rank in range(options.world_size)
@@ -120,7 +114,7 @@ def plan_epoch(options: PlanOptions) -> Json:
         "settings": {
             "uri": options.uri,
             "measurement_name": measurement,
-            "layer_name": dataset.x_locator.layer_name,
+            "layer_name": dataset.layer_name,
             "obs_filter": options.obs_filter,
             "shuffle_chunk_size": dataset.shuffle_chunk_size,
             "io_batch_size": dataset.io_batch_size,

@@ -14,10 +14,9 @@ import tiledbsoma as soma
 from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
-from tiledbsoma_ml._read_ahead import read_ahead
+from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._rebatch import rebatch_joinids
-from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._threads import ClosedWhenDropped
 
 __all__ = ["IOBatch", "IOBatchIterable", "id_batches"]
@@ -67,8 +66,8 @@ class IOBatchIterable(Iterable[IOBatch]):
         )
         rng = seeded_rng(self.seed, self.epoch) if self.shuffle else None
         batches = id_batches(self.chunks, self.io_batch_size, rng)
-        rows = read_ahead(batches, reader, use_eager_fetch=self.use_eager_fetch)
-        return ClosedWhenDropped(_as_io_batches(rows))
+        pieces = read_ahead(batches, reader, use_eager_fetch=self.use_eager_fetch)
+        return ClosedWhenDropped(_as_io_batches(pieces))
 
 
 def id_batches(
@@ -82,7 +81,7 @@ def id_batches(
         yield batch if rng is None else batch[rng.permutation(len(batch))]
 
 
-def _as_io_batches(rows: Generator[Rows[CSR_IO_Buffer], None, None]) -> Generator[IOBatch, None, None]:
-    with closing(rows):
-        for some in rows:
-            yield some.X, some.obs
+def _as_io_batches(pieces: Generator[Piece, None, None]) -> Generator[IOBatch, None, None]:
+    with closing(pieces):
+        for rows, _ in pieces:
+            yield rows.X, rows.obs

@@ -11,8 +11,8 @@ import torch
 
 from tiledbsoma_ml._assemble import Assembly, DeviceShuffle
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import IOBatch
+from tiledbsoma_ml._read_ahead import Piece
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._threads import ClosedWhenDropped
 
@@ -63,7 +63,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
             shuffle=self._shuffle() if self.gpu_shuffle else None,
             use_eager_fetch=self.use_eager_fetch,
         )
-        return ClosedWhenDropped(assembly.mini_batches(_as_rows(self.io_batch_iter)))
+        return ClosedWhenDropped(assembly.mini_batches(_as_pieces(self.io_batch_iter)))
 
     def _shuffle(self) -> DeviceShuffle:
         of_io_batches = self.gpu_shuffle_mode == "iobatch"
@@ -71,7 +71,7 @@ class MiniBatchIterable(Iterable[MiniBatch]):
         return DeviceShuffle(unit=unit, seed=self.seed, epoch=self.epoch)
 
 
-def _as_rows(io_batches: Iterable[IOBatch]) -> Iterator[Rows[CSR_IO_Buffer]]:
+def _as_pieces(io_batches: Iterable[IOBatch]) -> Iterator[Piece]:
     """Yield IO batches as rows; nobody asks for their joinids, which `obs` may lack."""
     for X, obs in io_batches:
-        yield Rows(obs_joinids=np.full(len(obs), -1), X=X, obs=obs)
+        yield Rows(obs_joinids=np.full(len(obs), -1), X=X, obs=obs), True

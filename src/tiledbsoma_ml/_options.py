@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
-import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._budget import parse_bytes
+from tiledbsoma_ml._common import absolute_path, check_count
 from tiledbsoma_ml._order.sizes import Size
-from tiledbsoma_ml._query_ids import QueryIDs, Tail, check_query, check_whole
-from tiledbsoma_ml._reader import check_obs_column_names
-from tiledbsoma_ml.x_locator import XLocator
-
-logger = logging.getLogger("tiledbsoma_ml")
+from tiledbsoma_ml._query_ids import Tail
 
 
 class ShuffleMode(StrEnum):
@@ -45,39 +42,6 @@ class ShuffleMode(StrEnum):
             return cls.GPU if value.lower() == "gpu" else cls(value.lower())
         listed = ", ".join(repr(str(mode)) for mode in cls)
         raise ValueError(f"shuffle_mode={value!r} must be one of {listed} or 'gpu'.")
-
-
-def locate(
-    query: soma.ExperimentAxisQuery | None,
-    layer_name: str | None,
-    x_locator: XLocator | None,
-    query_ids: QueryIDs | None,
-    obs_column_names: Sequence[str],
-    snapshot: object,
-) -> tuple[XLocator | None, QueryIDs | None]:
-    """Return where the layer is and which rows and columns are wanted, as far as a snapshot need not say."""
-    if query_ids is not None:
-        check_whole(query_ids)
-    if query is not None and x_locator is None and query_ids is None:
-        check_query(query)
-        locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
-        check_obs_column_names(obs_column_names, query.experiment.obs)
-        ids = QueryIDs.create(query)
-        if not len(ids.obs_joinids):
-            logger.warning("the query selects no cells, so that there is no mini-batch; loosen its filters")
-        return locator, ids
-    if query is None and layer_name is None and x_locator is not None and query_ids is not None:
-        with x_locator.open() as (_, obs):
-            check_obs_column_names(obs_column_names, obs)
-        return x_locator, query_ids
-    if query is None and x_locator is None and snapshot is not None:
-        return None, query_ids
-    given = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "query_ids": query_ids}
-    listed = ", ".join(name for name, value in given.items() if value is not None) or "none of them"
-    raise ValueError(
-        "either query (and layer_name), or both x_locator and query_ids must be given, "
-        f"not {listed}; try ExperimentDataset(query, layer_name='raw')."
-    )
 
 
 def check_size(name: str, value: object, suggestion: int) -> Size:
@@ -159,3 +123,30 @@ def choose_device(mode: ShuffleMode, device: torch.device | str | None) -> torch
             "try device='cpu'."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_window_dir(window_dir: object, window_budget: int | str | None) -> tuple[Path | None, int]:
+    """Return the folder for windows, if one is asked for, and the bytes that they may take there.
+
+    Raises:
+        ValueError: If it is no folder, has less space than the budget, or one comes without the other.
+    """
+    budget = 0 if window_budget is None else parse_bytes("window_budget", window_budget)
+    if window_dir is None:
+        if budget:
+            raise ValueError("window_budget needs a folder on a local disk; add window_dir='/path'.")
+        return None, 0
+    folder = absolute_path(str(window_dir))
+    if not folder.is_dir():
+        raise ValueError(
+            f"window_dir={str(folder)!r} must be an existing folder; make it, or choose another."
+        )
+    if not budget:
+        raise ValueError(f"window_dir={str(folder)!r} needs a limit; add window_budget='64GiB'.")
+    free = shutil.disk_usage(folder).free
+    if free < budget:
+        raise ValueError(
+            f"window_budget={budget / 2**30:.1f} GiB must fit into window_dir={str(folder)!r}, where "
+            f"{free / 2**30:.1f} GiB are free; lower it, or choose another folder."
+        )
+    return folder, budget

@@ -1,23 +1,24 @@
-"""Reading: from joinids to rows. The seam between what is planned and where it is stored."""
+"""`SOMAReader`: rows of a SOMA experiment, from joinids."""
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
-from typing import Any, Protocol, TypeAlias
+from contextlib import ExitStack, closing
+from typing import Any, TypeAlias
 
 import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._arrays import ranges, telling_where, to_numpy
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct, check_name
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
-from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._rows import Rows
+from tiledbsoma_ml._threads import at_rest
 from tiledbsoma_ml._window import Columns, Room, Window
 
 DENSE_READ_BYTES = 64 * 2**20
@@ -39,18 +40,6 @@ BYTES_PER_JOINID = 48
 """What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
 
 
-class Reader(Protocol):
-    """Something that holds rows and gives them back by joinid."""
-
-    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
-        """Read the rows of `obs_joinids`, which may repeat.
-
-        Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held.
-        """
-        ...
-
-
 class SOMAReader:
     """Reads rows of an `X` layer and of `obs` from a SOMA experiment, wherever it is stored.
 
@@ -61,10 +50,11 @@ class SOMAReader:
         obs_column_names: Columns of `obs`, in the order in which they are wanted.
         obs_joinids: Every row that will be asked for: their `obs` is read once, at the first `read`.
         obs_types: Of the columns of `obs` in the query that these rows are part of; by these rows if None.
-        n_parts: In how many IO batches to give out what is read at once.
+        n_parts: In how many pieces to give out what is read at once.
         use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
         room: What limits the bytes held.
         store: Where to keep rows until they are wanted; in memory of its own if None.
+        opened: What to leave when this is closed.
     """
 
     def __init__(
@@ -80,6 +70,7 @@ class SOMAReader:
         use_eager_fetch: bool = False,
         room: Room | None = None,
         store: Pages | Extents | None = None,
+        opened: ExitStack | None = None,
     ) -> None:
         check_obs_column_names(obs_column_names, obs)
         self._X = X
@@ -98,6 +89,9 @@ class SOMAReader:
             "store": store or Pages(),
             "may_repeat": _may_repeat(X),
         }
+        self._room, self._opened = room, opened
+        self._in_use = threading.Lock()
+        self._is_closed = False
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat.
@@ -105,11 +99,28 @@ class SOMAReader:
         Returns:
             Pieces that together are these rows in exactly this order. What was taken is not held.
         """
-        if self._obs_columns is None:
-            self._obs_columns = ObsColumns.read(
-                self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
-            )
-        return self._with_obs(obs_joinids, self.read_window(obs_joinids))
+        with self._in_use:
+            if self._is_closed:
+                raise RuntimeError("the iterator was closed while rows were read ahead")
+            if self._obs_columns is None:
+                self._obs_columns = ObsColumns.read(
+                    self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
+                )
+            window = self.read_window(obs_joinids)
+        return self._with_obs(obs_joinids, window)
+
+    def close(self) -> None:
+        """Close what is open, when no other thread reads it; whoever waits for room waits no longer."""
+        if self._room is not None:
+            self._room.close()
+        with at_rest():
+            self._in_use.acquire()
+        try:
+            self._is_closed = True
+            if self._opened is not None:
+                self._opened.close()
+        finally:
+            self._in_use.release()
 
     def read_window(self, obs_joinids: NDArrayJoinId) -> Window:
         """Read the rows of `obs_joinids`, without their `obs`."""
@@ -147,25 +158,17 @@ class SOMAReader:
 
 def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
     """Raise a ValueError or TypeError unless `names` are distinct columns of `obs`, at least one."""
-    if isinstance(names, str):
-        raise TypeError(f"obs_column_names={names!r} must be a list of names; try [{names!r}].")
-    if not len(names):
-        raise ValueError("obs_column_names=[] must hold at least one name; try ['soma_joinid'].")
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"obs_column_names={list(names)} must differ from each other; name each column once."
-        )
-    for name in names:
+    for name in check_distinct("obs_column_names", names):
         check_name("obs_column_names", name, obs.keys(), of="a column of obs")
 
 
-def measure_layout(reader: SOMAReader, row_tile: int, obs_joinids: NDArrayJoinId) -> Layout:
-    """Return how a layer is stored, and what its rows take up, from a sample of `obs_joinids`."""
+def measure_row_bytes(reader: SOMAReader, obs_joinids: NDArrayJoinId) -> float:
+    """Return the bytes that a row takes up while it waits, from a sample of `obs_joinids`."""
     n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
     n_bytes = reader.read_window(sample).nbytes / max(1, len(sample))
-    return Layout(row_tile, n_bytes + BYTES_PER_JOINID)
+    return n_bytes + BYTES_PER_JOINID
 
 
 # X --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
 from tiledbsoma_ml._obs import ObsColumns, ascending
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_layout, row_tile
+from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_row_bytes, row_tile
 from tiledbsoma_ml._snapshot_check import check_content, check_shard, verify
 from tiledbsoma_ml._snapshot_format import (
     FORMAT,
@@ -400,8 +400,8 @@ class _Builder:
         sample = np.unique(np.concatenate([ids[start : start + 128] for start in starts]))
         found = {}
         for name in self._content.layer_names:
-            with self._reader(part, name) as (reader, X):
-                found[name] = measure_layout(reader, row_tile(X), sample).bytes_per_row
+            with self._reader(part, name) as (reader, _):
+                found[name] = measure_row_bytes(reader, sample)
         with _opened(part.locator) as (measurement, _):
             for name in self._content.obsm_names:
                 array = measurement.obsm[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,11 @@ class SnapshotReader:
         index: Finds the row of each joinid.
         obs: Columns of `obs`.
         places: The place of each stored column among those that are given out; None if all stay as they are.
-        n_cols: Number of columns that are given out.
+        n_vars: Number of columns that are given out.
+        kept_bytes: So much memory of rows that nobody holds any longer is kept for later ones.
 
     Attributes:
-        n_cols: Number of columns that are given out.
-        pool: Memory of the rows that are given out.
+        n_vars: Number of columns that are given out.
     """
 
     def __init__(
@@ -53,26 +52,26 @@ class SnapshotReader:
         obs: ObsTable,
         *,
         places: NDArray[np.int32] | None,
-        n_cols: int,
+        n_vars: int,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self._layer = layer
         self._index = index
         self._obs = obs
         self._places = places
         self._is_ascending = places is None or bool((np.diff(places[places >= 0]) > 0).all())
-        self.n_cols = n_cols
-        self.pool = Pool(KEPT_BYTES)
+        self.n_vars = n_vars
+        self._pool = Pool(kept_bytes)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
         return self._layer.dtype
 
-    def keep_memory_of(self, n_rows: int, *, is_sparse: bool) -> None:
-        """Keep memory of about so many rows that nobody holds any longer."""
-        n_values = self._layer.nnz / max(1, self._layer.n_rows) if is_sparse else self.n_cols
-        n_bytes = self.dtype.itemsize + (np.dtype(np.int32).itemsize if is_sparse else 0)
-        self.pool = Pool(math.ceil(n_rows * n_values * n_bytes))
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of memory that nobody holds and that is kept for later."""
+        return self._pool.kept_bytes
 
     @property
     def nullable(self) -> frozenset[str]:
@@ -88,6 +87,9 @@ class SnapshotReader:
         for start in range(0, len(obs_joinids), READ_ROWS):
             yield self.rows(obs_joinids[start : start + READ_ROWS])
 
+    def close(self) -> None:
+        """Nothing is to be given up: files stay mapped as long as somebody has them."""
+
     def rows(self, obs_joinids: NDArrayJoinId) -> Rows[CSR_IO_Buffer]:
         """Return the rows of `obs_joinids`, in that order; they may repeat.
 
@@ -96,8 +98,8 @@ class SnapshotReader:
         """
         found = self._layer.locate(self._index.find(obs_joinids))
         indptr, indices, data = self._gather(found, self._layer.indices_dtype)
-        indices = indices.astype(smallest_uint(self.n_cols), copy=False)
-        X = CSR_IO_Buffer(indptr, indices, data, (len(obs_joinids), self.n_cols))
+        indices = indices.astype(smallest_uint(self.n_vars), copy=False)
+        X = CSR_IO_Buffer(indptr, indices, data, (len(obs_joinids), self.n_vars))
         return Rows(obs_joinids=obs_joinids, X=X, obs=self._obs.take(found.rows))
 
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
@@ -109,19 +111,19 @@ class SnapshotReader:
         index_type = np.dtype(np.int32 if found.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
         indptr, indices, data = self._gather(found, index_type)
         if not self._is_ascending:
-            kernels.sort_rows_of_few(indptr, self.n_cols, unsigned(indices), as_bits(data))
+            kernels.sort_rows_of_few(indptr, self.n_vars, unsigned(indices), as_bits(data))
         matrix = sparse.csr_matrix(
-            (data, indices, indptr.astype(index_type, copy=False)), shape=(len(obs_joinids), self.n_cols)
+            (data, indices, indptr.astype(index_type, copy=False)), shape=(len(obs_joinids), self.n_vars)
         )
         matrix.has_sorted_indices = matrix.has_canonical_format = True
         return matrix
 
     def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
-        """Write `X` of the rows of `obs_joinids` into `out`, of shape (n_rows, n_cols), zeros included."""
+        """Write `X` of the rows of `obs_joinids` into `out`, of shape (n_rows, n_vars), zeros included."""
         from tiledbsoma_ml import _snapshot_kernels as kernels
         from tiledbsoma_ml._kernels import as_bits
 
-        assert out.shape == (len(obs_joinids), self.n_cols)
+        assert out.shape == (len(obs_joinids), self.n_vars)
         assert out.dtype == self.dtype
         found, layer = self._layer.locate(self._index.find(obs_joinids)), self._layer
         longest = int(np.diff(found.indptr).max(initial=0))
@@ -154,7 +156,7 @@ class SnapshotReader:
         from tiledbsoma_ml._kernels import as_bits
 
         indptr, n = found.indptr, int(found.indptr[-1])
-        indices, data = self.pool.empty(n, indices_dtype), self.pool.empty(n, self.dtype)
+        indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
         where, layer = (found.shards, found.begins, indptr), self._layer
         columns = layer.indices_at, layer.indices_kinds, layer.n_vars
         layer.check_columns(found, kernels.gather_columns(*where, *columns, unsigned(indices)))

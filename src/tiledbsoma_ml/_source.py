@@ -16,13 +16,18 @@ import pandas as pd
 from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._rows import Rows
+from tiledbsoma_ml.x_locator import XLocator
 
 __all__ = ["Fields", "RandomAccess", "Reader", "RowsAndColumns", "Source"]
+
+
+def _as_names(names: Sequence[str]) -> tuple[str, ...]:
+    return check_distinct("obs_column_names", names)
 
 
 @attrs.frozen(kw_only=True)
@@ -33,7 +38,7 @@ class Fields:
         obs_column_names: Columns of `obs`, in this order; all differ, and there is one at least.
     """
 
-    obs_column_names: tuple[str, ...] = attrs.field(converter=tuple)
+    obs_column_names: tuple[str, ...] = attrs.field(converter=_as_names)
 
 
 class RowsAndColumns(Protocol):
@@ -92,12 +97,14 @@ class Source(Protocol):
     """Where the rows of a query come from; picklable, as workers have copies of it.
 
     A class that derives from this one need only have `query_ids`, `obs`, `layout` and `open`.
+
+    Attributes:
+        query_ids: All rows and columns, by joinid; the order of the rows is that of an unshuffled epoch.
+        locator: Address of the layer of an experiment that `X` comes from, if it does.
     """
 
-    @property
-    @abstractmethod
-    def query_ids(self) -> QueryIDs:
-        """All rows and columns, by joinid; the order of the rows is that of an unshuffled epoch."""
+    query_ids: QueryIDs
+    locator: XLocator | None = None
 
     @property
     def content(self) -> Mapping[str, str]:
@@ -135,7 +142,8 @@ class Source(Protocol):
         self.obs(ids.obs_joinids[:0], fields.obs_column_names)
 
     def prepare(self) -> None:
-        """Make what `open` needs and is not there yet, in the process that starts workers."""
+        """Make what `open` needs and is not there yet; called in the process that starts workers."""
+        return
 
     @property
     def row_tile(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -14,10 +13,7 @@ import torch
 from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._obs import ObsColumns
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._reader import check_obs_column_names
-from tiledbsoma_ml._snapshot_reading import SnapshotReading
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset
 from tiledbsoma_ml.snapshot import Snapshot
@@ -38,6 +34,10 @@ Transform: TypeAlias = Callable[[Any], Any]
 
 PADDING_COLUMN_NAME = "is_padding"
 """Column of `obs` that is true for rows of evaluation batches that repeat others: not to be counted."""
+
+
+_SAY_WHAT = ("x_locator", "query_ids", "source")
+"""Options of `ExperimentDataset` that say what is read, beside those that are named here."""
 
 
 class ExperimentDataModule(QueryDataModule):
@@ -109,6 +109,7 @@ class ExperimentDataModule(QueryDataModule):
         super().__init__()
         seed = check_count("seed", seed, suggestion=0, minimum=0)
         self._sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        others = {name: dataset_options.pop(name) for name in _SAY_WHAT if name in dataset_options}
         self._options = {
             "obs_column_names": obs_column_names,
             "seed": seed,
@@ -116,8 +117,7 @@ class ExperimentDataModule(QueryDataModule):
             "shuffle_scope": "global",
             **dataset_options,
         }
-        self._layer_name = layer_name
-        self._make_datasets(query=query, layer_name=layer_name, snapshot=snapshot)
+        self._make_datasets(query=query, layer_name=layer_name, snapshot=snapshot, **others)
         self._transform = transform
         self._device_transform = device_transform
         self._loader_options = dict(loader_options or {})
@@ -126,16 +126,15 @@ class ExperimentDataModule(QueryDataModule):
 
     def _make_datasets(self, **source: Any) -> None:
         train = ExperimentDataset(**source, **self._options)
-        self._reading = train._reading
-        in_order = {
+        in_order: dict[str, Any] = {
             "obs_column_names": list(dict.fromkeys([*self._options["obs_column_names"], "soma_joinid"])),
-            "snapshot": self._snapshot_path,
             "shuffle": False,
             "tail": "pad",
             "padding_column_name": PADDING_COLUMN_NAME,
         }
-        self._predict = ExperimentDataset(**source | self._options | in_order)
-        self.query_ids = train.query_ids
+        self._source, self.query_ids = train.source, train.query_ids
+        in_order |= {"source": self._source, "query_ids": self.query_ids}
+        self._predict = ExperimentDataset(**self._options | in_order)
         self.train_ids, self.val_ids, self.test_ids = _split(
             self.query_ids, self._sizes, self._options["seed"]
         )
@@ -163,10 +162,9 @@ class ExperimentDataModule(QueryDataModule):
     def batch_size(self, batch_size: int) -> None:
         if batch_size == self.batch_size:
             return
-        epoch, locator = self._train._epochs.counter.upcoming, self._predict.x_locator
-        of_layer = {"layer_name": self._layer_name} if locator is None else {"x_locator": locator}
+        epoch = self._train._epochs.counter.upcoming
         self._options["batch_size"] = batch_size
-        self._make_datasets(query_ids=self.query_ids, snapshot=self._snapshot_path, **of_layer)
+        self._make_datasets(source=self._source, query_ids=self.query_ids)
         self._train.set_epoch(epoch)
         self._is_resized = True
 
@@ -177,29 +175,11 @@ class ExperimentDataModule(QueryDataModule):
 
     def read_obs(self, column_names: Sequence[str]) -> pd.DataFrame:
         """Return columns of `obs` for all rows of the query, in its order: its labels, for instance."""
-        rows, locator = self.query_ids.obs_joinids, self._predict.x_locator
-        if locator is None:
-            return self._snapshot().reader(rows, None, column_names).obs(rows)
-        with locator.open() as (_, obs):
-            check_obs_column_names(column_names, obs)
-            return ObsColumns.read(obs, column_names, rows).take(rows)
+        return self._source.obs(self.query_ids.obs_joinids, column_names)
 
     def read_var(self, column_names: Sequence[str]) -> pd.DataFrame:
         """Return columns of `var` for the columns of `X`, in their order: names of genes, for instance."""
-        columns, locator = self.query_ids.var_joinids, self._predict.x_locator
-        if locator is None:
-            return self._snapshot().var.set_index("soma_joinid", drop=False).loc[columns, list(column_names)]
-        with locator.open_experiment() as experiment:
-            var = experiment.ms[locator.measurement_name].var
-            return ObsColumns.read(var, column_names, columns).take(columns)
-
-    @property
-    def _snapshot_path(self) -> Path | None:
-        return self._reading.path if isinstance(self._reading, SnapshotReading) else None
-
-    def _snapshot(self) -> Snapshot:
-        assert isinstance(self._reading, SnapshotReading)
-        return self._reading.prepare()
+        return self._source.var(self.query_ids.var_joinids, column_names)
 
     # Loaders ----------------------------------------------------------------------------------------------
 
@@ -228,8 +208,7 @@ class ExperimentDataModule(QueryDataModule):
         return self._handed(self._loader(self._predict, "query", num_workers=n_workers))
 
     def _loader(self, dataset: ExperimentDataset, part: str, **options: Any) -> ExperimentDataLoader:
-        if isinstance(self._reading, SnapshotReading):
-            self._snapshot()
+        self._source.prepare()
         loader = experiment_dataloader(dataset, **{**self._loader_options, **options})
         if not len(loader):
             n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), dataset._ranks()

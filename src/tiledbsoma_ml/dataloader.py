@@ -10,9 +10,9 @@ from typing import Any, TypeVar, overload
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from tiledbsoma_ml._assemble import RowsInMemory
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._progress import Progress, Run
+from tiledbsoma_ml._read_ahead import Piece
 from tiledbsoma_ml._state import Position
 from tiledbsoma_ml.dataset import ExperimentDataset
 
@@ -151,8 +151,8 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(
-            self.dataset._assembly(self.dataset._planned(part), use_eager_fetch=False).mini_batches(rows)
-            for rows, part in zip(
+            self.dataset._assembly(self.dataset.plan.of(part), use_eager_fetch=False).mini_batches(pieces)
+            for pieces, part in zip(
                 _by_worker(items, self.num_workers),
                 self.dataset._parts_of_workers(begin, self.num_workers),
                 strict=True,
@@ -195,18 +195,18 @@ def _cause_of_death(exit_code: int) -> str:
     return f"signal {-exit_code}: {way_out}"
 
 
-def _by_worker(items: Iterator[tuple[int, RowsInMemory]], n_workers: int) -> list[Iterator[RowsInMemory]]:
-    """Return the rows of each worker, from items (worker, rows) of all workers."""
-    waiting: list[deque[RowsInMemory]] = [deque() for _ in range(n_workers)]
+def _by_worker(items: Iterator[tuple[int, Piece]], n_workers: int) -> list[Iterator[Piece]]:
+    """Return the pieces of each worker, from items (worker, piece) of all workers."""
+    waiting: list[deque[Piece]] = [deque() for _ in range(n_workers)]
 
-    def of(worker: int) -> Iterator[RowsInMemory]:
+    def of(worker: int) -> Iterator[Piece]:
         while True:
             while not waiting[worker]:
                 try:
-                    sender, rows = next(items)
+                    sender, piece = next(items)
                 except StopIteration:
                     return
-                waiting[sender].append(rows)
+                waiting[sender].append(piece)
             yield waiting[worker].popleft()
 
     return [of(worker) for worker in range(n_workers)]

@@ -10,14 +10,17 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, get_args
 
+import attrs
 import numpy as np
 import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
-from tiledbsoma_ml._assemble import Assembly, DeviceShuffle, RowsInMemory
+from tiledbsoma_ml._assemble import Assembly, DeviceShuffle
+from tiledbsoma_ml._auto import log_sizes, with_layout
 from tiledbsoma_ml._budget import Budget, parse_bytes
-from tiledbsoma_ml._common import MiniBatch, check_choice, check_count
+from tiledbsoma_ml._choose_source import choose_source
+from tiledbsoma_ml._common import MiniBatch, check_choice, check_count, check_distinct
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
     get_distributed_rank_and_world_size,
@@ -31,23 +34,22 @@ from tiledbsoma_ml._options import (
     check_ranks,
     check_seed,
     check_size,
+    check_window_dir,
     choose_device,
-    locate,
 )
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
-from tiledbsoma_ml._order.quality import ShuffleQuality
+from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import Deal, ShuffleScope, Stage
 from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._progress import Epochs, Loaded, Progress, Run, Told
 from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
-from tiledbsoma_ml._reading import Reading, check_window_dir
+from tiledbsoma_ml._random_access import random_access_mini_batches
+from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._rows import Padding
 from tiledbsoma_ml._shared_ids import SharedQueryIDs
-from tiledbsoma_ml._snapshot_build import source_of
-from tiledbsoma_ml._snapshot_reading import SnapshotReading
+from tiledbsoma_ml._source import Fields, RandomAccess, Reader, Source
 from tiledbsoma_ml._state import Position
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
-from tiledbsoma_ml._window import Room
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -103,10 +105,10 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     Args:
         query: The cells and genes; its experiment must be open. Either `query` (and `layer_name`), or both
-            `x_locator` and `query_ids`.
+            `x_locator` and `query_ids`, or `source`.
         layer_name: Layer of `X`, sparse or dense. If left out: "raw" if there is one, else the only layer.
         x_locator: Address of the layer.
-        query_ids: Joinids of the rows and columns.
+        query_ids: Joinids of the rows and columns; with `source` or `snapshot` alone, a part of what it has.
         obs_column_names: Columns of `obs` to return, in this order.
         batch_size: Rows per mini-batch; a worker's last one may be smaller. With 1, dense `X` has the shape
             (n_vars,).
@@ -151,6 +153,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             so that it should not be counted here. Needs `tail="pad"`.
         ranks: (rank, number of ranks), where these are not to be found out: (0, 1) reads everything here, on
             one rank of many or on each. Nothing is agreed on with other ranks then.
+        source: A `Source` in place of a query: a `MemorySource` of what is in memory, or one of your own.
 
     Raises:
         ValueError: If a value breaks one of these rules, before any data is read.
@@ -182,6 +185,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         tail: Tail = "drop",
         padding_column_name: str | None = None,
         ranks: tuple[int, int] | None = None,
+        source: Source | None = None,
     ) -> None:
         self.batch_size = check_count("batch_size", batch_size, suggestion=128)
         self.io_batch_size = check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
@@ -200,12 +204,42 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self.ranks = check_ranks(ranks)
         if self._shuffles_chunks and shuffle_scope == "partition":
             check_multiple(self.io_batch_size, self.shuffle_chunk_size)
-        memory_bytes = parse_bytes("memory_budget", memory_budget)
-        window_bytes = None if window_budget is None else parse_bytes("window_budget", window_budget)
-        folder = check_window_dir(window_dir, window_bytes)
-        mixing = check_mixing(mixing)
-        self.x_locator, ids = locate(query, layer_name, x_locator, query_ids, obs_column_names, snapshot)
+        folder, window_bytes = check_window_dir(window_dir, window_budget)
+        self._fields = Fields(obs_column_names=obs_column_names)
         self.obs_column_names = list(obs_column_names)
+        memory_bytes = parse_bytes("memory_budget", memory_budget)
+        self.source, self.query_ids = choose_source(
+            query,
+            layer_name,
+            x_locator,
+            query_ids,
+            source,
+            snapshot,
+            fields=self._fields,
+            memory_bytes=memory_bytes,
+        )
+        self.x_locator = self.source.locator
+        n_vars = len(self.query_ids.var_joinids)
+        self.budget = Budget(
+            memory_bytes,
+            mini_batch_bytes=0 if return_sparse_X else 3 * self.batch_size * n_vars * 4,
+            window_dir=folder,
+            window_budget=window_bytes,
+            use_eager_fetch=use_eager_fetch,
+        )
+        in_memory = self.shuffle_mode is ShuffleMode.CPU or (
+            self.shuffle_mode is ShuffleMode.GPU_IOBATCH and folder is not None
+        )
+        self._asked = Plan(
+            shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
+            io_batch_size=self.io_batch_size,
+            batch_size=self.batch_size,
+            permutes=shuffle and in_memory,
+            mixing=check_mixing(mixing),
+            scope=self.shuffle_scope,
+            tail=self.tail,
+        )
+        self._plan: Plan | None = None
         self._drawn_seed = (
             np.random.SeedSequence().generate_state(1).item() if self.seed is None else self.seed
         )
@@ -213,46 +247,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         self._told: Told | None = None
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
-        self._content: dict[str, Any] | None = None
+        self._content: Mapping[str, str] | None = None
         self._is_first = True
         self._dealer: str | None = None
-        plan = Plan(
-            shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
-            io_batch_size=self.io_batch_size,
-            batch_size=self.batch_size,
-            permutes=shuffle and self.shuffle_mode is ShuffleMode.CPU,
-            mixing=mixing,
-            scope=self.shuffle_scope,
-            tail=self.tail,
-        )
-        self._reading: Reading | SnapshotReading
-        if snapshot is not None and snapshot is not False:
-            self._reading = SnapshotReading(
-                plan,
-                snapshot,
-                locator=self.x_locator,
-                ids=ids,
-                layer_name=layer_name,
-                obs_column_names=obs_column_names,
-                memory_bytes=memory_bytes,
-            )
-            ids = ids or self._reading.prepare().query_ids
-        else:
-            assert self.x_locator is not None
-            assert ids is not None
-            self._reading = Reading.choose(
-                self.x_locator,
-                ids,
-                plan,
-                obs_column_names=obs_column_names,
-                budget=Budget(memory_bytes, self.x_locator.is_remote),
-                window_dir=folder,
-                window_budget=window_bytes,
-                permutes_on_device=shuffle and self.shuffle_mode is ShuffleMode.GPU_IOBATCH,
-                is_dense=not return_sparse_X,
-            )
-            self._reading.log(ids)
-        self.query_ids = ids
+        if snapshot is None or snapshot is False:  # else this would make it
+            log_sizes(self.plan, self.source, self.query_ids)
 
     def __iter__(self) -> Iterator[MiniBatch]:
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
@@ -275,6 +274,16 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def shape(self) -> tuple[int, int]:
         """Number of mini-batches, as `len` has it, and number of columns of `X`."""
         return len(self), len(self.query_ids.var_joinids)
+
+    @property
+    def plan(self) -> Plan:
+        """In which order rows come and what is read together, with what "auto" stands for.
+
+        That is found out when it is first asked for; a snapshot that it depends on is made.
+        """
+        if self._plan is None:
+            self._plan = with_layout(self._asked, self.source, self.query_ids, self.budget)
+        return self._plan
 
     @property
     def rank(self) -> int:
@@ -377,7 +386,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             "io_batch_size": self.io_batch_size,
             "shuffle_scope": self.shuffle_scope,
             "tail": self.tail,
-            "auto": self._reading.order_key,
+            "auto": self.plan.order_key,
         }
 
     def random_split(
@@ -405,8 +414,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ValueError: If the column does not exist, or `n_batches` is not positive.
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
-        part = self._part(self.epoch, self._place())
-        return self._reading.quality(part, column, n_batches)
+        # Order matters here, not where it is made.
+        plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
+        planned = plan.of(self._part(self.epoch, self._place()))
+        rows = np.unique(planned.obs_joinids)
+        labels = self.source.obs(rows, check_distinct("column", [column]))[column]
+        return quality_of(planned, rows, labels, self.source.row_tile, n_batches)
 
     def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
         dataset = copy.copy(self)
@@ -447,16 +460,17 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
     def _iterate(self, progress: Progress) -> Generator[MiniBatch, None, None]:
         part, run = self._begin(progress)
-        room = self._reading.room()
         try:
-            planned = self._planned(part)
+            planned = self.plan.of(part)
+            reader = self.source.open(planned, self._fields, self.budget)
             if self._leaves_device_work_to_loader:
                 worker, _ = get_worker_id_and_num()
-                yield from ((worker, rows) for rows in self._rows(planned, room))  # type: ignore[misc]
+                with closing(self._pieces(planned, reader)) as pieces:
+                    yield from ((worker, piece) for piece in pieces)  # type: ignore[misc]
                 return
-            mini_batches = self._mini_batches(planned, room)
-            # Whoever leaves closes the room first: then nobody waits for a window that is still being read.
-            with closing(mini_batches), closing(room):
+            mini_batches = self._mini_batches(planned, reader)
+            # Whoever leaves closes the reader first: then nobody waits for rows that are still being read.
+            with closing(mini_batches), closing(reader):
                 for mini_batch in mini_batches:
                     run.advance()
                     yield mini_batch
@@ -492,28 +506,26 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _part(self, epoch: int, place: Partition) -> EpochPart:
         return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
 
-    def _planned(self, part: EpochPart) -> PartPlan:
-        """Return the plan of a part; a snapshot that "auto" depends on is made for it."""
-        return self._reading.plan.of(part)
-
     def _continued(self, begin: Position, place: Partition) -> EpochPart:
         """Return the part of a place, from a position on."""
         return begin.rest_of(self._part(begin.epoch, place), self.shuffle_scope)
 
-    def _mini_batches(self, planned: PartPlan, room: Room) -> Generator[MiniBatch, None, None]:
-        if self.device is None and isinstance(self._reading, SnapshotReading):
-            yield from self._reading.mini_batches(
-                planned,
-                return_sparse_X=self.return_sparse_X,
+    def _mini_batches(self, planned: PartPlan, reader: Reader) -> Generator[MiniBatch, None, None]:
+        if self.device is None and isinstance(reader, RandomAccess):
+            yield from random_access_mini_batches(
+                planned.batches(),
+                reader,
+                batch_size=self.batch_size,
+                is_sparse=self.return_sparse_X,
                 padding=self._padding(planned),
                 use_eager_fetch=self.use_eager_fetch,
             )
             return
-        with closing(self._rows(planned, room)) as rows:
-            yield from self._assembly(planned, self.use_eager_fetch).mini_batches(rows)
+        with closing(self._pieces(planned, reader)) as pieces:
+            yield from self._assembly(planned, self.use_eager_fetch).mini_batches(pieces)
 
-    def _rows(self, planned: PartPlan, room: Room) -> Generator[RowsInMemory, None, None]:
-        return self._reading.rows(planned, use_eager_fetch=self.use_eager_fetch, room=room)
+    def _pieces(self, planned: PartPlan, reader: Reader) -> Generator[Piece, None, None]:
+        return read_ahead(planned.batches(), reader, use_eager_fetch=self.use_eager_fetch)
 
     def _assembly(self, planned: PartPlan, use_eager_fetch: bool) -> Assembly:
         """Return how the mini-batches of a part are made of its rows."""
@@ -632,7 +644,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
         """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
         if self._content is None:
-            self._content = self._described()
+            self._content = self.source.content
         # At the start of an epoch it is of no account who took part in the one before.
         begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
         place = {"epoch": begin.epoch, "n_yielded": begin.n_yielded}  # what is told first where ranks differ
@@ -640,18 +652,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         del state["seed"]
         # Each worker's last mini-batch may be smaller there, so that their number counts.
         return state | ({"workers": n_workers} if self.shuffle_scope == "partition" else {})
-
-    def _described(self) -> dict[str, Any]:
-        """Return what is read: as it was written, wherever each rank has it, as far as that is known."""
-        locator = self.x_locator
-        if locator is None:
-            assert isinstance(self._reading, SnapshotReading)
-            return {"snapshot": self._reading.prepare().fingerprint}
-        source = source_of(locator, [locator.layer_name])
-        versions = {f"content of {array}": found for array, found in source.versions.items()}
-        return {"measurement": locator.measurement_name, "layer": locator.layer_name} | (
-            versions or {"uri": source.uri}
-        )
 
     @property
     def _leaves_device_work_to_loader(self) -> bool:
@@ -675,8 +675,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         self._agree(num_workers, begin)
-        if isinstance(self._reading, SnapshotReading):
-            self._reading.prepare()
+        self.source.prepare()
         run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
         self._told = Told(self._ranks(), begin, progress.tell(epoch))
         try:

@@ -29,7 +29,7 @@ from tiledbsoma_ml._snapshot_check import (
 )
 from tiledbsoma_ml._snapshot_format import File, Layer, Manifest, arrays_of, map_file
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
-from tiledbsoma_ml._snapshot_reader import MappedLayer, RowIndex, SnapshotReader
+from tiledbsoma_ml._snapshot_reader import KEPT_BYTES, MappedLayer, RowIndex, SnapshotReader
 from tiledbsoma_ml.x_locator import XLocator
 
 
@@ -263,6 +263,7 @@ class Snapshot:
         *,
         layer_name: str | None = None,
         nullable: Collection[str] | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> SnapshotReader:
         """Return what reads rows by joinid.
 
@@ -273,6 +274,7 @@ class Snapshot:
             layer_name: Layer of `X`.
             nullable: Columns of integers or booleans that come as pandas' nullable types; those in which a
                 value is missing in the rows of `obs_joinids` if None.
+            kept_bytes: So much memory of rows that nobody holds any longer is kept for later ones.
 
         Raises:
             ValueError: If the snapshot does not hold one of them.
@@ -288,11 +290,16 @@ class Snapshot:
         columns = self._obs_columns(names)
         if nullable is None:
             nullable = with_missing(columns, rows)
-        places, n_cols = self._places(var_joinids)
+        places, n_vars = self._places(var_joinids)
         if layer.name not in self._layers:
             self._layers[layer.name] = MappedLayer(self.path, layer, self.shape[1])
         return SnapshotReader(
-            self._layers[layer.name], index, ObsTable(columns, nullable), places=places, n_cols=n_cols
+            self._layers[layer.name],
+            index,
+            ObsTable(columns, nullable),
+            places=places,
+            n_vars=n_vars,
+            kept_bytes=kept_bytes,
         )
 
     def check_holds(self, locator: XLocator, obs_column_names: Sequence[str]) -> None:

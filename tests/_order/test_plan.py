@@ -294,7 +294,7 @@ def test_each_worker_yields_what_the_documentation_says(
         expected = expected_mini_batches(plan, n_rows, place, seed)
         assert rows == flat(expected)
         assert planned.n_mini_batches == len(expected)
-        assert set(rows) <= set(planned.joinids().tolist())
+        assert set(rows) <= set(planned.obs_joinids.tolist())
 
 
 @given(
@@ -337,7 +337,7 @@ def test_the_order_of_a_part_is_computed_once_whatever_is_asked(scope: Any) -> N
     batches: Iterator[Any] = planned.batches()
     next(batches)
     assert planned.padding().tolist()
-    assert len(planned.joinids()) == 51
+    assert len(planned.obs_joinids) == 51
     assert flat([batch.tolist() for batch in planned.batches()])[8:] == flat([b.tolist() for b in batches])
     assert planned.order is order
 

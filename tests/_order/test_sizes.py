@@ -161,6 +161,9 @@ def test_auto_takes_the_longest_runs_that_reach_the_target_and_windows_as_large_
             run_length=row_tile, window_rows=len(ids), first_window_rows=len(ids), mixing=1.0
         )
         return
+    if row_tile == 1:  # single rows are a true shuffle, whatever the window
+        assert (sizes.run_length, sizes.mixing) == (1, 1.0)
+        return
     target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
     reached = {
         run: predicted_mixing(sizes.window_rows * len(np.unique(ids // run)) / len(ids), batch_size)
@@ -240,3 +243,9 @@ def test_ranks_that_share_the_rows_need_windows_for_their_share_only() -> None:
         run_length=2048, window_rows=25_000, first_window_rows=25_000, mixing=1.0
     )
     assert chosen(ids, 2048, 20_000, 1024, None, world_size=4).window_rows == 12_500
+
+
+def test_where_every_row_can_be_read_by_itself_a_window_is_no_larger_than_helps() -> None:
+    sizes = chosen(np.arange(200_000), 1, 10**9, 128, None)
+    assert sizes.window_rows == 50_000
+    assert chosen(np.arange(200_000), 2, 10**9, 128, None).window_rows == 200_000

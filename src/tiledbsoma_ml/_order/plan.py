@@ -185,12 +185,18 @@ class PartPlan:
         """Yield the joinids of the part, as many at a time as are read together."""
         return self._batches(self._deal.spans(self.part.place, self.part.skip))
 
-    def joinids(self) -> NDArrayJoinId:
-        """Return all joinids of the part, in any order; those that it skips may be among them."""
+    @cached_property
+    def obs_joinids(self) -> NDArrayJoinId:
+        """All joinids of the part, in any order; those that it skips may be among them."""
         deal, place = self._deal.own(self.part.place)
         if (place.world_size, place.n_workers) == (1, 1) and not deal.earlier:
             return self.ids.obs_joinids
         return _concatenated(self.batches())
+
+    @property
+    def var_joinids(self) -> NDArrayJoinId:
+        """The columns of the query."""
+        return self.ids.var_joinids
 
     def padding(self) -> NDArrayJoinId:
         """Return the joinids of rows that another rank has as well: those of the part, at least."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import attrs
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+from tiledbsoma_ml._order.plan import PartPlan
 from tiledbsoma_ml._rebatch import rebatch_joinids
 
 
@@ -53,6 +56,23 @@ def measure_quality(
     entropy, of_random = float(np.mean(entropies)), float(np.mean(random))
     mixing = entropy / of_random if of_random else 1.0
     return ShuffleQuality(mixing, entropy, of_random, float(np.mean(tiles)), len(entropies))
+
+
+def quality_of(
+    planned: PartPlan, sorted_ids: NDArrayJoinId, labels: pd.Series[Any], row_tile: int, n_batches: int
+) -> ShuffleQuality:
+    """Return how well the mini-batches of a part of an epoch are mixed.
+
+    Args:
+        planned: The part.
+        sorted_ids: The joinids of its rows.
+        labels: The label of each of them; a missing one is a label as well.
+        row_tile: Rows of a tile.
+        n_batches: Number of mini-batches to look at.
+    """
+    codes = labels.cat.codes if isinstance(labels.dtype, pd.CategoricalDtype) else pd.factorize(labels)[0]
+    batches = evenly_spaced(planned.batches(), planned.plan.batch_size, len(planned.obs_joinids), n_batches)
+    return measure_quality(batches, sorted_ids, np.asarray(codes, dtype=np.int64), row_tile)
 
 
 def evenly_spaced(

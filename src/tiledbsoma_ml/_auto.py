@@ -1,0 +1,87 @@
+"""What "auto" stands for with a source and a budget: found out, checked, and told."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import attrs
+
+from tiledbsoma_ml._budget import FILE_SHARE, LEAST_SHARE, Budget
+from tiledbsoma_ml._order.plan import Plan
+from tiledbsoma_ml._order.sizes import Layout, read_amplification
+from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._source import Source
+
+logger = logging.getLogger("tiledbsoma_ml")
+
+COSTLY = 3.0
+"""Times that tiles are decoded in an epoch, from which on a line of the log says so."""
+
+
+def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Plan:
+    """Return the plan with the layout of a source, where a size is "auto".
+
+    Raises:
+        ValueError: If the budget does not hold mini-batches and one tile.
+    """
+    if not plan.is_auto:
+        return plan
+    layout = source.layout(ids, budget)
+    if layout.window_rows is None:
+        layout = attrs.evolve(layout, window_rows=max(0, int(budget.windows / layout.bytes_per_row)))
+    if plan.io_batch_size == "auto":
+        _check_holds_a_tile(layout, len(ids.obs_joinids), budget)
+    return attrs.evolve(plan, layout=layout)
+
+
+def _check_holds_a_tile(layout: Layout, n_rows: int, budget: Budget) -> None:
+    assert layout.window_rows is not None
+    n_held = min(layout.row_tile, n_rows)
+    if layout.window_rows >= n_held:
+        return
+    tile = f"one tile of {n_held:,} rows"
+    in_file = math.ceil(n_held * layout.bytes_per_row * FILE_SHARE)
+    if budget.window_dir is not None and budget.window_budget < in_file:
+        raise ValueError(
+            f"window_budget={budget.window_budget / 2**20:.0f} MiB must hold {tile}, "
+            f"{math.ceil(in_file / 2**20)} MiB; raise it."
+        )
+    lacking = (n_held - layout.window_rows) * layout.bytes_per_row
+    needed = math.ceil((budget.total + lacking / LEAST_SHARE) / 2**20)
+    is_dense = budget.mini_batch_bytes > 0
+    batches = "three mini-batches and " if is_dense else ""
+    way_out = "raise it, or take a smaller batch_size or return_sparse_X=True." if is_dense else "raise it."
+    raise ValueError(
+        f"memory_budget={budget.total / 2**20:.0f} MiB must hold {batches}{tile} beside buffers, "
+        f"{needed} MiB; {way_out}"
+    )
+
+
+def log_sizes(plan: Plan, source: Source, ids: QueryIDs) -> None:
+    """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""
+    chunk, io_batch, n_rows = plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids)
+    if not n_rows or chunk is None or not logger.isEnabledFor(logging.INFO):
+        return
+    if plan.layout is not None:
+        sizes = plan.sizes(ids)
+        window_mib = sizes.window_rows * plan.layout.bytes_per_row / 2**20
+        window = f"windows of {sizes.window_rows:,} rows ({window_mib:.0f} MiB)"
+        if chunk == "auto":
+            chose = f"runs of {sizes.run_length:,} rows in {window}"
+            logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
+        else:
+            logger.info("runs of %d rows in %s", chunk, window)
+    elif isinstance(chunk, int) and isinstance(io_batch, int):
+        tile = source.row_tile
+        times = read_amplification(chunk, io_batch, tile, n_rows)
+        if times >= COSTLY:
+            logger.info(
+                "shuffle_chunk_size=%d and io_batch_size=%d read every row about %.0f times in an epoch, "
+                "because it is stored in tiles of %d rows; shuffle_chunk_size='auto' and "
+                "io_batch_size='auto' read less and mix as well",
+                chunk,
+                io_batch,
+                times,
+                tile,
+            )
