@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs, workers
-from tiledbsoma_ml import _snapshot_build
+from tiledbsoma_ml import _snapshot_build, _snapshot_shards
 from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest, sealed
+from tiledbsoma_ml._snapshot_files import sealed
+from tiledbsoma_ml._snapshot_format import MANIFEST, Manifest
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -275,8 +276,8 @@ def test_the_type_of_a_shard_holds_every_value_and_no_smaller_one_does(
 ) -> None:
     scale = factor if np.dtype(dtype).kind == "f" else 1
     arrays = [(np.array(part) * scale).astype(dtype) for part in parts]
-    kept = [array.astype(_snapshot_build.narrowed(array)) for array in arrays]
-    chosen = _snapshot_build.smallest(kept, np.dtype(dtype))
+    kept = [array.astype(_snapshot_shards.narrowed(array)) for array in arrays]
+    chosen = _snapshot_shards.smallest(kept, np.dtype(dtype))
 
     def holds(name: str) -> bool:
         with np.errstate(all="ignore"):
@@ -496,7 +497,7 @@ def test_mini_batches_that_are_held_stay_as_they_are(
 
 
 def test_a_snapshot_is_opened_without_reading_data(whole: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiledbsoma_ml.snapshot.map_file", None)
+    monkeypatch.setattr("tiledbsoma_ml._snapshot_mapped.map_file", None)
     monkeypatch.setattr("tiledbsoma_ml._snapshot_reader.map_file", None)
     opened = Snapshot.open(whole.path)
     assert opened.shape == (N_OBS, N_VARS)

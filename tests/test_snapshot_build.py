@@ -23,9 +23,20 @@ import tiledbsoma as soma
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X
 from test_snapshot import make, write_entries
-from tiledbsoma_ml import QueryIDs, _snapshot_build, _snapshot_format, _snapshot_progress
-from tiledbsoma_ml._snapshot_build import PARTIAL, _Builder, _ShardWriter
-from tiledbsoma_ml._snapshot_format import MANIFEST, HashedFile
+from tiledbsoma_ml import (
+    QueryIDs,
+    _snapshot_build,
+    _snapshot_files,
+    _snapshot_format,
+    _snapshot_frames,
+    _snapshot_progress,
+    _snapshot_resume,
+)
+from tiledbsoma_ml._snapshot_build import _Builder
+from tiledbsoma_ml._snapshot_files import HashedFile
+from tiledbsoma_ml._snapshot_format import MANIFEST
+from tiledbsoma_ml._snapshot_resume import PARTIAL
+from tiledbsoma_ml._snapshot_shards import ShardWriter
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -217,10 +228,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         n_left[0] = n
 
     monkeypatch.setattr(HashedFile, "write", counted(HashedFile.write))
-    monkeypatch.setattr(_snapshot_build, "fsync", counted(_snapshot_build.fsync))
-    monkeypatch.setattr(_snapshot_build, "_write_table", counted(_snapshot_build._write_table))
-    for module in (_snapshot_build, _snapshot_format):
-        monkeypatch.setattr(module, "write_atomically", counted(_snapshot_format.write_atomically))
+    fsync = counted(_snapshot_files.fsync)
+    for module in (_snapshot_build, _snapshot_files):
+        monkeypatch.setattr(module, "fsync", fsync)
+    monkeypatch.setattr(_snapshot_frames, "write_table", counted(_snapshot_frames.write_table))
+    for module in (_snapshot_resume, _snapshot_format):
+        monkeypatch.setattr(module, "write_atomically", counted(_snapshot_files.write_atomically))
     monkeypatch.setattr(Path, "replace", counted(Path.replace))
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     return arm
@@ -257,7 +270,7 @@ def test_finished_shards_are_not_read_again(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    write = _ShardWriter.write
+    write = ShardWriter.write
 
     def recorded(self: Any, name: str, window: Any) -> Any:
         written.append(name)
@@ -265,7 +278,7 @@ def test_finished_shards_are_not_read_again(
             raise Killed
         return write(self, name, window)
 
-    monkeypatch.setattr(_ShardWriter, "write", recorded)
+    monkeypatch.setattr(ShardWriter, "write", recorded)
     with pytest.raises(Killed):
         make(path, store)
     assert not path.exists()
@@ -349,7 +362,7 @@ def test_a_continued_creation_believes_nothing_that_is_not_so(
     fields = json.loads((building(path) / PARTIAL).read_text())
     del fields["sha256"]
     change(fields)
-    (building(path) / PARTIAL).write_text(_snapshot_format.sealed(fields))
+    (building(path) / PARTIAL).write_text(_snapshot_files.sealed(fields))
     make(path, store)
     assert_is_right(path)
 
@@ -358,7 +371,7 @@ def test_a_continued_creation_believes_nothing_that_is_not_so(
 def test_a_creation_checks_what_it_wrote(
     store: Store, path: Path, kind: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = _ShardWriter.write
+    write = ShardWriter.write
 
     def wrong(self: Any, name: str, window: Any) -> Any:
         written = write(self, name, window)
@@ -366,10 +379,10 @@ def test_a_creation_checks_what_it_wrote(
         values = np.fromfile(file, "<u2" if kind == "indices" else "<i8")
         values[1] = value
         values.tofile(file)
-        return written | {kind: _snapshot_format.describe_file(file)}
+        return written | {kind: _snapshot_files.describe_file(file)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(_ShardWriter, "write", wrong)
+        patch.setattr(ShardWriter, "write", wrong)
         with pytest.raises(ValueError, match=rf"shard-0000\d\.{kind}.* it is damaged"):
             make(path, store)
     assert not path.exists()
@@ -387,7 +400,7 @@ def test_a_part_of_another_creation_is_discarded(
 
 def slowly(seconds: float) -> None:
     """Let creations in this process take time for every shard, and make several."""
-    write = _ShardWriter.write
+    write = ShardWriter.write
 
     def slow(self: Any, name: str, window: Any) -> Any:
         with Path("written.txt").open("a") as file:
@@ -395,7 +408,7 @@ def slowly(seconds: float) -> None:
         time.sleep(seconds)
         return write(self, name, window)
 
-    _ShardWriter.write = slow  # type: ignore[method-assign]
+    ShardWriter.write = slow  # type: ignore[method-assign]
 
 
 def create_in_folder(locator: XLocator, folder: Path, seconds: float, progress: bool) -> None:
@@ -504,7 +517,7 @@ def test_what_a_disk_takes_only_the_beginning_of_is_not_there_at_all(tmp_path: P
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a write beyond is cut there, as at the end
     try:
         with pytest.raises(OSError, match="File too large"):
-            _snapshot_format.write_atomically(tmp_path / MANIFEST, "x" * 1000)
+            _snapshot_files.write_atomically(tmp_path / MANIFEST, "x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / MANIFEST).exists()

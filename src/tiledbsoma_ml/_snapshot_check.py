@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._obs import in_one_piece
-from tiledbsoma_ml._snapshot_format import File, Manifest, Shard, damaged, digest, map_file
+from tiledbsoma_ml._snapshot_files import File, damaged, digest, map_file
+from tiledbsoma_ml._snapshot_format import Manifest, Shard
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -164,12 +165,11 @@ def checked_column(folder: Path, file: File, table: pa.Table, name: str) -> pa.A
 
 def _check_frames(folder: Path, manifest: Manifest) -> None:
     content = manifest.content
-    sources = ["soma_source"] if len(content.sources) > 1 else []
     numbers = np.arange(len(content.sources)).repeat([source.n_obs for source in content.sources])
     obs_joinids = map_file(folder, manifest.obs_joinids, "<i8")
     var_joinids = map_file(folder, manifest.var_joinids, "<i8")
-    obs_names = [*content.obs_column_names, *sources]
-    _check_frame(folder, manifest.obs, obs_names, {"soma_joinid": obs_joinids, "soma_source": numbers})
+    known = {"soma_joinid": obs_joinids, "soma_source": numbers}
+    _check_frame(folder, manifest.obs, list(content.stored_obs_names), known)
     _check_frame(folder, manifest.var, None, {"soma_joinid": var_joinids})
 
 

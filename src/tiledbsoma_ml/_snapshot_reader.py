@@ -19,7 +19,8 @@ from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._query_ids import check_joinids
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_check import check_starts
-from tiledbsoma_ml._snapshot_format import Layer, Shard, damaged, map_file
+from tiledbsoma_ml._snapshot_files import damaged, map_file
+from tiledbsoma_ml._snapshot_format import Layer, Shard
 
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""

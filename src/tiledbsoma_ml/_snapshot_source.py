@@ -13,7 +13,8 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, absolute_path, cache_folder, check_name
 from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._snapshot_build import SourceRows, describe
+from tiledbsoma_ml._snapshot_build import describe
+from tiledbsoma_ml._snapshot_parts import part_of
 from tiledbsoma_ml._snapshot_reader import SnapshotReader
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml.snapshot import Snapshot
@@ -85,10 +86,9 @@ class SnapshotSource(Source):
                 self._snapshot = found
             else:
                 assert self._asked is not None
-                assert self._of.locator is not None
                 self._snapshot = Snapshot.create_from(
                     self.path,
-                    [(self._of.locator, self._asked)],
+                    [(self._of, self._asked)],
                     obs_column_names=self._fields.obs_column_names,
                     memory_budget=self._memory_bytes,
                 )
@@ -147,9 +147,8 @@ class SnapshotSource(Source):
             return absolute_path(snapshot)
         if self._of is None or self._asked is None:
             raise ValueError("snapshot=True needs a query to make it of; name the folder of a snapshot.")
-        assert self._of.locator is not None
         content = describe(
-            [SourceRows.of(self._of.locator, self._asked)],
+            [part_of(self._of, self._asked)],
             obs_column_names=self._fields.obs_column_names,
             layers=(),
             obsm=(),
@@ -160,8 +159,7 @@ class SnapshotSource(Source):
         """Raise a ValueError unless a snapshot holds the query; keep what is found out meanwhile."""
         names = self._fields.obs_column_names
         if self._of is not None:
-            assert self._of.locator is not None
-            snapshot.check_holds(self._of.locator, names)
+            snapshot.check_holds(self._of, names)
         ids = self._asked or snapshot.query_ids
         found = snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=self._layer_name)
         self._nullable = found.nullable

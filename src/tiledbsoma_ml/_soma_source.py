@@ -20,8 +20,8 @@ from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_row_bytes, row_tile
-from tiledbsoma_ml._snapshot_build import source_of
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
+from tiledbsoma_ml._versions import written_at
 from tiledbsoma_ml._window import Room, preload_kernels
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -48,10 +48,10 @@ class SOMASource(Source):
     def content(self) -> Mapping[str, str]:
         """The measurement, the layer, and a digest of what was written to each array, where that is known."""
         locator = self.locator
-        source = source_of(locator, [locator.layer_name])
-        versions = {f"content of {array}": found for array, found in source.versions.items()}
+        written = written_at(locator, [locator.layer_name])
+        versions = {f"content of {array}": found for array, found in written.versions.items()}
         named = {"measurement": locator.measurement_name, "layer": locator.layer_name}
-        return named | (versions or {"uri": source.uri})
+        return named | (versions or {"uri": written.uri})
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
         """Raise a ValueError or TypeError unless there are such columns of `obs`."""

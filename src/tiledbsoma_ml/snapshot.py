@@ -9,27 +9,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import tiledbsoma as soma
-from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
-from tiledbsoma_ml._obs import ObsTable, with_missing
-from tiledbsoma_ml._query_ids import QueryIDs, check_joinids, check_query
-from tiledbsoma_ml._reader import check_obs_column_names
-from tiledbsoma_ml._snapshot_build import SourceRows, create, source_of, warn_of_unknown
-from tiledbsoma_ml._snapshot_check import (
-    checked_column,
-    read_frame,
-    read_obs_joinids,
-    read_var_joinids,
-    verify,
-)
-from tiledbsoma_ml._snapshot_format import File, Layer, Manifest, arrays_of, map_file
+from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
+from tiledbsoma_ml._snapshot_build import create
+from tiledbsoma_ml._snapshot_check import verify
+from tiledbsoma_ml._snapshot_format import Layer, Manifest
+from tiledbsoma_ml._snapshot_mapped import Mapped
+from tiledbsoma_ml._snapshot_parts import Located, Query, check_origin, located, part_of
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
-from tiledbsoma_ml._snapshot_reader import KEPT_BYTES, MappedLayer, RowIndex, SnapshotReader
+from tiledbsoma_ml._snapshot_reader import KEPT_BYTES, SnapshotReader
+from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.x_locator import XLocator
 
 
@@ -56,17 +48,13 @@ class Snapshot:
     def __init__(self, path: str | os.PathLike[str], manifest: Manifest) -> None:
         self.path = absolute_path(path)
         self._manifest = manifest
-        self._index: RowIndex | None = None
-        self._layers: dict[str, MappedLayer] = {}
-        self._frames: dict[str, pa.Table] = {}
-        self._columns: dict[tuple[str, str], pa.Array] = {}
-        self._whole: SnapshotReader | None = None
+        self._mapped = Mapped(self.path, manifest)
 
     @classmethod
     def create(
         cls,
         path: str | os.PathLike[str],
-        query: soma.ExperimentAxisQuery | Sequence[soma.ExperimentAxisQuery],
+        query: Query | Sequence[Query],
         *,
         layer_name: str | None = None,
         obs_column_names: Sequence[str] = ("soma_joinid",),
@@ -75,7 +63,7 @@ class Snapshot:
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
     ) -> Snapshot:
-        """Return the snapshot of a query at `path`, having made it if it is not there.
+        """Return the snapshot of a query or of a `Source` at `path`, having made it if it is not there.
 
         It is made in a folder beside `path` that is renamed at the end, so that `path` holds a whole snapshot
         or none. After a kill, the next call continues where the last one ended. Of several processes that ask
@@ -83,9 +71,11 @@ class Snapshot:
 
         Args:
             path: The folder of the snapshot, which is made if it is not there.
-            query: Its experiment must be open. Of several queries, on the same columns, the rows follow each
-                other, and `obs` has a column "soma_source" with the number of the query.
+            query: A query, whose experiment must be open; or a `Source`, of which all rows are kept. Several
+                queries, or several sources, must have the same columns: their rows follow each other, and
+                `obs` has a column "soma_source" with the number of the query or source.
             layer_name: Layer of `X`, sparse or dense. If left out: "raw" if there is one, else the only one.
+                The one layer of a `Source` is called "X".
             obs_column_names: Columns of `obs` to keep. All columns of `var` are kept.
             layers: Further layers of `X` to keep.
             obsm: Arrays of `obsm` to keep.
@@ -94,23 +84,14 @@ class Snapshot:
                 per second and seconds left.
 
         Raises:
-            TypeError: If something else than queries is given.
+            TypeError: If something else than queries or sources is given, or some of both.
             ValueError: If a name does not exist, queries do not fit together, or there is something else at
                 `path`, which is never overwritten.
             OSError: If the disk cannot be written to, or is too small.
         """
-        queries = list(query) if isinstance(query, Sequence) and not isinstance(query, str) else [query]
-        if not queries:
-            raise ValueError("query=[] must hold at least one query; try experiment.axis_query('RNA').")
-        for q in queries:
-            check_query(q)
-        parts = [
-            (XLocator.create(q.experiment, q.measurement_name, layer_name), QueryIDs.create(q))
-            for q in queries
-        ]
         return cls.create_from(
             path,
-            parts,
+            located(query, layer_name),
             obs_column_names=obs_column_names,
             layers=layers,
             obsm=obsm,
@@ -122,7 +103,7 @@ class Snapshot:
     def create_from(
         cls,
         path: str | os.PathLike[str],
-        queries: Sequence[tuple[XLocator, QueryIDs]],
+        queries: Sequence[Located],
         *,
         obs_column_names: Sequence[str],
         layers: Sequence[str] = (),
@@ -130,15 +111,17 @@ class Snapshot:
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
     ) -> Snapshot:
-        """Do what `create` does, for queries given as address and joinids."""
+        """Do what `create` does, for queries given as an address, or a `Source`, and joinids."""
         whole = absolute_path(path)
+        parts = [part_of(where, ids) for where, ids in queries]
+        is_remote = any(part.is_remote for part in parts)
         create(
             whole,
-            [SourceRows.of(locator, ids) for locator, ids in queries],
+            parts,
             obs_column_names=obs_column_names,
             layers=layers,
             obsm=obsm,
-            budget=Budget(parse_bytes("memory_budget", memory_budget), queries[0][0].is_remote),
+            budget=Budget(parse_bytes("memory_budget", memory_budget), is_remote),
             progress=Progress(progress, whole.name),
         )
         return cls.open(whole)
@@ -191,23 +174,22 @@ class Snapshot:
     @property
     def obs_column_names(self) -> tuple[str, ...]:
         """Columns of `obs`."""
-        names = self._manifest.content.obs_column_names
-        return names if len(self._manifest.content.sources) == 1 else (*names, "soma_source")
+        return self._manifest.content.stored_obs_names
 
     @property
     def fingerprint(self) -> str:
         """A digest of what it holds: of the experiment, the joinids, the names of layers and columns."""
         return self._manifest.content.fingerprint
 
-    @cached_property
+    @property
     def obs_joinids(self) -> NDArrayJoinId:
         """Joinids of the rows, read-only; those of several queries may repeat."""
-        return read_obs_joinids(self.path, self._manifest)
+        return self._mapped.obs_joinids
 
-    @cached_property
+    @property
     def var_joinids(self) -> NDArrayJoinId:
         """Joinids of the columns, read-only."""
-        return read_var_joinids(self.path, self._manifest)
+        return self._mapped.var_joinids
 
     @cached_property
     def query_ids(self) -> QueryIDs:
@@ -218,23 +200,17 @@ class Snapshot:
     @property
     def obs(self) -> pd.DataFrame:
         """The columns of `obs`, of all rows."""
-        columns = self._obs_columns(self.obs_column_names)
-        return ObsTable(columns, with_missing(columns)).take(np.arange(len(self)))
+        return self._mapped.obs().take(np.arange(len(self)))
 
     @property
     def var(self) -> pd.DataFrame:
         """All columns of `var`, of the columns of `X`."""
-        table = self._frame("var")
-        columns = {name: self._column("var", name) for name in table.column_names}
-        return ObsTable(columns, with_missing(columns)).take(np.arange(self.shape[1]))
+        return self._mapped.var().take(np.arange(self.shape[1]))
 
     @property
     def obsm(self) -> dict[str, NDArrayNumber]:
         """The arrays of `obsm`, read-only, by name."""
-        return {
-            item.name: map_file(self.path, item.values, item.dtype).reshape(len(self), item.n_cols)
-            for item in self._manifest.obsm
-        }
+        return self._mapped.obsm()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -251,9 +227,8 @@ class Snapshot:
 
     def __getitem__(self, rows: Any) -> tuple[sparse.csr_matrix, pd.DataFrame]:
         """Return `X` and `obs` of a row, a slice, a list of row numbers or a mask."""
-        ids = self._row_ids(rows)
-        reader = self._reader_of_all()
-        return reader.csr(ids), reader.obs(ids)
+        ids = _chosen(self.query_ids.obs_joinids, rows)
+        return self._whole.csr(ids), self._whole.obs(ids)
 
     def reader(
         self,
@@ -283,45 +258,22 @@ class Snapshot:
             obs_joinids = check_joinids("obs_joinids", obs_joinids)
         if var_joinids is not None:
             var_joinids = check_joinids("var_joinids", var_joinids, unique=True)
-        layer = self._layer(layer_name)
         names = self.obs_column_names if obs_column_names is None else obs_column_names
-        index = self._row_index()
-        rows = None if obs_joinids is None else index.find(obs_joinids)
-        columns = self._obs_columns(names)
-        if nullable is None:
-            nullable = with_missing(columns, rows)
-        places, n_vars = self._places(var_joinids)
-        if layer.name not in self._layers:
-            self._layers[layer.name] = MappedLayer(self.path, layer, self.shape[1])
-        return SnapshotReader(
-            self._layers[layer.name],
-            index,
-            ObsTable(columns, nullable),
-            places=places,
-            n_vars=n_vars,
-            kept_bytes=kept_bytes,
+        return self._mapped.reader(
+            self._layer(layer_name), obs_joinids, var_joinids, names, nullable=nullable, kept_bytes=kept_bytes
         )
 
-    def check_holds(self, locator: XLocator, obs_column_names: Sequence[str]) -> None:
-        """Raise a ValueError that says what differs, unless this was made from the layer at an address.
+    def check_holds(self, where: XLocator | Source, obs_column_names: Sequence[str]) -> None:
+        """Raise a ValueError that says what differs, unless this was made from a source, or from a layer.
 
         `reader` checks the rows and columns.
+
+        Args:
+            where: Address of the layer, or the source.
+            obs_column_names: Columns of `obs` that it must hold.
         """
-        if len(self._manifest.content.sources) > 1:
-            raise ValueError(
-                f"snapshot={str(self.path)!r} must be made from one query to be read as part of one, but it "
-                "holds several; leave the query out."
-            )
-        check_name("layer_name", locator.layer_name, self.layer_names, of=self._a("layer"))
-        self._check_columns(obs_column_names)
-        [source] = self._manifest.content.sources
-        asked = source_of(locator, [locator.layer_name])
-        if differences := source.differences(asked):
-            raise ValueError(
-                f"snapshot={str(self.path)!r} must be made from the experiment that is queried, but "
-                f"{'; '.join(differences)}; make a snapshot of this query at another path."
-            )
-        warn_of_unknown(self.path, source, asked, arrays_of([locator.layer_name]))
+        check_origin(self.path, self._manifest.content, where)
+        self._mapped.check_columns(obs_column_names)
 
     def to_anndata(self, rows: Any = None) -> Any:
         """Return rows, all if None, as an `AnnData`, with further layers and `obsm`.
@@ -329,14 +281,9 @@ class Snapshot:
         Raises:
             ImportError: If anndata is not installed.
         """
-        try:
-            import anndata
-        except ImportError as err:
-            raise ImportError(
-                "to_anndata needs anndata; run `pip install 'tiledbsoma-ml[cli]'` or `pip install anndata`."
-            ) from err
-        ids = self._row_ids(slice(None) if rows is None else rows)
-        numbers = self._row_index().find(ids)
+        anndata = _import_anndata()
+        ids = _chosen(self.query_ids.obs_joinids, slice(None) if rows is None else rows)
+        numbers = self._mapped.index.find(ids)
         X, obs = self[numbers]
         var = self.var
         obs.index, var.index = obs.index.astype(str), var.index.astype(str)
@@ -358,87 +305,13 @@ class Snapshot:
     def _layer(self, name: str | None) -> Layer:
         if name is None:
             return self._manifest.layers[0]
-        check_name("layer_name", name, self.layer_names, of=self._a("layer"))
+        check_name("layer_name", name, self.layer_names, of=self._mapped.name("layer"))
         return next(layer for layer in self._manifest.layers if layer.name == name)
 
-    def _row_index(self) -> RowIndex:
-        if self._index is None:
-            is_one = len(self._manifest.content.sources) == 1
-            self._index = RowIndex(self.obs_joinids if is_one else None, len(self), self.path)
-        return self._index
-
-    def _row_ids(self, rows: Any) -> NDArrayJoinId:
-        """Return what the reader calls the rows of an index."""
-        if isinstance(rows, int | np.integer):
-            if not -len(self) <= rows < len(self):
-                raise IndexError(f"row {rows} must lie from {-len(self)} to {len(self) - 1}.")
-            rows = [rows]
-        ids = self.query_ids.obs_joinids
-        if isinstance(rows, slice):
-            sliced: NDArrayJoinId = ids[rows]
-            return sliced
-        numbers = np.asarray(rows)
-        if not numbers.size:
-            numbers = numbers.astype(np.int64)
-        chosen: NDArrayJoinId = ids[numbers]
-        return chosen
-
-    def _reader_of_all(self) -> SnapshotReader:
-        if self._whole is None:
-            self._whole = self.reader()
-        return self._whole
-
-    def _places(self, var_joinids: NDArrayJoinId | None) -> tuple[NDArray[np.int32] | None, int]:
-        """Return where stored columns go (-1: nowhere), None if all stay, and the number of columns."""
-        stored = self.var_joinids
-        if var_joinids is None or np.array_equal(var_joinids, stored):
-            return None, len(stored)
-        order = np.argsort(stored)
-        found = np.searchsorted(stored, var_joinids, sorter=order).clip(max=max(0, len(stored) - 1))
-        columns = order[found] if len(stored) else np.empty(0, dtype=np.int64)
-        if not np.array_equal(stored[columns], var_joinids):
-            missing = np.setdiff1d(var_joinids, stored)
-            raise ValueError(
-                f"var_joinids must be columns of the snapshot {str(self.path)!r}, but {len(missing):,} of "
-                f"{len(var_joinids):,} are not, {missing[0]} for instance: it was made from another query; "
-                "make a snapshot of this query at another path."
-            )
-        places = np.full(len(stored), -1, dtype=np.int32)
-        places[columns] = np.arange(len(columns), dtype=np.int32)
-        return places, len(columns)
-
-    def _obs_columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
-        self._check_columns(names)
-        stored = [name for name in names if name in self.obs_column_names]
-        columns = {name: self._column("obs", name) for name in stored}
-        if "soma_joinid" not in columns:
-            columns["soma_joinid"] = pa.array(self.obs_joinids)
-        return {name: columns[name] for name in names}
-
-    def _check_columns(self, names: Sequence[str]) -> None:
-        check_obs_column_names(names, dict.fromkeys(names))
-        for name in names:
-            known = dict.fromkeys([*self.obs_column_names, "soma_joinid"])
-            check_name("obs_column_names", name, known, of=self._a("column of obs"))
-
-    def _a(self, what: str) -> str:
-        return f"a {what} in the snapshot {str(self.path)!r}"
-
-    def _frame(self, name: str) -> pa.Table:
-        if name not in self._frames:
-            file, n_rows = self._frame_file(name)
-            self._frames[name] = read_frame(self.path, file, n_rows)
-        return self._frames[name]
-
-    def _column(self, frame: str, name: str) -> pa.Array:
-        if (frame, name) not in self._columns:
-            file, _ = self._frame_file(frame)
-            self._columns[frame, name] = checked_column(self.path, file, self._frame(frame), name)
-        return self._columns[frame, name]
-
-    def _frame_file(self, name: str) -> tuple[File, int]:
-        manifest, (n_obs, n_vars) = self._manifest, self.shape
-        return (manifest.obs, n_obs) if name == "obs" else (manifest.var, n_vars)
+    @cached_property
+    def _whole(self) -> SnapshotReader:
+        """What reads all rows and columns of the layer that is read if none is named."""
+        return self.reader()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "fingerprint": self.fingerprint}
@@ -451,3 +324,26 @@ class Snapshot:
                 "now; open it anew."
             )
         Snapshot.__init__(self, state["path"], manifest)
+
+
+def _chosen(ids: NDArrayJoinId, rows: Any) -> NDArrayJoinId:
+    """Return a row, a slice, a list of row numbers or a mask of `ids`, as an array."""
+    if isinstance(rows, int | np.integer):
+        if not -len(ids) <= rows < len(ids):
+            raise IndexError(f"row {rows} must lie from {-len(ids)} to {len(ids) - 1}.")
+        rows = [rows]
+    if not isinstance(rows, slice):
+        rows = np.asarray(rows)
+        rows = rows if rows.size else rows.astype(np.int64)
+    chosen: NDArrayJoinId = ids[rows]
+    return chosen
+
+
+def _import_anndata() -> Any:
+    try:
+        import anndata
+    except ImportError as err:
+        raise ImportError(
+            "to_anndata needs anndata; run `pip install 'tiledbsoma-ml[cli]'` or `pip install anndata`."
+        ) from err
+    return anndata

@@ -1,0 +1,105 @@
+"""Frames of a snapshot: joinids, `obs` and `var` of its parts, put below each other in one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pyarrow as pa
+
+from tiledbsoma_ml._common import NDArrayJoinId
+from tiledbsoma_ml._snapshot_files import File, describe_file, open_new, write_array
+from tiledbsoma_ml._snapshot_part import Part
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Frames:
+    """What is known of rows and columns beside `X`.
+
+    Attributes:
+        obs_joinids: Joinids of the rows of each part.
+        var_joinids: Joinids of the columns.
+        obs: `obs` of each part.
+        var: `var`.
+    """
+
+    obs_joinids: Sequence[NDArrayJoinId]
+    var_joinids: NDArrayJoinId
+    obs: Sequence[pa.Table]
+    var: pa.Table
+
+
+def read_frames(parts: Sequence[Part], obs_column_names: Sequence[str]) -> Frames:
+    """Return the frames of parts; of several ones, `obs` has the column "soma_source" as well.
+
+    Raises:
+        ValueError: If they have different features.
+    """
+    obs_tables, var_tables = [], []
+    for number, part in enumerate(parts):
+        obs = part.obs(obs_column_names)
+        if len(parts) > 1:
+            obs = obs.append_column("soma_source", pa.array(np.full(obs.num_rows, number, np.uint16)))
+        obs_tables.append(obs)
+        var_tables.append(part.var())
+    _check_same_features(parts, var_tables)
+    joinids = [part.ids.obs_joinids for part in parts]
+    return Frames(
+        obs_joinids=joinids, var_joinids=parts[0].ids.var_joinids, obs=obs_tables, var=var_tables[0]
+    )
+
+
+def write_frames(folder: Path, frames: Frames) -> dict[str, File]:
+    """Write frames; return the files, as the manifest names them."""
+    return {
+        "obs_joinids": write_array(folder / "obs_joinids", frames.obs_joinids),
+        "var_joinids": write_array(folder / "var_joinids", [frames.var_joinids]),
+        "obs": write_table(folder / "obs.arrow", frames.obs),
+        "var": write_table(folder / "var.arrow", [frames.var]),
+    }
+
+
+def write_table(path: Path, tables: Sequence[pa.Table]) -> File:
+    """Write tables, put below each other, as an Arrow IPC file of one record batch."""
+    try:
+        table = pa.concat_tables(_with_wide_codes(tables), promote_options="default").unify_dictionaries()
+    except pa.ArrowException as err:
+        raise ValueError(
+            f"obs_column_names must have one type in all queries, but: {err}; leave out what differs."
+        ) from err
+    columns = [column.combine_chunks() for column in table.columns]
+    batch = pa.RecordBatch.from_arrays(columns, table.column_names)
+    with open_new(path) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return describe_file(path)
+
+
+def _with_wide_codes(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
+    """Return tables whose categories are numbered by int32 where these have codes of several types."""
+    first = tables[0]
+    for name in first.column_names:
+        types = [table.schema.field(name).type for table in tables]
+        if all(map(pa.types.is_dictionary, types)) and len({kind.index_type for kind in types}) > 1:
+            tables = [_with_wide_codes_in(table, name) for table in tables]
+    return tables
+
+
+def _with_wide_codes_in(table: pa.Table, name: str) -> pa.Table:
+    number, kind = table.column_names.index(name), table.schema.field(name).type
+    wide = pa.dictionary(pa.int32(), kind.value_type, kind.ordered)
+    return table.set_column(number, name, table[name].cast(wide))
+
+
+def _check_same_features(parts: Sequence[Part], tables: Sequence[pa.Table]) -> None:
+    for part, table in zip(parts, tables, strict=True):
+        if "feature_id" not in tables[0].column_names or "feature_id" not in table.column_names:
+            continue
+        ours, its = (t["feature_id"].to_pylist() for t in (tables[0], table))
+        if differing := [i for i, pair in enumerate(zip(ours, its, strict=True)) if len(set(pair)) > 1]:
+            k = differing[0]
+            raise ValueError(
+                f"query must be several ones on the same features, but that on {part.name!r} has "
+                f"{its[k]!r} where the first has {ours[k]!r}; make one snapshot each."
+            )
