@@ -27,6 +27,7 @@ from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_format import MANIFEST
 from tiledbsoma_ml._snapshot_resume import PARTIAL
 from tiledbsoma_ml._snapshot_shards import ShardWriter
+from tiledbsoma_ml._soma_source import SOMASource
 from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.snapshot import Snapshot
 
@@ -210,6 +211,22 @@ def test_a_dataset_yields_the_same_from_a_source_and_from_a_snapshot_of_it(path:
     Snapshot.open(path).verify()
     with pytest.raises(ValueError, match=r"content\['version'\] is '1' there, not '2'"):
         ExperimentDataset(source=matrix_source(content={"version": "2"}), snapshot=path, **options)
+
+
+def test_what_a_layer_of_an_experiment_holds_as_it_is_is_kept_as_of_the_experiment(
+    path: Path, store: Store
+) -> None:
+    ids = QueryIDs(obs_joinids=[9, 3, 200], var_joinids=range(N_VARS))
+    snapshot = make(path, SOMASource(store.locator, ids), obs_column_names=["cell_type"])
+    assert (snapshot.layer_name, snapshot.obs_joinids.tolist()) == ("raw", [3, 9, 200])
+    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X([3, 9, 200], range(N_VARS)))
+    for where in (store.locator, SOMASource(store.locator, ids)):
+        snapshot.check_holds(where, ["cell_type"])
+        assert make(path, [SOMASource(store.locator, ids)], layer_name="raw", obs_column_names=["cell_type"])
+    with pytest.raises(
+        ValueError, match="layer_name='X' must be left out, because a Source has the layer 'raw'"
+    ):
+        make(path, SOMASource(store.locator, ids), layer_name="X")
 
 
 # Once, and killed -----------------------------------------------------------------------------------------

@@ -117,7 +117,9 @@ class SourcePart:
     ) -> Generator[ShardRows, None, None]:
         """Yield the rows from each start to each stop, in the pieces in which the source gives them."""
         dtype = self.layer(layer_name, budget).dtype
-        with closing(self._open(budget)) as reader:
+        with self._lock:
+            opened = self._open(budget)
+        with closing(opened) as reader:
             for start, stop in borders:
                 pieces = list(self._pieces(reader, self.ids.obs_joinids[start:stop], dtype))
                 yield ShardRows(nbytes=sum(piece.nbytes for piece in pieces), pieces=_taken(pieces))
@@ -133,7 +135,8 @@ class SourcePart:
         Raises:
             ValueError: If the source gives other rows, or values and columns that there cannot be.
         """
-        found, start = iter(reader.read(joinids)), 0
+        with self._lock:
+            found, start = iter(reader.read(joinids)), 0
         while True:
             with self._lock:
                 rows = next(found, None)
