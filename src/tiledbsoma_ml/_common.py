@@ -126,3 +126,9 @@ def check_distinct(parameter: str, names: Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"{parameter}={list(names)} must differ from each other; name each column once.")
     return tuple(names)
+
+
+def check_names(parameter: str, names: Sequence[str], known: Iterable[str], *, of: str) -> tuple[str, ...]:
+    """Return names that differ and are all among the `known` ones; see `check_distinct` and `check_name`."""
+    known = list(known)
+    return tuple(check_name(parameter, name, known, of=of) for name in check_distinct(parameter, names))

@@ -131,6 +131,18 @@ def first_repeated(joinids: NDArrayJoinId) -> int | None:
     return int(repeated[0]) if len(repeated) else None
 
 
+def check_among(name: str, joinids: NDArrayJoinId, known: NDArrayJoinId) -> None:
+    """Raise a ValueError if a joinid is none of those that are known."""
+    if joinids is known:
+        return
+    is_unknown = np.isin(joinids, known, invert=True)
+    if is_unknown.any():
+        raise ValueError(
+            f"{name} must be among those of the source, but {is_unknown.sum():,} of {len(joinids):,} are not, "
+            f"{joinids[is_unknown][0]} for instance; take them from its query_ids."
+        )
+
+
 def check_query(query: object) -> None:
     """Raise a TypeError if it is not a query, but an experiment or its address for instance."""
     if not isinstance(query, soma.ExperimentAxisQuery):

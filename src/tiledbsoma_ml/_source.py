@@ -16,10 +16,10 @@ import pandas as pd
 from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct, check_names
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._order.sizes import Layout
-from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._query_ids import QueryIDs, check_among
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -132,13 +132,17 @@ class Source(Protocol):
             ValueError: If there is no such column.
         """
         frame = pd.DataFrame({"soma_joinid": var_joinids})
-        return frame if column_names is None else frame[list(column_names)]
+        if column_names is None:
+            return frame
+        return frame[list(check_names("column_names", column_names, frame.columns, of="a column of var"))]
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
         """Raise a ValueError or TypeError unless there are such rows, columns and fields; `X` is not read.
 
         Called once for a dataset, before all else.
         """
+        check_among("obs_joinids", ids.obs_joinids, self.query_ids.obs_joinids)
+        check_among("var_joinids", ids.var_joinids, self.query_ids.var_joinids)
         self.obs(ids.obs_joinids[:0], fields.obs_column_names)
 
     def prepare(self) -> None:
