@@ -7,9 +7,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tiledbsoma_ml._context import context
+from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod
+from tiledbsoma_ml._rows import Rows
+from tiledbsoma_ml._source import Fields, RandomAccess, Reader, Source
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset, ShuffleMode
+from tiledbsoma_ml.memory import MemorySource
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -23,12 +27,19 @@ __version__ = version("tiledbsoma-ml")
 __all__ = [
     "ExperimentDataModule",
     "ExperimentDataset",
+    "Fields",
+    "Layout",
+    "MemorySource",
     "QueryIDs",
+    "RandomAccess",
     "RayTrainRunner",
+    "Reader",
+    "Rows",
     "SCVIDataModule",
     "SamplingMethod",
     "ShuffleMode",
     "Snapshot",
+    "Source",
     "XLocator",
     "context",
     "experiment_dataloader",

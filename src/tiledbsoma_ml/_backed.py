@@ -62,6 +62,7 @@ class BackedMatrix:
         is_sparse: Whether it is a group of three arrays.
         stored_bytes: Size of its values, and of their columns.
         chunk_bytes: Size of what HDF5 decodes at once.
+        version: Size of the file, and when it was last changed.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class BackedMatrix:
     is_sparse: bool
     stored_bytes: int
     chunk_bytes: int
+    version: str
 
     @classmethod
     def of(cls, X: Any) -> BackedMatrix | None:
@@ -107,6 +109,7 @@ class BackedMatrix:
             chunk_bytes=sum(
                 int(np.prod(part.chunks or (0,))) * size for part, size in zip(parts, n_bytes, strict=True)
             ),
+            version=_version(path),
         )
 
     @property
@@ -126,15 +129,24 @@ class BackedMatrix:
 
     def content(self) -> Mapping[str, str]:
         """The address of the matrix, and when the file was last changed."""
-        status = self.path.stat()
-        return {
-            "X": f"{self.name} of {self.path}",
-            "file": f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns",
-        }
+        return {"X": f"{self.name} of {self.path}", "file": self.version}
 
     def open(self) -> OpenMatrix:
-        """Return the matrix, open."""
+        """Return the matrix, open.
+
+        Raises:
+            ValueError: If the file has changed.
+        """
+        if _version(self.path) != self.version:
+            raise ValueError(
+                f"{str(self.path)!r} must stay as it is, but has changed; make the source of the file anew."
+            )
         return OpenMatrix(self)
+
+
+def _version(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
 
 
 class OpenMatrix:

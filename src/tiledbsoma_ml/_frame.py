@@ -88,7 +88,7 @@ class Frame:
         found: NDArray[np.int64] = rows if self._order is None else self._order[rows]
         return found
 
-    def check(self, parameter: str, names: object) -> list[str]:
+    def check(self, parameter: str, names: Sequence[str]) -> tuple[str, ...]:
         """Return names of columns, at least one and all different; raise a ValueError or TypeError if not."""
         return check_names(parameter, names, self._columns, of=f"a column of {self._name}")
 

@@ -138,7 +138,7 @@ def check_among(name: str, joinids: NDArrayJoinId, known: NDArrayJoinId) -> None
     is_unknown = np.isin(joinids, known, invert=True)
     if is_unknown.any():
         raise ValueError(
-            f"{name} must be among those of the source, but {is_unknown.sum():,} of {len(joinids):,} are not, "
+            f"{name} must be those of the source, but {is_unknown.sum():,} of {len(joinids):,} are not, "
             f"{joinids[is_unknown][0]} for instance; take them from its query_ids."
         )
 

@@ -112,7 +112,7 @@ class MemorySource(Source):
         return f"<MemorySource: {n_obs:,} rows by {n_vars:,} columns of {self._X.dtype}>"
 
     @cached_property
-    def query_ids(self) -> QueryIDs:
+    def query_ids(self) -> QueryIDs:  # type: ignore[override]  # it is made once
         """All rows and columns, in the order in which they are there."""
         return QueryIDs(obs_joinids=self._obs.joinids, var_joinids=self._var.joinids)
 

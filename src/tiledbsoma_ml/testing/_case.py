@@ -21,6 +21,9 @@ from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._rows import Rows, concat_obs
 from tiledbsoma_ml._source import Fields, Reader, Source
 
+BUDGET = Budget(2**28)
+"""What a source may take in memory while it is checked."""
+
 UNKNOWN_ROW = 2**62
 """A joinid that no row has."""
 
@@ -78,12 +81,11 @@ class Case:
     X: NDArray[Any]
     obs: pd.DataFrame
     timeout_s: float
-    budget: Budget = attrs.field(factory=lambda: Budget(2**28))
 
     def open(self, columns: slice | NDArray[np.int64] = slice(None), source: Source | None = None) -> Reader:
         """Return a reader of the rows, and of some columns."""
         ids = attrs.evolve(self.ids, var_joinids=self.ids.var_joinids[columns])
-        return (source or self.source).open(ids, self.fields, self.budget)
+        return (source or self.source).open(ids, self.fields, BUDGET)
 
     def asked(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArrayJoinId:
         """Return the joinids of rows with these numbers; nobody can write into them."""
@@ -253,7 +255,7 @@ def overwrite(frame: pd.DataFrame) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it may be a view is what is found out
         for k in range(frame.shape[1]):
-            frame.iloc[0, k] = frame.iloc[-1, k]
+            frame.iloc[[0], k] = frame.iloc[-1:, k].array
 
 
 def _in_a_line(err: Exception) -> str:

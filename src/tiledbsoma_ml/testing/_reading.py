@@ -127,10 +127,12 @@ def what_is_given_out_stays(case: Case) -> None:
     """What `read` has given out must not change by what is read later, nor when the reader is closed."""
     rows = case.orders()["in random order"]
     with closing(case.open()) as reader:
-        kept = list(reader.read(case.asked(rows)))
-        before = deepcopy(kept)
-        for what, others in case.orders().items():
-            case.check_rows(reader, others, what)
+        kept, before = [], []
+        for piece in reader.read(case.asked(rows)):
+            kept.append(piece)
+            before.append(deepcopy(piece))
+        for others in case.orders().values():
+            read(reader.read(case.asked(others)), case.X.shape[1])
     promise = "What `read` has given out must stay as it is, whatever is read later"
     for piece, copied in zip(kept, before, strict=True):
         same = same_array(dense(piece.X), dense(copied.X))
@@ -171,10 +173,6 @@ def random_access_is_the_same(case: Case) -> None:
     with closing(case.open()) as reader:
         if not isinstance(reader, RandomAccess):
             return
-        n = case.X.shape[1]
-        require(reader.n_vars == n, "`n_vars` must be the number of columns", f"it is {reader.n_vars} of {n}")
-        dtype = case.X.dtype
-        require(reader.dtype == dtype, "`dtype` must be that of `read`", f"it is {reader.dtype}, not {dtype}")
         for rows in (*case.orders().values(), np.empty(0, np.int64)):
             _check_matrices(case, reader, rows)
             found = reader.obs(case.asked(rows))
@@ -230,6 +228,9 @@ def _check_matrices(
 ) -> None:
     """Compare `csr` and `fill_dense` with what is known."""
     expected, asked = case.X[rows][:, columns], case.asked(rows)
+    n, dtype = expected.shape[1], expected.dtype
+    require(reader.n_vars == n, "`n_vars` must be the number of columns", f"it is {reader.n_vars} of {n}")
+    require(reader.dtype == dtype, "`dtype` must be that of `read`", f"it is {reader.dtype}, not {dtype}")
     X = reader.csr(asked)
     kind = type(X).__name__
     require(isinstance(X, sparse.csr_matrix), "`csr` must return a csr_matrix", f"it is a {kind}")
@@ -256,12 +257,12 @@ def pieces_are_whole(case: Case) -> None:
 
 PROMISES: tuple[Callable[[Case], None], ...] = (
     pieces_are_whole,
+    what_is_given_out_stays,
     rows_come_in_order,
     no_rows_are_read,
     columns_come_in_order,
     reads_follow_each_other,
     two_readers_work_at_once,
-    what_is_given_out_stays,
     what_is_given_out_belongs_to_the_caller,
     random_access_is_the_same,
     random_access_is_given_away,

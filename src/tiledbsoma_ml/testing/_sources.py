@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from copy import deepcopy
 
 import attrs
 import numpy as np
 
 from tiledbsoma_ml._source import Fields, Source
 from tiledbsoma_ml.testing import _reading, _tables
-from tiledbsoma_ml.testing._case import Case, keeping, read, require
+from tiledbsoma_ml.testing._case import BUDGET, Case, keeping, read, require
 
 N_ROWS = 60
 """So many rows are looked at."""
@@ -41,7 +42,7 @@ def check_source(
     with keeping("`query_ids` must be the QueryIDs of a whole query"):
         _tables.check_query_ids(source)
     case = _case(source, make, obs_column_names, timeout_s)
-    for promise in (*_tables.PROMISES, *_reading.PROMISES):
+    for promise in (*_tables.PROMISES, *_reading.PROMISES, *_tables.PROMISES_OF_COPIES):
         with keeping(_sentence(promise)):
             promise(case)
 
@@ -54,13 +55,13 @@ def _case(
     unique = np.unique(ids.obs_joinids)
     if len(unique) < 2 or len(ids.var_joinids) < 2:
         raise ValueError(f"source must have two rows and two columns at least, and is {ids}; give it some.")
-    everywhere = np.linspace(0, len(unique) - 1, N_ROWS // 2).astype(int)
-    chosen = np.union1d(everywhere, np.arange(min(len(unique), N_ROWS // 2)))
-    is_chosen = np.isin(ids.obs_joinids, unique[chosen])
+    if len(unique) > N_ROWS:  # some from everywhere, and some neighbours
+        everywhere = np.linspace(0, len(unique) - 1, N_ROWS // 2).astype(int)
+        unique = unique[np.union1d(everywhere, np.arange(N_ROWS // 2))]
+    is_chosen = np.isin(ids.obs_joinids, unique)
     _, first = np.unique(ids.obs_joinids[is_chosen], return_index=True)
     some = attrs.evolve(ids, obs_joinids=ids.obs_joinids[is_chosen][np.sort(first)])
     fields = Fields(obs_column_names=tuple(dict.fromkeys([*obs_column_names, "soma_joinid"])))
-    case = Case(source=source, make=make, ids=some, fields=fields, X=None, obs=None, timeout_s=timeout_s)
     with keeping("`obs` must have the columns asked for, soma_joinid among them"):
         obs = source.obs(some.obs_joinids, fields.obs_column_names).copy(deep=True)
         names = obs.columns.tolist()
@@ -68,12 +69,13 @@ def _case(
         require(names == list(fields.obs_column_names), promise, f"it has {names}")
     with keeping("`open` and `read` must give rows"):
         source.prepare()
-        with closing(case.open()) as reader:
-            found = read(reader.read(some.obs_joinids), len(ids.var_joinids))
+        with closing(source.open(some, fields, BUDGET)) as reader:
+            pieces = [deepcopy(piece) for piece in reader.read(some.obs_joinids)]
+            found = read(pieces, len(ids.var_joinids))
         joinids = found.obs_joinids
         promise = "`read` must give exactly the rows asked for, in that order"
         require(np.array_equal(joinids, some.obs_joinids), promise, f"it gave {len(joinids)} others")
-    return attrs.evolve(case, X=found.X.copy(), obs=obs)
+    return Case(source=source, make=make, ids=some, fields=fields, X=found.X, obs=obs, timeout_s=timeout_s)
 
 
 def _sentence(promise: Callable[[Case], None]) -> str:
