@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,9 +156,14 @@ class Store:
         var_joinids: Sequence[int] = range(N_VARS),
         **options: Any,
     ) -> ExperimentDataset:
-        """Return a dataset over these rows and columns, in this order."""
+        """Return a dataset over these rows and columns, in this order.
+
+        Tests that draw options draw such as are not in use with each other.
+        """
         ids = QueryIDs(obs_joinids=obs_joinids, var_joinids=var_joinids)
-        return ExperimentDataset(x_locator=self.locator, query_ids=ids, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* changes nothing here: ")
+            return ExperimentDataset(x_locator=self.locator, query_ids=ids, **options)
 
 
 def _by_coords(joinids: slice | Sequence[int] | None) -> soma.AxisQuery:

@@ -447,10 +447,27 @@ def test_a_query_of_no_cells_is_told(store: Store, caplog: pytest.LogCaptureFixt
 
 
 def test_printing_says_what_a_dataset_yields(store: Store) -> None:
-    expected = f"<ExperimentDataset: 311 rows by 23 columns of {store.uri!r}; batch_size=16, seed=3>"
+    facts = (
+        f"311 rows by 23 columns; source={store.uri!r}, batch_size=16, shuffle_chunk_size=64, "
+        "io_batch_size=65,536, shuffle=shuffle_scope='partition', seed=3, X=dense, obs=soma_joinid, "
+        "rank=0 of 1"
+    )
     dataset = store.dataset(batch_size=16, seed=3)
-    assert str(dataset) == repr(dataset) == expected
-    assert repr(experiment_dataloader(dataset)) == f"<ExperimentDataLoader of {expected}; num_workers=0>"
+    assert str(dataset) == repr(dataset) == f"<ExperimentDataset: {facts}>"
+    loader = experiment_dataloader(dataset)
+    assert repr(loader) == f"<ExperimentDataLoader: {facts}, num_workers=0>"
+    assert "<td style='text-align:left'>311 rows by 23 columns</td>" in dataset._repr_html_()
+    assert "<th style='text-align:left'>num_workers</th>" in loader._repr_html_()
+
+
+def test_printing_says_what_auto_stands_for_as_soon_as_it_is_known(store: Store) -> None:
+    dataset = store.dataset(batch_size=16, shuffle_chunk_size="auto", io_batch_size="auto")
+    with mock.patch.object(soma.SparseNDArray, "read", side_effect=AssertionError("X was read")):
+        unknown = "auto, which is found out when it is needed"
+        assert f"shuffle_chunk_size={unknown}, io_batch_size={unknown}" in repr(dataset)
+    list(dataset)
+    known = "shuffle_chunk_size=auto: runs of 64 rows, io_batch_size=auto: windows of 311 rows"
+    assert known in repr(dataset)
 
 
 def test_either_a_query_or_a_locator_with_ids_must_be_given(store: Store) -> None:
@@ -507,7 +524,7 @@ def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str,
         setattr(dataset, name, value)
     [first, _] = dataset.random_split(0.5, 0.5)
     for made in (dataset, first, pickle.loads(pickle.dumps(first))):
-        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
+        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ("soma_joinid",))
 
 
 def test_the_form_of_x_can_be_changed(store: Store) -> None:

@@ -1,20 +1,25 @@
-"""What `ExperimentDataset` takes, checked where it enters."""
+"""`Options`: the settings of a dataset, checked where they enter."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import attrs
 import torch
 
-from tiledbsoma_ml._budget import parse_bytes
-from tiledbsoma_ml._common import absolute_path, check_count
+from tiledbsoma_ml._budget import Budget, parse_bytes
+from tiledbsoma_ml._common import absolute_path, check_choice, check_count, check_distinct
+from tiledbsoma_ml._order.plan import Plan
+from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._query_ids import Tail
+from tiledbsoma_ml._source import Fields
 
 
 class ShuffleMode(StrEnum):
@@ -42,6 +47,170 @@ class ShuffleMode(StrEnum):
             return cls.GPU if value.lower() == "gpu" else cls(value.lower())
         listed = ", ".join(repr(str(mode)) for mode in cls)
         raise ValueError(f"shuffle_mode={value!r} must be one of {listed} or 'gpu'.")
+
+
+DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
+DEFAULT_SHUFFLE_CHUNK_SIZE = 64
+DEFAULT_IO_BATCH_SIZE = 65_536
+DEFAULT_MEMORY_BUDGET = "2GiB"
+
+OF_SHUFFLING = frozenset({"mixing", "shuffle_chunk_size", "shuffle_mode"})
+"""Options that change nothing where rows come in the order of the query."""
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """The settings of a dataset, checked and resolved; `ExperimentDataset` describes each.
+
+    Attributes:
+        obs_column_names: As the dataset has it, and so are the others.
+        batch_size: A number.
+        io_batch_size: A number, or "auto".
+        shuffle: Whether rows are shuffled.
+        shuffle_chunk_size: A number, or "auto".
+        seed: None where one is to be drawn.
+        return_sparse_X: Whether `X` is sparse.
+        use_eager_fetch: Whether threads read ahead.
+        shuffle_mode: Where rows are shuffled.
+        device: Where `X` is put; None for NumPy and SciPy.
+        memory_budget: Bytes.
+        mixing: A share, or None.
+        window_dir: An absolute path, or None.
+        window_budget: Bytes; 0 without a folder.
+        shuffle_scope: "partition" or "global".
+        tail: "drop" or "pad".
+        padding_column_name: A name, or None.
+        ranks: (rank, number of ranks), or None.
+    """
+
+    obs_column_names: tuple[str, ...]
+    batch_size: int
+    io_batch_size: Size
+    shuffle: bool
+    shuffle_chunk_size: Size
+    seed: int | None
+    return_sparse_X: bool
+    use_eager_fetch: bool
+    shuffle_mode: ShuffleMode
+    device: torch.device | None
+    memory_budget: int
+    mixing: float | None
+    window_dir: Path | None
+    window_budget: int
+    shuffle_scope: ShuffleScope
+    tail: Tail
+    padding_column_name: str | None
+    ranks: tuple[int, int] | None
+
+    @classmethod
+    def check(
+        cls,
+        *,
+        obs_column_names: Sequence[str],
+        batch_size: int,
+        io_batch_size: Size,
+        shuffle: bool,
+        shuffle_chunk_size: Size,
+        seed: int | None,
+        return_sparse_X: bool,
+        use_eager_fetch: bool,
+        shuffle_mode: ShuffleMode | str,
+        device: torch.device | str | None,
+        memory_budget: int | str,
+        mixing: float | None,
+        window_dir: str | os.PathLike[str] | None,
+        window_budget: int | str | None,
+        shuffle_scope: ShuffleScope,
+        tail: Tail,
+        padding_column_name: str | None,
+        ranks: tuple[int, int] | None,
+    ) -> Options:
+        """Return the options, as they are given to a dataset.
+
+        Raises:
+            ValueError: If a value breaks its rule.
+            TypeError: If a value has the wrong type.
+        """
+        mode = ShuffleMode(shuffle_mode)
+        folder, window_bytes = check_window_dir(window_dir, window_budget)
+        options = cls(
+            obs_column_names=check_distinct("obs_column_names", obs_column_names),
+            batch_size=check_count("batch_size", batch_size, suggestion=128),
+            io_batch_size=check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE),
+            shuffle=bool(shuffle),
+            shuffle_chunk_size=check_size(
+                "shuffle_chunk_size", shuffle_chunk_size, DEFAULT_SHUFFLE_CHUNK_SIZE
+            ),
+            seed=check_seed(seed),
+            return_sparse_X=return_sparse_X,
+            use_eager_fetch=use_eager_fetch,
+            shuffle_mode=mode,
+            device=choose_device(mode, device) if shuffle or device is not None else None,
+            memory_budget=parse_bytes("memory_budget", memory_budget),
+            mixing=check_mixing(mixing),
+            window_dir=folder,
+            window_budget=window_bytes,
+            shuffle_scope=check_choice("shuffle_scope", shuffle_scope, get_args(ShuffleScope)),
+            tail=check_choice("tail", tail, get_args(Tail)),
+            padding_column_name=check_padding(padding_column_name, tail, obs_column_names),
+            ranks=check_ranks(ranks),
+        )
+        if options.shuffles_chunks and options.shuffle_scope == "partition":
+            check_multiple(options.io_batch_size, options.shuffle_chunk_size)
+        return options
+
+    @property
+    def shuffles_chunks(self) -> bool:
+        """Whether chunks are shuffled, and not only the rows of each mini-batch, or nothing."""
+        return self.shuffle and self.shuffle_mode is not ShuffleMode.GPU_MINIBATCH
+
+    @property
+    def fields(self) -> Fields:
+        """What of each row is wanted beside `X`."""
+        return Fields(obs_column_names=self.obs_column_names)
+
+    @property
+    def plan(self) -> Plan:
+        """In which order rows come, as far as that is known without their source."""
+        # Windows in a file come in parts, so that it is the CPU that permutes them.
+        on_cpu = self.shuffle_mode is ShuffleMode.CPU or self.window_dir is not None
+        return Plan(
+            shuffle_chunk_size=self.shuffle_chunk_size if self.shuffles_chunks else None,
+            io_batch_size=self.io_batch_size,
+            batch_size=self.batch_size,
+            permutes=self.shuffles_chunks and on_cpu,
+            mixing=self.mixing,
+            scope=self.shuffle_scope,
+            tail=self.tail,
+        )
+
+    def budget(self, n_vars: int) -> Budget:
+        """Return the memory that reading so many columns may take."""
+        return Budget(
+            self.memory_budget,
+            mini_batch_bytes=0 if self.return_sparse_X else 3 * self.batch_size * n_vars * 4,
+            window_dir=self.window_dir,
+            window_budget=self.window_budget,
+            use_eager_fetch=self.use_eager_fetch,
+        )
+
+    def not_in_use(self, *, has_snapshot: bool) -> dict[str, str]:
+        """Return the settings that were made and change nothing here, each with the reason."""
+        found = {}
+        unshuffled = f"shuffle={self.shuffle} leaves rows in the order of the query"
+        if self.shuffle and not self.shuffles_chunks:
+            unshuffled = f"shuffle_mode={str(self.shuffle_mode)!r} permutes rows within mini-batches alone"
+        if not self.shuffles_chunks and self.shuffle_chunk_size not in (DEFAULT_SHUFFLE_CHUNK_SIZE, "auto"):
+            found["shuffle_chunk_size"] = unshuffled
+        if self.mixing is not None and not self.shuffles_chunks:
+            found["mixing"] = unshuffled
+        elif self.mixing is not None and self.shuffle_chunk_size != "auto":
+            found["mixing"] = f"shuffle_chunk_size={self.shuffle_chunk_size} says how far rows are mixed"
+        if not self.shuffle and self.shuffle_mode is not ShuffleMode.CPU:
+            found["shuffle_mode"] = unshuffled
+        if has_snapshot and self.window_dir is not None:
+            found["window_dir"] = "a snapshot is read without windows"
+        return found
 
 
 def check_size(name: str, value: object, suggestion: int) -> Size:

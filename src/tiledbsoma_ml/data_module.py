@@ -13,9 +13,11 @@ import torch
 from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, check_count
+from tiledbsoma_ml._describe import as_line, as_table, described
+from tiledbsoma_ml._options import DEFAULT_OBS_COLUMN_NAMES, OF_SHUFFLING
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
-from tiledbsoma_ml.dataset import DEFAULT_OBS_COLUMN_NAMES, ExperimentDataset
+from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.snapshot import Snapshot
 
 try:
@@ -133,21 +135,28 @@ class ExperimentDataModule(QueryDataModule):
             "padding_column_name": PADDING_COLUMN_NAME,
         }
         self._source, self.query_ids = train.source, train.query_ids
-        in_order |= {"source": self._source, "query_ids": self.query_ids}
-        self._predict = ExperimentDataset(**self._options | in_order)
+        kept = {name: value for name, value in self._options.items() if name not in OF_SHUFFLING}
+        self._predict = ExperimentDataset(source=self._source, query_ids=self.query_ids, **kept | in_order)
         self.train_ids, self.val_ids, self.test_ids = _split(
             self.query_ids, self._sizes, self._options["seed"]
         )
-        self._train = train._over(self.train_ids)
-        self._val, self._test = self._predict._over(self.val_ids), self._predict._over(self.test_ids)
+        self._train = train.over(self.train_ids)
+        self._val, self._test = self._predict.over(self.val_ids), self._predict.over(self.test_ids)
         self._train_loader: ExperimentDataLoader | None = None
 
     def __repr__(self) -> str:
         """Return what it holds, in a line; nothing is read for it, or written."""
+        return as_line(type(self).__name__, self._described())
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table."""
+        return as_table(type(self).__name__, self._described(), self._train.not_in_use)
+
+    def _described(self) -> dict[str, str]:
         parts = {"train": self.train_ids, "val": self.val_ids, "test": self.test_ids}
-        listed = ", ".join(f"{name} {len(ids.obs_joinids):,}" for name, ids in parts.items())
-        shape = f"{len(self.query_ids.obs_joinids):,} rows by {self.n_vars:,} columns"
-        return f"<{type(self).__name__}: {shape}; {listed}; batch_size={self.batch_size}>"
+        found = described(self._train.iterations)
+        found["rows"] = f"{len(self.query_ids.obs_joinids):,} rows by {self.n_vars:,} columns"
+        return found | {name: f"{len(ids.obs_joinids):,} rows" for name, ids in parts.items()}
 
     @property
     def batch_size(self) -> int:
@@ -162,7 +171,7 @@ class ExperimentDataModule(QueryDataModule):
     def batch_size(self, batch_size: int) -> None:
         if batch_size == self.batch_size:
             return
-        epoch = self._train._epochs.counter.upcoming
+        epoch = self._train.iterations.upcoming_epoch
         self._options["batch_size"] = batch_size
         self._make_datasets(source=self._source, query_ids=self.query_ids)
         self._train.set_epoch(epoch)
@@ -189,9 +198,12 @@ class ExperimentDataModule(QueryDataModule):
             self._train.load_state_dict(self._of_size(self._loaded))
             self._loaded = None
         overfits = self.trainer is not None and self.trainer.overfit_batches > 0
-        dataset = self._train._repeating() if overfits else self._train
+        dataset = self._train
+        if overfits:
+            dataset = dataset.over(dataset.query_ids)
+            dataset.iterations.repeat()
         self._train_loader = self._loader(dataset, "train_size")
-        self._train_loader._progress.ends_after = self._n_train_batches
+        self._train_loader.progress.ends_after = self._n_train_batches
         return self._handed(self._train_loader, "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
@@ -211,7 +223,7 @@ class ExperimentDataModule(QueryDataModule):
         self._source.prepare()
         loader = experiment_dataloader(dataset, **{**self._loader_options, **options})
         if not len(loader):
-            n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), dataset._ranks()
+            n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), dataset.iterations.ranks
             raise ValueError(
                 f"{part} must give each of {n_ranks} ranks at least one row, and gives {n_rows} rows in all; "
                 "make it larger, select more rows or take fewer ranks."
@@ -246,7 +258,7 @@ class ExperimentDataModule(QueryDataModule):
         """Return a state for the size of batches, which a new epoch may have changed, as when tuned."""
         if not self._is_resized or state["n_yielded"] or state["earlier"]:
             return state
-        return {**state, **{name: self._train._identity[name] for name in ("batch_size", "auto")}}
+        return {**state, **{name: self._train.iterations.identity[name] for name in ("batch_size", "auto")}}
 
     def _n_train_batches(self) -> float:
         """Return after how many batches an epoch is over: there may be a limit to them."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 from torch.utils.data import DataLoader, IterableDataset
 
 from tiledbsoma_ml._common import MiniBatch
+from tiledbsoma_ml._describe import as_line, as_table, described
 from tiledbsoma_ml._progress import Progress, Run
 from tiledbsoma_ml._read_ahead import Piece
 from tiledbsoma_ml._state import Position
@@ -70,7 +71,7 @@ def experiment_dataloader(ds: IterableDataset[Any], **dataloader_kwargs: Any) ->
     if not isinstance(ds, ExperimentDataset):
         return DataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
     loader = ExperimentDataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
-    loader._own_progress = Progress.of_loader(ds._epochs)  # from now on it counts its own epochs
+    loader.own_progress = ds.iterations.of_loader()  # from now on it counts its own epochs
     return loader
 
 
@@ -86,23 +87,30 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     """
 
     dataset: ExperimentDataset
-    _own_progress: Progress | None = None
+    own_progress: Progress | None = None
     _n_iterators = 0
 
     def __repr__(self) -> str:
         """Return what it is a loader of, in a line."""
-        return f"<{type(self).__name__} of {self.dataset!r}; num_workers={self.num_workers}>"
+        return as_line(type(self).__name__, self._described())
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, with the settings that are not in use."""
+        return as_table(type(self).__name__, self._described(), self.dataset.not_in_use)
+
+    def _described(self) -> dict[str, str]:
+        return described(self.dataset.iterations) | {"num_workers": str(self.num_workers)}
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch, over all workers of this rank."""
-        return self.dataset._n_mini_batches(self.num_workers)
+        return self.dataset.iterations.n_mini_batches(self.num_workers)
 
     def __iter__(self) -> Iterator[MiniBatch]:  # type: ignore[override]
         """Begin an epoch, or go on with the one that was loaded."""
         if self.num_workers == 0:
-            with self._progress.asking():
+            with self.progress.asking():
                 return super().__iter__()
-        with self.dataset._handed_to_workers(self._progress, self.num_workers) as (begin, run):
+        with self.dataset.iterations.handed_to_workers(self.progress, self.num_workers) as (begin, run):
             if run.loaded is not None:
                 self._iterator = None  # workers that were kept do not know of a state: new ones are started
             items: Iterator[Any] = super().__iter__()
@@ -117,17 +125,18 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
         That of the iterator of this loader that began last. A new dictionary of a few numbers and strings,
         the same on every rank.
         """
-        return self._progress.position.to_dict(self.dataset._identity)
+        return self.dataset.iterations.state_dict(self.progress)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a state says: see `ExperimentDataset.load_state_dict`."""
-        self.dataset._load(state, self._progress)
+        self.dataset.iterations.load_state_dict(state, self.progress)
 
     @property
-    def _progress(self) -> Progress:
-        if self._own_progress is None:
-            self._own_progress = Progress.of_loader(self.dataset._epochs)
-        return self._own_progress
+    def progress(self) -> Progress:
+        """The iterators of this loader: which epoch comes next, and where the newest one stands."""
+        if self.own_progress is None:
+            self.own_progress = self.dataset.iterations.of_loader()
+        return self.own_progress
 
     def _counted(self, mini_batches: Iterator[MiniBatch], run: Run, number: int) -> Iterator[MiniBatch]:
         """Yield mini-batches of the iterator that has a number, and note where the epoch stands."""
@@ -151,10 +160,10 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(
-            self.dataset._assembly(self.dataset.plan.of(part), use_eager_fetch=False).mini_batches(pieces)
+            self.dataset.assembly(self.dataset.plan.of(part), use_eager_fetch=False).mini_batches(pieces)
             for pieces, part in zip(
                 _by_worker(items, self.num_workers),
-                self.dataset._parts_of_workers(begin, self.num_workers),
+                self.dataset.iterations.parts_of_workers(begin, self.num_workers),
                 strict=True,
             )
         )

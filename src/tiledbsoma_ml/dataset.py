@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing.context
 import os
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import partial
-from typing import Any, get_args
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
 import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
 from tiledbsoma_ml._assemble import Assembly, DeviceShuffle
-from tiledbsoma_ml._auto import log_sizes, with_layout
-from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._choose_source import choose_source
-from tiledbsoma_ml._common import MiniBatch, check_choice, check_count, check_distinct
-from tiledbsoma_ml._distributed import (
-    dealt_again_by,
-    get_distributed_rank_and_world_size,
-    get_worker_id_and_num,
-)
+from tiledbsoma_ml._common import MiniBatch, check_count
+from tiledbsoma_ml._describe import as_line, as_table, described
+from tiledbsoma_ml._distributed import get_worker_id_and_num
+from tiledbsoma_ml._iterations import Iterations
 from tiledbsoma_ml._options import (
+    DEFAULT_IO_BATCH_SIZE,
+    DEFAULT_MEMORY_BUDGET,
+    DEFAULT_OBS_COLUMN_NAMES,
+    DEFAULT_SHUFFLE_CHUNK_SIZE,
+    Options,
     ShuffleMode,
-    check_mixing,
-    check_multiple,
-    check_padding,
-    check_ranks,
-    check_seed,
-    check_size,
-    check_window_dir,
-    choose_device,
 )
-from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
+from tiledbsoma_ml._order.plan import PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
-from tiledbsoma_ml._order.share import Deal, ShuffleScope, Stage
+from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
-from tiledbsoma_ml._progress import Epochs, Loaded, Progress, Run, Told
-from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail
+from tiledbsoma_ml._progress import Progress
+from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail
 from tiledbsoma_ml._random_access import random_access_mini_batches
 from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._rows import Padding
-from tiledbsoma_ml._shared_ids import SharedQueryIDs
-from tiledbsoma_ml._source import Fields, RandomAccess, Reader, Source
-from tiledbsoma_ml._state import Position
+from tiledbsoma_ml._source import RandomAccess, Reader, Source
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -62,27 +52,9 @@ __all__ = [
     "ShuffleMode",
 ]
 
-DEFAULT_OBS_COLUMN_NAMES: Sequence[str] = ("soma_joinid",)
-DEFAULT_SHUFFLE_CHUNK_SIZE = 64
-DEFAULT_IO_BATCH_SIZE = 65536
-DEFAULT_MEMORY_BUDGET = "2GiB"
-
-# What the order of rows, or what is read, was decided by when the dataset was built.
-_FIXED = {
-    "batch_size",
-    "device",
-    "io_batch_size",
-    "obs_column_names",
-    "padding_column_name",
-    "query_ids",
-    "seed",
-    "shuffle",
-    "shuffle_chunk_size",
-    "shuffle_mode",
-    "shuffle_scope",
-    "tail",
-    "x_locator",
-}
+_OPTIONS = frozenset(attrs.fields_dict(Options))
+_CHANGEABLE = frozenset({"return_sparse_X", "use_eager_fetch"})
+"""Options that the order of rows does not depend on, nor what is read."""
 
 
 class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
@@ -160,6 +132,25 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         TypeError: If a value has the wrong type.
     """
 
+    batch_size: int
+    device: torch.device | None
+    io_batch_size: Size
+    memory_budget: int
+    mixing: float | None
+    obs_column_names: tuple[str, ...]
+    padding_column_name: str | None
+    ranks: tuple[int, int] | None
+    return_sparse_X: bool
+    seed: int | None
+    shuffle: bool
+    shuffle_chunk_size: Size
+    shuffle_mode: ShuffleMode
+    shuffle_scope: ShuffleScope
+    tail: Tail
+    use_eager_fetch: bool
+    window_budget: int
+    window_dir: Path | None
+
     def __init__(
         self,
         query: soma.ExperimentAxisQuery | None = None,
@@ -187,93 +178,69 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         ranks: tuple[int, int] | None = None,
         source: Source | None = None,
     ) -> None:
-        self.batch_size = check_count("batch_size", batch_size, suggestion=128)
-        self.io_batch_size = check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE)
-        self.shuffle_chunk_size = check_size(
-            "shuffle_chunk_size", shuffle_chunk_size, DEFAULT_SHUFFLE_CHUNK_SIZE
+        options = Options.check(
+            obs_column_names=obs_column_names,
+            batch_size=batch_size,
+            io_batch_size=io_batch_size,
+            shuffle=shuffle,
+            shuffle_chunk_size=shuffle_chunk_size,
+            seed=seed,
+            return_sparse_X=return_sparse_X,
+            use_eager_fetch=use_eager_fetch,
+            shuffle_mode=shuffle_mode,
+            device=device,
+            memory_budget=memory_budget,
+            mixing=mixing,
+            window_dir=window_dir,
+            window_budget=window_budget,
+            shuffle_scope=shuffle_scope,
+            tail=tail,
+            padding_column_name=padding_column_name,
+            ranks=ranks,
         )
-        self.shuffle = shuffle
-        self.shuffle_mode = ShuffleMode(shuffle_mode)
-        self.device = choose_device(self.shuffle_mode, device) if shuffle or device is not None else None
-        self.seed = check_seed(seed)
-        self.return_sparse_X = return_sparse_X
-        self.use_eager_fetch = use_eager_fetch
-        self.shuffle_scope = check_choice("shuffle_scope", shuffle_scope, get_args(ShuffleScope))
-        self.tail = check_choice("tail", tail, get_args(Tail))
-        self.padding_column_name = check_padding(padding_column_name, tail, obs_column_names)
-        self.ranks = check_ranks(ranks)
-        if self._shuffles_chunks and shuffle_scope == "partition":
-            check_multiple(self.io_batch_size, self.shuffle_chunk_size)
-        folder, window_bytes = check_window_dir(window_dir, window_budget)
-        self._fields = Fields(obs_column_names=obs_column_names)
-        self.obs_column_names = list(obs_column_names)
-        memory_bytes = parse_bytes("memory_budget", memory_budget)
-        self.source, self.query_ids = choose_source(
+        has_snapshot = snapshot is not None and snapshot is not False
+        self.not_in_use = options.not_in_use(has_snapshot=has_snapshot)
+        for name, why in self.not_in_use.items():
+            value = getattr(options, name)
+            warnings.warn(f"{name}={value!r} changes nothing here: {why}; leave it out.", stacklevel=2)
+        chosen, ids = choose_source(
             query,
             layer_name,
             x_locator,
             query_ids,
             source,
             snapshot,
-            fields=self._fields,
-            memory_bytes=memory_bytes,
+            fields=options.fields,
+            memory_bytes=options.memory_budget,
         )
-        self.x_locator = self.source.locator
-        n_vars = len(self.query_ids.var_joinids)
-        self.budget = Budget(
-            memory_bytes,
-            mini_batch_bytes=0 if return_sparse_X else 3 * self.batch_size * n_vars * 4,
-            window_dir=folder,
-            window_budget=window_bytes,
-            use_eager_fetch=use_eager_fetch,
-        )
-        in_memory = self.shuffle_mode is ShuffleMode.CPU or (
-            self.shuffle_mode is ShuffleMode.GPU_IOBATCH and folder is not None
-        )
-        self._asked = Plan(
-            shuffle_chunk_size=self.shuffle_chunk_size if self._shuffles_chunks else None,
-            io_batch_size=self.io_batch_size,
-            batch_size=self.batch_size,
-            permutes=shuffle and in_memory,
-            mixing=check_mixing(mixing),
-            scope=self.shuffle_scope,
-            tail=self.tail,
-        )
-        self._plan: Plan | None = None
-        self._drawn_seed = (
-            np.random.SeedSequence().generate_state(1).item() if self.seed is None else self.seed
-        )
-        self._epochs = Epochs()
-        self._told: Told | None = None
-        self._shared_ids: SharedQueryIDs | None = None
-        self._fingerprint: str | None = None
-        self._content: Mapping[str, str] | None = None
-        self._is_first = True
-        self._dealer: str | None = None
-        if snapshot is None or snapshot is False:  # else this would make it
-            log_sizes(self.plan, self.source, self.query_ids)
+        self.iterations = Iterations(chosen, ids, options)
 
     def __iter__(self) -> Iterator[MiniBatch]:
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
         if torch.utils.data.get_worker_info() is not None:
             end_with_parent()
-        return ClosedWhenDropped(self._iterate(self._epochs.iterating()))
-
-    def __repr__(self) -> str:
-        """Return what it yields and where that is, in a line; nothing is read for it, or written."""
-        n_rows, n_cols = len(self.query_ids.obs_joinids), len(self.query_ids.var_joinids)
-        place = "" if self.x_locator is None else f" of {self.x_locator.uri!r}"
-        options = f"batch_size={self.batch_size}, seed={self.seed}"
-        return f"<{type(self).__name__}: {n_rows:,} rows by {n_cols:,} columns{place}; {options}>"
+        return ClosedWhenDropped(self._epoch(self.iterations.asking()))
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
-        return self._deal().n_mini_batches(self._place())
+        return self.iterations.n_mini_batches()
+
+    # What it is -------------------------------------------------------------------------------------------
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Number of mini-batches, as `len` has it, and number of columns of `X`."""
-        return len(self), len(self.query_ids.var_joinids)
+    def source(self) -> Source:
+        """Where rows come from."""
+        return self.iterations.source
+
+    @property
+    def query_ids(self) -> QueryIDs:
+        """The rows and columns that are read."""
+        return self.iterations.ids
+
+    @property
+    def options(self) -> Options:
+        """All settings, checked and resolved; each of them is an attribute of the dataset as well."""
+        return self.iterations.options
 
     @property
     def plan(self) -> Plan:
@@ -281,42 +248,72 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
         That is found out when it is first asked for; a snapshot that it depends on is made.
         """
-        if self._plan is None:
-            self._plan = with_layout(self._asked, self.source, self.query_ids, self.budget)
-        return self._plan
+        return self.iterations.plan
 
     @property
-    def rank(self) -> int:
-        """Number of this process among those that train, as it is known now."""
-        return self._ranks()[0]
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that train, as it is known now."""
-        return self._ranks()[1]
+    def x_locator(self) -> XLocator | None:
+        """Address of the layer; None if `X` is of no experiment, or a snapshot alone was given."""
+        return self.source.locator
 
     @property
     def measurement_name(self) -> str | None:
-        """Measurement that `X` is read from; None if a snapshot alone was given."""
+        """Measurement that `X` is read from; None if `x_locator` is."""
         return None if self.x_locator is None else self.x_locator.measurement_name
 
     @property
     def layer_name(self) -> str | None:
-        """Layer of `X`; None if a snapshot alone was given."""
+        """Layer of `X`; None if `x_locator` is."""
         return None if self.x_locator is None else self.x_locator.layer_name
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _FIXED and name in self.__dict__:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of mini-batches, as `len` has it, and number of columns of `X`."""
+        return len(self), len(self.query_ids.var_joinids)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that train, as it is known now."""
+        return self.iterations.ranks[0]
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that train, as it is known now."""
+        return self.iterations.ranks[1]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an option."""
+        if name in _OPTIONS and "iterations" in self.__dict__:
+            return getattr(self.options, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHANGEABLE:
+            self.iterations.options = attrs.evolve(self.options, **{name: value})
+        elif name in _OPTIONS or name in ("query_ids", "source", "x_locator"):
             raise AttributeError(
                 f"{name} of a dataset cannot be changed, for its order was made with it; make another "
                 f"dataset: ExperimentDataset(…, {name}={value!r})."
             )
-        super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_OPTIONS})
+
+    def __repr__(self) -> str:
+        """Return what it yields and where that is, in a line; nothing is read for it, or written."""
+        return as_line(type(self).__name__, described(self.iterations))
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table, with the settings that are not in use."""
+        return as_table(type(self).__name__, described(self.iterations), self.not_in_use)
+
+    # Epochs -----------------------------------------------------------------------------------------------
 
     @property
     def epoch(self) -> int:
         """The epoch in progress; between epochs the last one, or what `set_epoch` set."""
-        return self._epochs.counter.current
+        return self.iterations.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
@@ -327,9 +324,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
 
         Without this call epochs count by themselves.
         """
-        self._epochs.counter.set(check_count("epoch", epoch, suggestion=0, minimum=0))
-
-    # Resuming ---------------------------------------------------------------------------------------------
+        self.iterations.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
@@ -340,12 +335,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Raises:
             RuntimeError: If workers of another loader make the mini-batches, so that only they know.
         """
-        if torch.utils.data.get_worker_info() is None and self._epochs.counter.is_ahead_in_workers:
-            raise RuntimeError(
-                "state_dict() must be that of the loader where workers make the mini-batches, which only "
-                "they count; take experiment_dataloader or StatefulDataLoader, and state_dict() of it."
-            )
-        return self._epochs.latest.position.to_dict(self._identity)
+        return self.iterations.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state says: the next iterator begins with the mini-batch after its last.
@@ -357,37 +347,15 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ValueError: If the state is that of another query, seed, batch size or order, or out of range.
             TypeError: If it is no state.
         """
-        self._load(state, self._epochs.own)
+        self.iterations.load_state_dict(state)
 
-    def _load(self, state: Mapping[str, Any], progress: Progress) -> None:
-        identity = self._identity
-        if self.seed is None and isinstance(state, Mapping) and "seed" in state:
-            identity["seed"] = check_count("seed", state["seed"], suggestion=42, minimum=0)
-        position = Position.from_dict(state, identity)
-        self._drawn_seed = identity["seed"]
-        progress.load(position)
+    # Others -----------------------------------------------------------------------------------------------
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """What a state must agree about with the dataset that continues it."""
-        if self._fingerprint is None:
-            self._fingerprint = self.query_ids.fingerprint
-        return {
-            "query": self._fingerprint,
-            "n_obs": len(self.query_ids.obs_joinids),
-            "n_vars": len(self.query_ids.var_joinids),
-            "seed": self._drawn_seed,
-            "batch_size": self.batch_size,
-            "shuffle": bool(self.shuffle),
-            "shuffle_mode": str(self.shuffle_mode)
-            if self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
-            else "cpu",
-            "shuffle_chunk_size": self.shuffle_chunk_size,
-            "io_batch_size": self.io_batch_size,
-            "shuffle_scope": self.shuffle_scope,
-            "tail": self.tail,
-            "auto": self.plan.order_key,
-        }
+    def over(self, query_ids: QueryIDs) -> ExperimentDataset:
+        """Return a dataset with these options over other rows of the same query, with epochs of its own."""
+        dataset = copy.copy(self)
+        dataset.iterations = self.iterations.over(query_ids)
+        return dataset
 
     def random_split(
         self,
@@ -400,10 +368,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         See `QueryIDs.random_split` for the arguments.
         """
         parts = self.query_ids.random_split(*fracs, seed=seed, method=method)
-        return tuple(self._over(part) for part in parts)
+        return tuple(self.over(part) for part in parts)
 
     def shuffle_quality(self, column: str, n_batches: int = 256) -> ShuffleQuality:
-        """Return how well mini-batches mix the labels of a column of `obs`, without reading `X`.
+        """Return how well mini-batches mix the labels of a column of `obs`.
+
+        `X` is not read, but for a sample where a size is "auto".
 
         Args:
             column: For instance "dataset_id", whose cells are stored one after the other in the Census.
@@ -414,59 +384,28 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ValueError: If the column does not exist, or `n_batches` is not positive.
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
-        # Order matters here, not where it is made.
+        # A device that permutes gives the order that is planned for the CPU.
         plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        planned = plan.of(self._part(self.epoch, self._place()))
+        planned = plan.of(self.iterations.part(self.epoch, self.iterations.place()))
         rows = np.unique(planned.obs_joinids)
-        labels = self.source.obs(rows, check_distinct("column", [column]))[column]
+        labels = self.source.obs(rows, [column])[column]
         return quality_of(planned, rows, labels, self.source.row_tile, n_batches)
-
-    def _over(self, query_ids: QueryIDs) -> ExperimentDataset:
-        dataset = copy.copy(self)
-        dataset.__dict__["query_ids"] = query_ids
-        dataset._epochs = Epochs()
-        dataset._shared_ids = dataset._fingerprint = None
-        dataset._is_first = True
-        return dataset
-
-    def _repeating(self) -> ExperimentDataset:
-        """Return a dataset of the same rows, in which every epoch is the first one again."""
-        dataset = self._over(self.query_ids)
-        dataset._epochs.counter.step = 0
-        return dataset
 
     def __copy__(self) -> ExperimentDataset:
         """Return a dataset with these rows and options, and with epochs and a position of its own."""
         dataset = type(self).__new__(type(self))
-        dataset.__dict__ |= self.__dict__
-        dataset._epochs = copy.deepcopy(self._epochs)
+        dataset.__dict__ |= self.__dict__ | {"iterations": copy.copy(self.iterations)}
         return dataset
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
-            self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.query_ids)
-            state["query_ids"] = self._shared_ids
-            state["_dealer"] = dealt_again_by()
-        state["_shared_ids"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        if isinstance(ids := state["query_ids"], SharedQueryIDs):
-            self.__dict__["query_ids"] = ids.query_ids()
 
     # The flow ---------------------------------------------------------------------------------------------
 
-    def _iterate(self, progress: Progress) -> Generator[MiniBatch, None, None]:
-        part, run = self._begin(progress)
+    def _epoch(self, progress: Progress) -> Generator[MiniBatch, None, None]:
+        part, run = self.iterations.begin(progress)
         try:
             planned = self.plan.of(part)
-            reader = self.source.open(planned, self._fields, self.budget)
+            reader = self.source.open(planned, self.options.fields, self.iterations.budget)
             if self._leaves_device_work_to_loader:
-                worker, _ = get_worker_id_and_num()
-                with closing(self._pieces(planned, reader)) as pieces:
-                    yield from ((worker, piece) for piece in pieces)  # type: ignore[misc]
+                yield from self._pieces_of_worker(planned, reader)  # type: ignore[misc]
                 return
             mini_batches = self._mini_batches(planned, reader)
             # Whoever leaves closes the reader first: then nobody waits for rows that are still being read.
@@ -477,38 +416,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             run.end()
         finally:
             run.is_over = True
-
-    def _begin(self, progress: Progress) -> tuple[EpochPart, Run]:
-        """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
-        place, in_worker = self._place(), torch.utils.data.get_worker_info() is not None
-        if self._told is not None and in_worker:
-            part = self._continued(self._told.begin(), place)
-            return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
-        self._check_dealt_once()
-        epoch, loaded = progress.upcoming()
-        begin = Position(epoch=epoch) if loaded is None else loaded.position
-        if not in_worker:
-            self._agree(0, begin)
-        elif self.shuffle:
-            check_seed_of_all(self.seed, scope=self.shuffle_scope, world_size=place.world_size)
-        part = self._continued(begin, place)
-        start = Position(
-            epoch=epoch,
-            world_size=place.world_size,
-            num_workers=place.n_workers if in_worker else 0,
-            worker_id=part.place.worker_id if in_worker else None,
-            n_yielded=part.skip,
-            earlier=part.earlier,
-        )
-        n = self._deal(part.earlier).n_mini_batches(part.place)
-        return part, progress.begin(Run(start=start, total=n, loaded=loaded, waits=in_worker))
-
-    def _part(self, epoch: int, place: Partition) -> EpochPart:
-        return EpochPart(ids=self.query_ids, place=place, seed=self._drawn_seed, epoch=epoch)
-
-    def _continued(self, begin: Position, place: Partition) -> EpochPart:
-        """Return the part of a place, from a position on."""
-        return begin.rest_of(self._part(begin.epoch, place), self.shuffle_scope)
 
     def _mini_batches(self, planned: PartPlan, reader: Reader) -> Generator[MiniBatch, None, None]:
         if self.device is None and isinstance(reader, RandomAccess):
@@ -522,13 +429,21 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             )
             return
         with closing(self._pieces(planned, reader)) as pieces:
-            yield from self._assembly(planned, self.use_eager_fetch).mini_batches(pieces)
+            yield from self.assembly(planned, self.use_eager_fetch).mini_batches(pieces)
 
     def _pieces(self, planned: PartPlan, reader: Reader) -> Generator[Piece, None, None]:
         return read_ahead(planned.batches(), reader, use_eager_fetch=self.use_eager_fetch)
 
-    def _assembly(self, planned: PartPlan, use_eager_fetch: bool) -> Assembly:
-        """Return how the mini-batches of a part are made of its rows."""
+    def _pieces_of_worker(
+        self, planned: PartPlan, reader: Reader
+    ) -> Generator[tuple[int, Piece], None, None]:
+        """Yield what the training process makes mini-batches of, with the number of this worker."""
+        worker, _ = get_worker_id_and_num()
+        with closing(self._pieces(planned, reader)) as pieces:
+            yield from ((worker, piece) for piece in pieces)
+
+    def assembly(self, planned: PartPlan, use_eager_fetch: bool) -> Assembly:
+        """Return how the mini-batches of a part of an epoch are made of its rows."""
         return Assembly(
             batch_size=self.batch_size,
             is_sparse=self.return_sparse_X,
@@ -556,129 +471,12 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         return Padding(column_name=name, obs_joinids=found)
 
     @property
-    def _shuffles_chunks(self) -> bool:
-        return self.shuffle and self.shuffle_mode is not ShuffleMode.GPU_MINIBATCH
-
-    # Who does what ----------------------------------------------------------------------------------------
-
-    def _deal(self, earlier: tuple[Stage, ...] = ()) -> Deal:
-        """Return how rows are dealt, where others have yielded some of them."""
-        return Deal(
-            n_rows=len(self.query_ids.obs_joinids),
-            batch_size=self.batch_size,
-            tail=self.tail,
-            scope=self.shuffle_scope,
-            earlier=earlier,
-        )
-
-    def _place(self) -> Partition:
-        return Partition(*self._ranks(), *get_worker_id_and_num())
-
-    def _ranks(self) -> tuple[int, int]:
-        """Return this rank and the number of ranks: as told, or as found now."""
-        return (
-            (self._told.ranks if self._told is not None else None)
-            or self.ranks
-            or get_distributed_rank_and_world_size()
-        )
-
-    def _n_mini_batches(self, num_workers: int) -> int:
-        """Return how many mini-batches an epoch of this rank has, with so many workers."""
-        return self._run_of_workers(Position(epoch=self.epoch), num_workers).total
-
-    def _parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
-        ranks, n = self._ranks(), max(num_workers, 1)
-        return [self._continued(begin, Partition(*ranks, worker, n)) for worker in range(n)]
-
-    def _run_of_workers(self, begin: Position, num_workers: int, loaded: Loaded | None = None) -> Run:
-        """Return the run of a rank with workers, from where it begins."""
-        parts = self._parts_of_workers(begin, num_workers)
-        start = Position(
-            epoch=begin.epoch,
-            world_size=parts[0].place.world_size,
-            num_workers=num_workers,
-            n_yielded=sum(part.skip for part in parts),
-            earlier=parts[0].earlier,
-        )
-        total = self._deal(start.earlier).n_mini_batches_of_rank(start.world_size, len(parts))
-        return Run(start=start, total=total, loaded=loaded)
-
-    def _check_dealt_once(self) -> None:
-        """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here."""
-        dealer = dealt_again_by() or self._dealer
-        if dealer is not None and self.ranks is None and self._ranks()[1] > 1:
-            raise ValueError(
-                f"Accelerate's prepare deals to all {self._ranks()[1]} ranks what ExperimentDataset deals to "
-                "them already, so that most rows were lost; make the dataset with ranks=(0, 1), or do not "
-                "prepare its loader."
-            )
-        if dealer == "IterableDatasetShard" and self.shuffle and self.seed is None:
-            raise ValueError(
-                "seed=None must be a number where each rank takes its share of one order, as Accelerate's "
-                "dispatch_batches=False has it; try seed=42."
-            )
-
-    def _agree(self, num_workers: int, begin: Position) -> None:
-        """Make sure that all ranks can iterate, and that they iterate the same."""
-        _, world_size = self._ranks()
-        n_rows = len(self.query_ids.obs_joinids)
-        if self.tail == "drop" and 0 < n_rows < world_size:
-            raise ValueError(
-                f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
-                "tail='pad'."
-            )
-        if world_size > 1:
-            self._drawn_seed = agreed_seed(
-                partial(self._shared_by_ranks, begin, max(num_workers, 1)),
-                self.seed if self.shuffle else 0,  # where nothing is shuffled, any will do
-                drawn_seed=self._drawn_seed,
-                scope=self.shuffle_scope,
-                world_size=world_size,
-                are_told=self.ranks is not None,
-                is_first=self._is_first,
-            )
-        if self.shuffle and self.shuffle_scope == "partition" and self._is_first:
-            log_parts(world_size, max(num_workers, 1))
-        self._is_first = False
-
-    def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
-        """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
-        if self._content is None:
-            self._content = self.source.content
-        # At the start of an epoch it is of no account who took part in the one before.
-        begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
-        place = {"epoch": begin.epoch, "n_yielded": begin.n_yielded}  # what is told first where ranks differ
-        state = {**place, **begin.to_dict({**self._identity, **self._content})}
-        del state["seed"]
-        # Each worker's last mini-batch may be smaller there, so that their number counts.
-        return state | ({"workers": n_workers} if self.shuffle_scope == "partition" else {})
-
-    @property
     def _leaves_device_work_to_loader(self) -> bool:
         if self.device is None or torch.utils.data.get_worker_info() is None:
             return False
-        if self._told is None:
+        if not self.iterations.is_told:
             raise RuntimeError(
                 f"device={str(self.device)!r} with workers must be loaded by `experiment_dataloader`, which "
                 "does the device work in the training process; use it in place of `DataLoader`."
             )
         return True
-
-    @contextmanager
-    def _handed_to_workers(self, progress: Progress, num_workers: int) -> Iterator[tuple[Position, Run]]:
-        """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
-
-        Yields:
-            Where the epoch begins, and the run of it.
-        """
-        self._check_dealt_once()
-        epoch, loaded = progress.upcoming()
-        begin = Position(epoch=epoch) if loaded is None else loaded.position
-        self._agree(num_workers, begin)
-        self.source.prepare()
-        run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
-        self._told = Told(self._ranks(), begin, progress.tell(epoch))
-        try:
-            yield begin, run
-        finally:
-            self._told = None

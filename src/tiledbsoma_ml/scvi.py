@@ -21,7 +21,9 @@ from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, check_count, check_name
 from tiledbsoma_ml._context import open_experiment
+from tiledbsoma_ml._describe import as_line, as_table, described
 from tiledbsoma_ml._obs_labels import Unseen
+from tiledbsoma_ml._options import OF_SHUFFLING
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._scvi_cells import Batch, Cells, Fields, Genes, Known
 from tiledbsoma_ml._scvi_models import (
@@ -168,10 +170,17 @@ class SCVIDataModule(QueryDataModule):
 
     def __repr__(self) -> str:
         """Return what it holds, in a line; nothing is read for it, or written."""
-        shape = f"{self.n_obs:,} cells by {self.n_vars:,} genes"
-        parts = f"train {self.n_train:,}, val {self.n_val:,}"
-        codes = f"{self.n_batch:,} batches, {self.n_labels:,} labels"
-        return f"<{type(self).__name__}: {shape}; {parts}; {codes}; batch_size={self.batch_size}>"
+        return as_line(type(self).__name__, self._described())
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table."""
+        return as_table(type(self).__name__, self._described(), self.train_dataset.not_in_use)
+
+    def _described(self) -> dict[str, str]:
+        shape = {"rows": f"{self.n_obs:,} cells by {self.n_vars:,} genes"}
+        parts = {"train": f"{self.n_train:,} cells", "val": f"{self.n_val:,} cells"}
+        codes = {"batches": f"{self.n_batch:,}", "labels": f"{self.n_labels:,}"}
+        return described(self.train_dataset.iterations) | shape | parts | codes
 
     @property
     def batch_size(self) -> int:
@@ -181,7 +190,7 @@ class SCVIDataModule(QueryDataModule):
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         if batch_size != self.batch_size:
-            epoch = self.train_dataset._epochs.counter.upcoming
+            epoch = self.train_dataset.iterations.upcoming_epoch
             self._options["batch_size"] = batch_size
             self._make_datasets()
             self.train_dataset.set_epoch(epoch)
@@ -440,7 +449,8 @@ class SCVIDataModule(QueryDataModule):
 
     def _make_datasets(self) -> None:
         make = partial(ExperimentDataset, x_locator=self._x_locator, query_ids=self._ids)
-        in_order = {**self._options, "shuffle": False, "shuffle_mode": "cpu"}
+        in_order = {name: value for name, value in self._options.items() if name not in OF_SHUFFLING}
+        in_order["shuffle"] = False
         self.train_dataset = make(**self._options)
         self.val_dataset: ExperimentDataset | None = None
         if self._train_size != 1:
