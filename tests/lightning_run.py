@@ -80,7 +80,7 @@ def main(options: Mapping[str, Any]) -> None:
                 train_size=0.9 - options.get("val_size", 0.1),
                 val_size=options.get("val_size", 0.1),
                 transform=for_the_model,
-                loader_options={"num_workers": options.get("num_workers", 0)},
+                dataloader_kwargs={"num_workers": options.get("num_workers", 0)},
             )
     out = Path(options["out"])
     seed_everything(1, verbose=False)

@@ -20,7 +20,7 @@ import tiledbsoma as soma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
+from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs, workers
 from tiledbsoma_ml import (
     ExperimentDataset,
     QueryIDs,
@@ -33,6 +33,7 @@ from tiledbsoma_ml import dataset as dataset_module
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._order import sizes as order_sizes
+from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._window import Room, Window, preload_kernels
 
@@ -69,8 +70,14 @@ def dataset_of(store: Store, rows: Any = range(N_ROWS), **options: Any) -> Exper
     return store.dataset(rows, **{"batch_size": 32, "seed": 1, "return_sparse_X": True, **AUTO, **options})
 
 
+def plan(dataset: ExperimentDataset) -> Plan:
+    """Return the plan, which says in the log what it costs when it is first asked for."""
+    return dataset.plan
+
+
 def window_lengths(dataset: ExperimentDataset) -> list[int]:
     """Return how many rows are read together, window after window."""
+    plan(dataset)  # which reads a sample
     lengths = []
     read_window = SOMAReader.read_window
 
@@ -207,6 +214,7 @@ def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
     monkeypatch.setattr(Budget, "windows", 25_000 if scattered else 120_000)
     rows = np.flatnonzero(np.random.default_rng(0).random(N_ROWS) < 0.3) if scattered else np.arange(N_ROWS)
     dataset = dataset_of(large, rows, batch_size=4, mixing=0.8)
+    plan(dataset)  # which reads a sample
     tiles = []
     read = soma.SparseNDArray.read
 
@@ -250,7 +258,8 @@ def test_a_larger_budget_makes_larger_windows(large: Store, monkeypatch: pytest.
 
 def test_dense_mini_batches_are_paid_for_from_the_budget(large: Store) -> None:
     sparse, dense = (dataset_of(large, return_sparse_X=sparse_X) for sparse_X in (True, False))
-    assert sparse.budget.windows - dense.budget.windows == 3 * 32 * N_VARS * 4
+    budgets = [dataset.iterations.budget.windows for dataset in (sparse, dense)]
+    assert budgets[0] - budgets[1] == 3 * 32 * N_VARS * 4
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -387,7 +396,7 @@ def test_workers_read_within_windows_of_their_own_and_yield_every_row_once(
     halves = []
     for rows in np.split(np.arange(N_ROWS), 2):
         half = QueryIDs(obs_joinids=rows, var_joinids=range(N_VARS))
-        halves.append(list(in_process._over(half)))
+        halves.append(list(in_process.over(half)))
     in_turn = [mini_batch for pair in zip(*halves, strict=True) for mini_batch in pair]
     np.testing.assert_array_equal(orders[0], joinids_of(in_turn))
     assert list(tmp_path.iterdir()) == []
@@ -428,56 +437,51 @@ def test_the_log_says_what_auto_stands_for(large: Store, log: Callable[[], list[
 
 
 def test_the_log_says_so_where_a_window_holds_the_query(large: Store, log: Callable[[], list[str]]) -> None:
-    dataset_of(large)
+    plan(dataset_of(large))
     assert log() == ["runs of 32 rows in windows of 2,000 rows (0 MiB): mixing 1.00 of random is predicted"]
 
 
 def test_the_log_says_how_much_costly_sizes_read_and_what_to_write_instead(
     large: Store, log: Callable[[], list[str]]
 ) -> None:
-    dataset_of(large, shuffle_chunk_size=2, io_batch_size=64)
+    plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64))
     [line] = log()
     assert line == (
         "shuffle_chunk_size=2 and io_batch_size=64 read every row about 13 times in an epoch, because it is "
         "stored in tiles of 32 rows; shuffle_chunk_size='auto' and io_batch_size='auto' read less and mix as "
         "well"
     )
-    dataset_of(large)
+    plan(dataset_of(large))
     assert len(log()) == 1
 
 
 def test_sizes_that_are_cheap_or_do_not_matter_are_not_worth_a_line(
     store: Store, large: Store, log: Callable[[], list[str]]
 ) -> None:
-    large.dataset(range(N_ROWS))  # the defaults: an IO batch holds the query
-    dataset_of(large, shuffle_chunk_size=32, io_batch_size=64)
-    dataset_of(large, shuffle_chunk_size=2, io_batch_size=64, shuffle=False)
-    dataset_of(large, shuffle=False)
-    dataset_of(large, shuffle_mode="gpu_minibatch", device="cpu", shuffle_chunk_size=2, io_batch_size=64)
-    dataset_of(large, [], **AUTO)
-    dataset_of(large, []).random_split(0.5, 0.5)
+    plan(large.dataset(range(N_ROWS)))  # the defaults: an IO batch holds the query
+    plan(dataset_of(large, shuffle_chunk_size=32, io_batch_size=64))
+    plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64, shuffle=False))
+    plan(dataset_of(large, shuffle=False))
+    of_mini_batches = {"shuffle_mode": "gpu_minibatch", "device": "cpu"}
+    plan(dataset_of(large, **of_mini_batches, shuffle_chunk_size=2, io_batch_size=64))
+    plan(dataset_of(large, [], **AUTO))
+    for part in dataset_of(large, []).random_split(0.5, 0.5):
+        plan(part)
     assert log() == []
 
 
 def test_nothing_is_measured_for_a_log_that_nobody_reads(large: Store) -> None:
     with mock.patch.object(_soma_source, "row_tile", side_effect=AssertionError("the layer was opened")):
-        dataset_of(large, shuffle_chunk_size=2, io_batch_size=64)
+        plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64))
 
 
 @pytest.mark.usefixtures("small_windows")
 def test_the_log_says_the_runs_that_were_asked_for_where_the_window_alone_is_auto(
     large: Store, log: Callable[[], list[str]]
 ) -> None:
-    dataset_of(large, shuffle_chunk_size=4, batch_size=8)
+    plan(dataset_of(large, shuffle_chunk_size=4, batch_size=8))
     [line] = log()
     assert line.startswith("runs of 4 rows in windows of ")
-
-
-def test_the_log_does_not_advise_what_a_dense_layer_refuses(
-    dense_store: Store, log: Callable[[], list[str]]
-) -> None:
-    dense_store.dataset(shuffle_chunk_size=1, io_batch_size=4)
-    assert not any("'auto'" in line for line in log())
 
 
 # Errors and leaving early ---------------------------------------------------------------------------------
@@ -790,18 +794,20 @@ def test_every_mixing_from_0_8_to_1_is_accepted(large: Store, mixing: float | No
     assert dataset_of(large, mixing=mixing).plan.mixing == mixing
 
 
+@pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize(
     "options", [{"shuffle_chunk_size": "auto"}, {"io_batch_size": "auto"}, AUTO], ids=str
 )
-def test_auto_on_a_dense_layer_is_refused_with_the_way_out(
+def test_auto_on_a_dense_layer_reads_whole_tiles_as_on_a_sparse_one(
     dense_store: Store, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="must be numbers where X is dense") as caught:
-        dense_store.dataset(**options)
-    assert str(caught.value) == (
-        "shuffle_chunk_size and io_batch_size must be numbers where X is dense, as layer 'raw' is; "
-        "leave them out."
-    )
+    dataset = dense_store.dataset(batch_size=40, seed=1, **options)
+    assert dataset.plan.layout is not None
+    assert dataset.plan.layout.row_tile == 64
+    batches = list(dataset)
+    assert sorted(joinids_of(batches)) == list(range(N_OBS))
+    for X, obs in batches:
+        np.testing.assert_array_equal(X, expected_X(obs["soma_joinid"], range(N_VARS)))
 
 
 def test_a_dense_layer_takes_budgets_and_windows_in_files(dense_store: Store, tmp_path: Path) -> None:
@@ -837,7 +843,7 @@ BUDGET_SENTENCE = (
 def refused_budget(store: Store, **options: Any) -> tuple[int, int]:
     """Return the MiB that were given, and that are said to be needed."""
     with pytest.raises(ValueError, match="memory_budget") as caught:
-        store.dataset(**{**AUTO, **options})
+        plan(store.dataset(**{**AUTO, **options}))
     found = re.fullmatch(BUDGET_SENTENCE, str(caught.value))
     assert found is not None, caught.value
     return int(found[1]), int(found[2])
@@ -848,20 +854,20 @@ def test_a_budget_that_does_not_hold_a_tile_says_what_is_needed(in_huge_tiles: S
     assert given_mib == 128
     assert 256 < needed_mib < 1024
     assert refused_budget(in_huge_tiles, memory_budget="64MiB")[0] == 64
-    assert len(in_huge_tiles.dataset(batch_size=100, **AUTO, memory_budget="1GiB")) == 4
+    assert in_huge_tiles.dataset(batch_size=100, **AUTO, memory_budget="1GiB").plan.is_auto
 
 
 def test_sparse_mini_batches_are_not_offered_where_they_are_sparse_already(in_huge_tiles: Store) -> None:
     with pytest.raises(
         ValueError, match=r"^memory_budget=128 MiB must hold one tile of .* buffers, \d+ MiB; raise it\.$"
     ):
-        in_huge_tiles.dataset(**AUTO, memory_budget="128MiB", return_sparse_X=True)
+        plan(in_huge_tiles.dataset(**AUTO, memory_budget="128MiB", return_sparse_X=True))
 
 
 def test_a_budget_that_does_not_hold_three_dense_mini_batches_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match=r"memory_budget=256 MiB must hold three mini-batches and one tile"):
-        store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6)
-    assert store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6, return_sparse_X=True)
+        plan(store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6))
+    assert store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6, return_sparse_X=True).plan
 
 
 def test_a_tile_that_does_not_fit_is_no_matter_where_the_window_is_a_number(in_huge_tiles: Store) -> None:
@@ -873,14 +879,15 @@ def test_a_tile_that_does_not_fit_is_no_matter_where_the_window_is_a_number(in_h
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_the_budget_that_is_said_to_be_needed_is_enough(in_huge_tiles: Store, device: str | None) -> None:
     _, needed_mib = refused_budget(in_huge_tiles, memory_budget="256MiB", device=device)
-    assert len(in_huge_tiles.dataset(**AUTO, memory_budget=f"{needed_mib}MiB", device=device)) == N_OBS
+    assert in_huge_tiles.dataset(**AUTO, memory_budget=f"{needed_mib}MiB", device=device).plan.is_auto
 
 
 def test_a_window_budget_that_does_not_hold_a_tile_is_what_is_named(
     in_huge_tiles: Store, tmp_path: Path
 ) -> None:
+    files = {"window_dir": tmp_path, "window_budget": "64MiB"}
     with pytest.raises(ValueError, match=r"^window_budget"):
-        in_huge_tiles.dataset(**AUTO, memory_budget="2GiB", window_dir=tmp_path, window_budget="64MiB")
+        plan(in_huge_tiles.dataset(**AUTO, memory_budget="2GiB", **files))
 
 
 def test_a_tile_larger_than_the_layer_takes_up_no_more_than_its_rows(in_one_tile: Store) -> None:

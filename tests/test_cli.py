@@ -125,7 +125,7 @@ def test_an_h5ad_file_is_trained_on(h5ad: Path, tmp_path: Path) -> None:
 def test_missing_labels_and_filtered_cells_are_left_out(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "x.h5ad", kind=["odd", "even", None] * 20, batch=["p"] * 30 + ["q"] * 30)
     options = ["--label", "kind", "--obs-filter", "batch == 'p'", "--epochs", 1, "--output-dir", tmp_path]
-    code, output = run("demo", "--h5ad", path, "--layer", "X", *options)
+    code, output = run("demo", "--h5ad", path, "--layer-name", "X", *options)
     assert code == 0
     assert "10 of 30 cells have no kind and are left out" in output
     assert read_table(output)["cells"] == 20
@@ -133,7 +133,7 @@ def test_missing_labels_and_filtered_cells_are_left_out(tmp_path: Path) -> None:
 
 def test_an_experiment_is_trained_on_and_left_as_it_is(uri: str, tmp_path: Path) -> None:
     before = sorted(Path(uri).rglob("*"))
-    options = ["--label", "donor_id", "--layer", "raw", "--measurement", "RNA", "--epochs", 1]
+    options = ["--label", "donor_id", "--layer-name", "raw", "--measurement-name", "RNA", "--epochs", 1]
     code, output = run("demo", "--uri", uri, *options, "--output-dir", tmp_path)
     assert code == 0
     assert read_table(output)["cells"] == 200
@@ -219,10 +219,13 @@ def test_help_names_every_option_and_gives_examples() -> None:
         (["--cells", 5], "5 labelled cells are too few, 10 needed; select more of them."),
         (["--h5ad", "a", "--uri", "b"], "--h5ad=a and --uri=b exclude each other; give one of them."),
         (["--uri", "b"], "--uri=b needs the column of obs to learn; add --label COLUMN."),
-        (["--layer", "raw"], "--layer=raw chooses within an experiment or a file; add --uri or --h5ad, or"),
         (
-            ["--measurement", "RNA"],
-            "--measurement=RNA chooses within an experiment; add --uri, or leave it out.",
+            ["--layer-name", "raw"],
+            "--layer-name=raw chooses within an experiment or a file; add --uri or --h5ad, or",
+        ),
+        (
+            ["--measurement-name", "RNA"],
+            "--measurement-name=RNA chooses within an experiment; add --uri, or leave it out.",
         ),
         (
             ["--h5ad", "a", "--cells", 9],
@@ -237,9 +240,12 @@ def test_help_names_every_option_and_gives_examples() -> None:
             ["--uri", "{uri}", "--label", "cell"],
             "label='cell' must be a column of obs; did you mean 'cell_type'?",
         ),
-        (["--uri", "{uri}", "--label", "assay", "--layer", "rwa"], "layer_name='rwa' must be an X layer of"),
         (
-            ["--uri", "{uri}", "--label", "assay", "--measurement", "x"],
+            ["--uri", "{uri}", "--label", "assay", "--layer-name", "rwa"],
+            "layer_name='rwa' must be an X layer of",
+        ),
+        (
+            ["--uri", "{uri}", "--label", "assay", "--measurement-name", "x"],
             "measurement='x' must be a measurement",
         ),
         (["--uri", "{uri}", "--label", "assay", "--obs-filter", "assay = 1"], "must be a filter that SOMA"),
@@ -287,7 +293,7 @@ def test_a_misspelt_label_of_a_file_is_refused_before_anything_is_written(h5ad: 
 
 
 def test_a_misspelt_layer_of_a_file_is_refused(h5ad: Path, tmp_path: Path) -> None:
-    code, output = run("demo", "--h5ad", h5ad, "--layer", "x", "--output-dir", tmp_path / "out")
+    code, output = run("demo", "--h5ad", h5ad, "--layer-name", "x", "--output-dir", tmp_path / "out")
     assert code == 2
     assert f"layer_name='x' must be one of the layers of {str(h5ad)!r}; there are 'X'." in output
     assert list((tmp_path / "out").iterdir()) == []
@@ -361,7 +367,16 @@ def test_an_experiment_written_by_others_is_trained_on(tmp_path: Path) -> None:
     with tarfile.open(archive) as files:
         files.extractall(tmp_path, filter="data")
         uri = tmp_path / files.getnames()[0].partition("/")[0]
-    options = ["--label", "RNA_snn_res.1", "--layer", "counts", "--batch-size", 8, "--output-dir", tmp_path]
+    options = [
+        "--label",
+        "RNA_snn_res.1",
+        "--layer-name",
+        "counts",
+        "--batch-size",
+        8,
+        "--output-dir",
+        tmp_path,
+    ]
     code, output = run("demo", "--uri", uri, *options)
     table = read_table(output)
     assert code == 0

@@ -85,7 +85,7 @@ def test_training_rows_come_in_a_new_order_every_epoch_and_others_in_that_of_the
 def test_predict_yields_all_rows_in_the_order_of_the_query_with_their_joinids(
     store: Store, n_workers: int
 ) -> None:
-    data = make(store, obs_column_names=["cell_type"], loader_options=workers(n_workers))
+    data = make(store, obs_column_names=["cell_type"], dataloader_kwargs=workers(n_workers))
     loader = data.predict_dataloader()
     np.testing.assert_array_equal(joinids_of(loader), range(N_OBS))
     assert data.val_dataloader().num_workers == n_workers
@@ -159,7 +159,7 @@ def test_the_transforms_are_applied_one_after_the_other_in_the_training_process(
         return_sparse_X=True,
         transform=transform,
         device_transform=device_transform,
-        loader_options=workers(1),
+        dataloader_kwargs=workers(1),
     )
     codes = torch.cat([batch["codes"] for batch in batches(data, data.predict_dataloader())])
     assert codes.tolist() == [row % 3 for row in range(30)]

@@ -19,6 +19,8 @@ from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
 from tiledbsoma_ml._snapshot_reader import RowIndex
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* changes nothing here: ")
+
 COLUMNS = ["soma_joinid", "cell_type", "maybe_int", "barcode"]
 
 

@@ -34,8 +34,8 @@ class PlanOptions:
 
     Attributes:
         uri: Where the experiment is.
-        measurement: If None, "RNA" if there is one, else the only one.
-        layer: If None, "raw" if there is one, else the only one.
+        measurement_name: If None, "RNA" if there is one, else the only one.
+        layer_name: If None, "raw" if there is one, else the only one.
         obs_filter: Which rows, as a SOMA value filter; all if None.
         shuffle_chunk_size: As `ExperimentDataset` has it, and so are the others.
         io_batch_size: A number, or "auto".
@@ -49,8 +49,8 @@ class PlanOptions:
     """
 
     uri: str = attrs.field(converter=absolute_uri)
-    measurement: str | None = None
-    layer: str | None = None
+    measurement_name: str | None = None
+    layer_name: str | None = None
     obs_filter: str | None = None
     shuffle_chunk_size: int | str = 64
     io_batch_size: int | str = 65_536
@@ -81,13 +81,13 @@ def plan_epoch(options: PlanOptions) -> Json:
         ValueError: If there is no such query, or an option breaks a rule.
     """
     with open_experiment(options.uri) as experiment:
-        measurement = choose_measurement(options.measurement, experiment)
+        measurement_name = choose_measurement(options.measurement_name, experiment)
         obs_query = soma.AxisQuery(value_filter=options.obs_filter)
-        with experiment.axis_query(measurement, obs_query=obs_query) as query:
+        with experiment.axis_query(measurement_name, obs_query=obs_query) as query:
             _check_filter(options.obs_filter, query)
             dataset = ExperimentDataset(
                 query,
-                layer_name=options.layer,
+                layer_name=options.layer_name,
                 batch_size=options.batch_size,
                 shuffle_chunk_size=options.shuffle_chunk_size,  # type: ignore[arg-type]  # it checks them
                 io_batch_size=options.io_batch_size,  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def plan_epoch(options: PlanOptions) -> Json:
         "row_tile": tile,
         "settings": {
             "uri": options.uri,
-            "measurement_name": measurement,
+            "measurement_name": measurement_name,
             "layer_name": dataset.layer_name,
             "obs_filter": options.obs_filter,
             "shuffle_chunk_size": dataset.shuffle_chunk_size,

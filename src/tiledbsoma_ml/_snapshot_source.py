@@ -108,7 +108,8 @@ class SnapshotSource(Source):
         known = () if self._snapshot is None else ("soma_joinid", *self._snapshot.obs_column_names)
         if self._of is not None and not set(column_names) <= set(known):
             return self._of.obs(obs_joinids, column_names)
-        return self.snapshot.reader(obs_joinids, None, column_names).obs(obs_joinids)
+        nullable = self.snapshot.reader(self.query_ids.obs_joinids, None, column_names).nullable
+        return self.snapshot.reader(None, None, column_names, nullable=nullable).obs(obs_joinids)
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
         """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""

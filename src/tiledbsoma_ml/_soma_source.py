@@ -11,7 +11,6 @@ from typing import Any
 
 import attrs
 import pandas as pd
-import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, WindowShare
 from tiledbsoma_ml._common import NDArrayJoinId
@@ -75,16 +74,12 @@ class SOMASource(Source):
 
     @cached_property
     def row_tile(self) -> int:
-        """Neighbouring rows that are decoded together; 1 where the layer is dense, and read in blocks."""
+        """Neighbouring rows that are decoded together."""
         with self.locator.open() as (X, _):
-            return 1 if isinstance(X, soma.DenseNDArray) else row_tile(X)
+            return row_tile(X)
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored, from a sample of them, and how many a window may hold.
-
-        Raises:
-            ValueError: If the layer is dense.
-        """
+        """Return how the rows are stored, from a sample of them, and how many a window may hold."""
         preload_kernels()
         if self._bytes_per_row is None:
             self._bytes_per_row = self._measure(ids, budget)
@@ -117,11 +112,6 @@ class SOMASource(Source):
 
     def _measure(self, ids: QueryIDs, budget: Budget) -> float:
         with self.locator.open(self._budget(budget)) as (X, obs):
-            if isinstance(X, soma.DenseNDArray):
-                raise ValueError(
-                    f"shuffle_chunk_size and io_batch_size must be numbers where X is dense, as layer "
-                    f"{self.locator.layer_name!r} is; leave them out."
-                )
             rows, names = ids.obs_joinids, ["soma_joinid"]
             reader = SOMAReader(X, obs, ids.var_joinids, obs_column_names=names, obs_joinids=rows)
             return measure_row_bytes(reader, rows)

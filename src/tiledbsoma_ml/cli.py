@@ -112,14 +112,14 @@ def _add_demo(app: "typer.Typer") -> None:
             str | None,
             Option(metavar="FILTER", help="Which cells, as a SOMA value filter.", rich_help_panel=cells),
         ] = None,
-        layer: Annotated[
+        layer_name: Annotated[
             str | None,
             Option(
                 help="Layer of X, with --uri or --h5ad. Without it: raw or the only one; in a file, counts.",
                 rich_help_panel=cells,
             ),
         ] = None,
-        measurement: Annotated[
+        measurement_name: Annotated[
             str | None,
             Option(help="Measurement, with --uri. Without it: RNA, or the only one.", rich_help_panel=cells),
         ] = None,
@@ -171,8 +171,8 @@ def _add_demo(app: "typer.Typer") -> None:
                 uri=uri,
                 label=label,
                 obs_filter=obs_filter,
-                layer=layer,
-                measurement=measurement,
+                layer_name=layer_name,
+                measurement_name=measurement_name,
                 n_cells=n_cells,
                 n_genes=n_genes,
                 epochs=epochs,
@@ -197,11 +197,11 @@ def _add_plan(app: "typer.Typer") -> None:
         as_json: Annotated[
             bool, Option("--json", help="Print the plan as JSON, with the rows of every batch.")
         ] = False,
-        measurement: Annotated[
+        measurement_name: Annotated[
             str | None,
             Option(help="Measurement. Without it: RNA, or the only one.", rich_help_panel=rows),
         ] = None,
-        layer: Annotated[
+        layer_name: Annotated[
             str | None, Option(help="Layer of X. Without it: raw, or the only one.", rich_help_panel=rows)
         ] = None,
         obs_filter: Annotated[
@@ -246,8 +246,8 @@ def _add_plan(app: "typer.Typer") -> None:
             found = plan_epoch(
                 PlanOptions(
                     uri=uri,
-                    measurement=measurement,
-                    layer=layer,
+                    measurement_name=measurement_name,
+                    layer_name=layer_name,
                     obs_filter=obs_filter,
                     shuffle_chunk_size=_size(shuffle_chunk_size),
                     io_batch_size=_size(io_batch_size),
@@ -310,8 +310,8 @@ class DemoOptions:
     uri: str | None
     label: str | None
     obs_filter: str | None
-    layer: str | None
-    measurement: str | None
+    layer_name: str | None
+    measurement_name: str | None
     n_cells: int | None
     n_genes: int | None
     epochs: int
@@ -339,14 +339,15 @@ class DemoOptions:
                     f"--{name}={size} is for simulated cells; leave out --uri and --h5ad, or this."
                 )
             check_count(name, 1 if size is None else size, suggestion=2_000)
-        if self.measurement is not None and self.uri is None:
+        if self.measurement_name is not None and self.uri is None:
             raise ValueError(
-                f"--measurement={self.measurement} chooses within an experiment; add --uri, or leave it out."
+                f"--measurement-name={self.measurement_name} chooses within an experiment; add --uri, or "
+                "leave it out."
             )
-        if self.layer is not None and self.uri is None and self.h5ad is None:
+        if self.layer_name is not None and self.uri is None and self.h5ad is None:
             raise ValueError(
-                f"--layer={self.layer} chooses within an experiment or a file; add --uri or --h5ad, or leave "
-                "it out."
+                f"--layer-name={self.layer_name} chooses within an experiment or a file; add --uri or "
+                "--h5ad, or leave it out."
             )
 
 
@@ -390,12 +391,12 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
     from tiledbsoma_ml import demo
     from tiledbsoma_ml.simulate import N_CELLS, N_GENES
 
-    label, layer = options.label, options.layer
+    label, layer_name = options.label, options.layer_name
     if options.uri is not None:
         uri, name = options.uri, options.uri.rstrip("/").rpartition("/")[2]
     elif options.h5ad is not None:
-        uri, label = demo.ingest_h5ad(absolute_path(options.h5ad), label, options.output_dir, say, layer)
-        name, layer = options.h5ad.name, None
+        uri, label = demo.ingest_h5ad(absolute_path(options.h5ad), label, options.output_dir, say, layer_name)
+        name, layer_name = options.h5ad.name, None
     else:
         size = options.n_cells or N_CELLS, options.n_genes or N_GENES
         uri = demo.build_simulated(options.output_dir, *size, seed=options.seed, say=say)
@@ -403,8 +404,8 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
     return demo.load_task(
         uri,
         name=name,
-        measurement=options.measurement,
-        layer=layer,
+        measurement_name=options.measurement_name,
+        layer_name=layer_name,
         label=label or "cell_type",
         obs_filter=options.obs_filter,
         batch_size=options.batch_size,
@@ -424,7 +425,9 @@ def _train(task: "Task", options: DemoOptions, console: "Console") -> "History":
 
         def on_batch(history: "History") -> None:
             if math.isnan(history.losses[-1]):
-                raise _refusal("X must hold counts, or other numbers of 0 or more; choose another --layer.")
+                raise _refusal(
+                    "X must hold counts, or other numbers of 0 or more; choose another --layer-name."
+                )
             epoch = f"epoch {len(history.accuracies) + 1}/{options.epochs}"
             rates = f"loss {history.losses[-1]:.3f}  {history.rows_per_s:,.0f} rows/s"
             progress.update(bar, advance=1, description=epoch, rates=rates)

@@ -83,9 +83,10 @@ class ExperimentDataModule(QueryDataModule):
         transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs
             in the training process, before the batch is moved.
         device_transform: Takes what `transform` returned, when it is on the device.
-        loader_options: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one
+        dataloader_kwargs: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one
             worker at most, because several would mix the order.
-        dataset_options: For `ExperimentDataset`. `shuffle` is that of training batches.
+        dataset_options: For `ExperimentDataset`. `shuffle` is that of training batches. `shuffle_chunk_size`
+            and `io_batch_size` are "auto" unless they are given.
 
     Raises:
         ValueError: If a size breaks its rule, or a part that was asked for is empty.
@@ -104,7 +105,7 @@ class ExperimentDataModule(QueryDataModule):
         batch_size: int = 128,
         transform: Transform | None = None,
         device_transform: Transform | None = None,
-        loader_options: Mapping[str, Any] | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
         obs_column_names: Sequence[str] = DEFAULT_OBS_COLUMN_NAMES,
         **dataset_options: Any,
     ) -> None:
@@ -116,13 +117,15 @@ class ExperimentDataModule(QueryDataModule):
             "obs_column_names": obs_column_names,
             "seed": seed,
             "batch_size": batch_size,
+            "shuffle_chunk_size": "auto",
+            "io_batch_size": "auto",
             "shuffle_scope": "global",
             **dataset_options,
         }
         self._make_datasets(query=query, layer_name=layer_name, snapshot=snapshot, **others)
         self._transform = transform
         self._device_transform = device_transform
-        self._loader_options = dict(loader_options or {})
+        self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._is_resized = False
         self._loaded: dict[str, Any] | None = None
 
@@ -216,12 +219,12 @@ class ExperimentDataModule(QueryDataModule):
 
     def predict_dataloader(self) -> ExperimentDataLoader:
         """Return the loader of all rows, in the order of the query."""
-        n_workers = min(self._loader_options.get("num_workers", 0), 1)
+        n_workers = min(self._dataloader_kwargs.get("num_workers", 0), 1)
         return self._handed(self._loader(self._predict, "query", num_workers=n_workers))
 
     def _loader(self, dataset: ExperimentDataset, part: str, **options: Any) -> ExperimentDataLoader:
         self._source.prepare()
-        loader = experiment_dataloader(dataset, **{**self._loader_options, **options})
+        loader = experiment_dataloader(dataset, **{**self._dataloader_kwargs, **options})
         if not len(loader):
             n_rows, (_, n_ranks) = len(dataset.query_ids.obs_joinids), dataset.iterations.ranks
             raise ValueError(

@@ -402,9 +402,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _epoch(self, progress: Progress) -> Generator[MiniBatch, None, None]:
         part, run = self.iterations.begin(progress)
         try:
-            planned = self.plan.of(part)
+            planned, leaves_device_work = self.plan.of(part), self._leaves_device_work_to_loader
             reader = self.source.open(planned, self.options.fields, self.iterations.budget)
-            if self._leaves_device_work_to_loader:
+            if leaves_device_work:
                 yield from self._pieces_of_worker(planned, reader)  # type: ignore[misc]
                 return
             mini_batches = self._mini_batches(planned, reader)

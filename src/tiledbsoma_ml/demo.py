@@ -100,7 +100,7 @@ def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, 
 
 
 def ingest_h5ad(
-    path: Path, label: str | None, output_dir: Path, say: Say, layer: str | None = None
+    path: Path, label: str | None, output_dir: Path, say: Say, layer_name: str | None = None
 ) -> tuple[str, str]:
     """Return the URI of the experiment that holds the counts of an h5ad file, and the label to learn.
 
@@ -109,8 +109,8 @@ def ingest_h5ad(
         label: Column of `obs` to learn; the most telling one if None.
         output_dir: The folder in which the experiment is made.
         say: Told what is done.
-        layer: Which matrix to take; if None, the first one of `X`, `layers["counts"]` and `raw.X` that holds
-            counts, else numbers of 0 or more.
+        layer_name: Which matrix to take; if None, the first one of `X`, `layers["counts"]` and `raw.X` that
+            holds counts, else numbers of 0 or more.
 
     Raises:
         ValueError: If it is no h5ad file, has no such label, or no numbers to learn from.
@@ -121,7 +121,7 @@ def ingest_h5ad(
             say(f"no --label was given: learning {label!r}, the most telling column of obs")
         check_name("label", label, file.obs.columns, of="a column of obs")
         _check_holds_classes(file.obs[label])
-    return ingest_h5ads([path], layer, output_dir, say, choose=find_counts), label
+    return ingest_h5ads([path], layer_name, output_dir, say, choose=find_counts), label
 
 
 def _check_holds_classes(column: pd.Series[Any]) -> None:
@@ -155,8 +155,8 @@ def load_task(
     uri: str,
     *,
     name: str,
-    measurement: str | None,
-    layer: str | None,
+    measurement_name: str | None,
+    layer_name: str | None,
     label: str,
     obs_filter: str | None,
     batch_size: int,
@@ -169,8 +169,8 @@ def load_task(
     Args:
         uri: URI of the experiment.
         name: A name for the cells.
-        measurement: If left out, "RNA" if there is one, else the only one.
-        layer: If left out, "raw" if there is one, else the only one.
+        measurement_name: If left out, "RNA" if there is one, else the only one.
+        layer_name: If left out, "raw" if there is one, else the only one.
         label: Column of `obs` with the classes.
         obs_filter: Which cells, as a SOMA value filter; all if left out.
         batch_size: Rows per mini-batch.
@@ -183,7 +183,7 @@ def load_task(
     """
     uri = absolute_uri(uri)
     with open_experiment(uri) as experiment:
-        measurement = choose_measurement(measurement, experiment)
+        measurement_name = choose_measurement(measurement_name, experiment)
         labels = _read_labels(experiment, label, obs_filter)
         if n_missing := int(labels.isna().sum()):
             say(f"{n_missing:,} of {len(labels):,} cells have no {label} and are left out")
@@ -191,10 +191,12 @@ def load_task(
             obs_filter = f"({obs_filter}) and {labelled}" if obs_filter else labelled
             labels = labels.dropna()
         _check_classes(label, labels)
-        with experiment.axis_query(measurement, obs_query=soma.AxisQuery(value_filter=obs_filter)) as query:
-            options: dict[str, Any] = {"layer_name": layer, "obs_column_names": [label]}
+        with experiment.axis_query(
+            measurement_name, obs_query=soma.AxisQuery(value_filter=obs_filter)
+        ) as query:
+            options: dict[str, Any] = {"layer_name": layer_name, "obs_column_names": [label]}
             if snapshot_dir is not None:
-                made_of = fingerprint(uri, measurement, layer, label, obs_filter)
+                made_of = fingerprint(uri, measurement_name, layer_name, label, obs_filter)
                 path = absolute_path(snapshot_dir) / f"{Path(uri).stem}-{made_of}.snapshot"
                 say(f"snapshot of the cells: {path}")
                 Snapshot.create(path, query, **options)
@@ -231,7 +233,7 @@ def choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
     known: list[str] = list(experiment.ms)
     if name is None and len(known) == 1:
         return known[0]
-    return check_name("measurement", name or "RNA", known, of="a measurement of the experiment")
+    return check_name("measurement_name", name or "RNA", known, of="a measurement of the experiment")
 
 
 def _read_labels(experiment: soma.Experiment, label: str, obs_filter: str | None) -> pd.Series[Any]:
