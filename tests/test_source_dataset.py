@@ -1,0 +1,165 @@
+"""A source that somebody else wrote is read as an experiment is: in every order, dealt and resumed alike."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from matrix_source import MatrixReader, MatrixSource, matrix_source
+from stores import N_OBS, Store, joinids_of, workers
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
+from tiledbsoma_ml.testing import check_source
+
+COLUMNS = ("soma_joinid", "cell_type", "barcode")
+
+
+def pair(store: Store, **options: Any) -> tuple[ExperimentDataset, ExperimentDataset]:
+    """Return a dataset of the test experiment, and one of a source with the same rows."""
+    given_options = {"batch_size": 16, "seed": 3, "obs_column_names": COLUMNS, **options}
+    source = matrix_source()
+    ids = source.query_ids
+    of_experiment = store.dataset(ids.obs_joinids, ids.var_joinids, **given_options)
+    return of_experiment, ExperimentDataset(source=source, **given_options)
+
+
+def assert_same(batches: Any, others: Any) -> None:
+    for (X, obs), (other_X, other_obs) in zip(batches, others, strict=True):
+        assert type(X) is type(other_X)
+        dense, other = (x.to_dense().numpy() if hasattr(x, "to_dense") else x for x in (X, other_X))
+        dense, other = (x.toarray() if hasattr(x, "toarray") else x for x in (dense, other))
+        np.testing.assert_array_equal(dense, other)
+        assert obs["soma_joinid"].tolist() == other_obs["soma_joinid"].tolist()
+        assert obs["cell_type"].tolist() == other_obs["cell_type"].tolist()
+
+
+def test_it_does_what_a_source_must() -> None:
+    check_source(matrix_source(), obs_column_names=["cell_type", "maybe_int"])
+
+
+@settings(max_examples=15)
+@given(
+    scope=st.sampled_from(["partition", "global"]),
+    tail=st.sampled_from(["drop", "pad"]),
+    world_size=st.integers(1, 3),
+    chunk=st.sampled_from([1, 4]),
+    io_batch=st.sampled_from([4, 40, 400]),
+    sparse_X=st.booleans(),
+    eager=st.booleans(),
+    device=st.sampled_from([{}, {"device": "cpu"}, {"device": "cpu", "shuffle_mode": "gpu_iobatch"}]),
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_every_rank_gets_the_mini_batches_that_it_gets_from_an_experiment(
+    store: Store,
+    scope: str,
+    tail: str,
+    world_size: int,
+    chunk: int,
+    io_batch: int,
+    sparse_X: bool,
+    eager: bool,
+    device: dict[str, Any],
+) -> None:
+    options = {"shuffle_scope": scope, "tail": tail, "shuffle_chunk_size": chunk, "io_batch_size": io_batch}
+    for rank in range(world_size):
+        ranks = {"ranks": (rank, world_size), "use_eager_fetch": eager, "return_sparse_X": sparse_X}
+        of_experiment, of_source = pair(store, **options, **ranks, **device)
+        assert len(of_source) == len(of_experiment)
+        for _ in range(2):
+            assert_same(of_source, of_experiment)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_workers_get_what_they_get_from_an_experiment(store: Store, device: str | None) -> None:
+    datasets = pair(store, shuffle_chunk_size=4, io_batch_size=40, device=device, shuffle_scope="global")
+    loaders = [experiment_dataloader(dataset, **workers(2)) for dataset in datasets]
+    for _ in range(2):
+        assert_same(*loaders)
+
+
+def test_an_epoch_is_resumed_after_any_mini_batch() -> None:
+    def dataset() -> ExperimentDataset:
+        return ExperimentDataset(source=matrix_source(), batch_size=50, seed=3, shuffle_chunk_size=4)
+
+    whole = [obs["soma_joinid"].tolist() for _, obs in dataset()]
+    assert len(whole) == 7
+    for n_taken in range(len(whole)):
+        left, resumed = dataset(), dataset()
+        assert len(list(itertools.islice(left, n_taken))) == n_taken
+        resumed.load_state_dict(left.state_dict())
+        assert [obs["soma_joinid"].tolist() for _, obs in resumed] == whole[n_taken:]
+
+
+def test_a_snapshot_of_it_yields_the_same_and_is_made_once(tmp_path: Path) -> None:
+    options = {"batch_size": 16, "seed": 3, "obs_column_names": COLUMNS}
+    streamed = ExperimentDataset(source=matrix_source(), **options)
+    first = ExperimentDataset(source=matrix_source(), snapshot=tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
+    assert_same(first, streamed)
+    made = Snapshot.open(tmp_path / "s")
+    assert made.shape == matrix_source().X.shape
+    again = ExperimentDataset(source=matrix_source(), snapshot=made, **options)
+    assert_same(again, ExperimentDataset(source=matrix_source(), **options))
+    with pytest.raises(ValueError, match="must be made from the source that is given, but"):
+        ExperimentDataset(source=matrix_source(content={"version": "2"}), snapshot=made, **options)
+
+
+def test_workers_read_the_snapshot_that_is_made_before_they_start(tmp_path: Path) -> None:
+    dataset = ExperimentDataset(source=matrix_source(), snapshot=tmp_path / "s", batch_size=16, seed=3)
+    assert sorted(joinids_of(experiment_dataloader(dataset, **workers(2)))) == list(range(N_OBS))
+
+
+@pytest.mark.parametrize("row_tile", [1, 64])
+def test_auto_follows_how_it_is_stored(row_tile: int) -> None:
+    source = matrix_source()
+    source.row_tile = row_tile
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
+    dataset = ExperimentDataset(source=source, batch_size=16, seed=3, **auto)
+    assert dataset.plan.sizes(dataset.query_ids).run_length == row_tile
+    orders = [joinids_of(dataset).tolist() for _ in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(N_OBS))
+    assert orders[0] != orders[1]
+
+
+def test_a_part_of_it_is_read_by_joinids_of_ones_own_and_can_be_split() -> None:
+    ids = QueryIDs(obs_joinids=[5, 300, 7, 8], var_joinids=[4, 2])
+    dataset = ExperimentDataset(source=matrix_source(), query_ids=ids, batch_size=4, shuffle=False)
+    [(X, obs)] = dataset
+    assert obs["soma_joinid"].tolist() == [5, 300, 7, 8]
+    np.testing.assert_array_equal(X, matrix_source().X[[5, 300, 7, 8]][:, [4, 2]].toarray())
+    halves = ExperimentDataset(source=matrix_source(), batch_size=4).random_split(0.5, 0.5, seed=1)
+    assert sorted(np.concatenate([joinids_of(half) for half in halves])) == list(range(N_OBS))
+
+
+def test_how_well_it_is_mixed_can_be_measured() -> None:
+    options = {"batch_size": 32, "seed": 1, "shuffle_chunk_size": 1}
+    quality = ExperimentDataset(source=matrix_source(), **options).shuffle_quality("cell_type")
+    assert 0.9 < quality.mixing <= 1.1
+
+
+@pytest.mark.parametrize("n_taken", [0, 1, 3, None])
+def test_a_reader_is_closed_whenever_an_epoch_ends(
+    monkeypatch: pytest.MonkeyPatch, n_taken: int | None
+) -> None:
+    opened, closed = [], []
+    init = MatrixReader.__init__
+    monkeypatch.setattr(MatrixReader, "__init__", lambda *args: (opened.append(args[0]), init(*args))[1])
+    monkeypatch.setattr(MatrixReader, "close", lambda reader: closed.append(reader))
+    iterator = iter(ExperimentDataset(source=matrix_source(), batch_size=50))
+    list(itertools.islice(iterator, n_taken))
+    iterator.close()
+    assert len(opened) == (0 if n_taken == 0 else 1)
+    assert set(map(id, closed)) == set(map(id, opened))
+
+
+def test_what_it_does_not_have_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MatrixSource, "open", None)
+    with pytest.raises(ValueError, match="obs_column_names='cell_typ' must be a column of obs; did you mean"):
+        ExperimentDataset(source=matrix_source(), obs_column_names=["cell_typ"])
+    with pytest.raises(ValueError, match=r"not source, layer_name|not layer_name, source"):
+        ExperimentDataset(source=matrix_source(), layer_name="raw")
