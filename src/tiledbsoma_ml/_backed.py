@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._budget import Budget, WindowShare
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._frame import Columns as ObsColumns
@@ -39,12 +39,6 @@ PIECE_BYTES = 2**24
 
 CACHE_BYTES = 2**26
 """HDF5 keeps so much of what it has decoded."""
-
-N_PARTS = 32
-"""In how many parts the rows of one read are given out."""
-
-EXTENT_BYTES = 2**20
-"""Where rows wait in a file, it consists of stretches of this size."""
 
 Entries: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArrayNumber]
 """Row, column and value of each of some entries."""
@@ -118,6 +112,14 @@ class BackedMatrix:
         bytes_per_row = max(1.0, self.stored_bytes / max(1, self.shape[0]))
         n_rows = min(max(TILE_BYTES, self.chunk_bytes) / bytes_per_row, self.shape[0])
         return 1 << round(math.log2(max(1.0, n_rows)))
+
+    def share(self, budget: Budget) -> WindowShare:
+        """Return how rows wait within a budget."""
+        return budget.share_of_windows(self.stored_bytes)
+
+    def window_rows(self, budget: Budget, bytes_per_row: float) -> int:
+        """Return how many rows may wait together."""
+        return max(1, int(self.share(budget).planned_bytes / bytes_per_row))
 
     def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
         """Return the size of some rows of some columns while they wait."""
@@ -245,9 +247,9 @@ class BackedReader:
         preload_kernels()
         self._frame, self._obs = frame, obs
         self._numbers, self._columns, self._dtype = numbers, Columns(numbers), matrix.dtype
-        in_files = budget.window_dir is not None
-        self._room = Room(budget.window_budget if in_files else budget.windows)
-        self._store = Extents(budget.window_dir, EXTENT_BYTES) if budget.window_dir else Pages()
+        share, folder = matrix.share(budget), budget.window_dir
+        self._n_parts, self._room = share.n_parts, Room(share.n_bytes)
+        self._store = Pages() if folder is None else Extents(folder, share.extent_bytes)
         self._matrix = matrix.open()
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
@@ -257,7 +259,7 @@ class BackedReader:
             Pieces that together are these rows in exactly this order. What was taken is not held.
         """
         rows = self._frame.rows(obs_joinids)
-        options: dict[str, Any] = {"n_parts": N_PARTS, "room": self._room, "store": self._store}
+        options: dict[str, Any] = {"n_parts": self._n_parts, "room": self._room, "store": self._store}
         window = Window(rows, self._columns, self._dtype, may_repeat=True, **options)
         self._matrix.fill(
             window, self._numbers

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._pool import Pool
@@ -104,6 +105,10 @@ class SparseMatrix:
         self._starts, self._columns = starts, columns.view(np.uint32)
         self._values = np.ascontiguousarray(data[: self.nnz], dtype=self.dtype)
         return first_bad_row(starts, self._columns, self.shape[1]) < 0
+
+    def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
+        """Return how many rows may wait together: none needs to."""
+        return
 
     def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
         """Return the size of some rows of some columns, without zeros."""
@@ -267,6 +272,10 @@ class DenseMatrix:
         self.shape: tuple[int, int] = (int(X.shape[0]), int(X.shape[1]))
         self.dtype = X.dtype.newbyteorder("=")
         self._X = np.asarray(X, dtype=self.dtype)
+
+    def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
+        """Return how many rows may wait together: none needs to."""
+        return
 
     def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
         """Return the size of some rows of some columns, without zeros."""

@@ -159,7 +159,8 @@ class MemorySource(Source):
         starts = np.linspace(0, max(0, len(rows) - RUN_ROWS), n_runs).astype(int)
         sample = np.concatenate([rows[start : start + RUN_ROWS] for start in starts.tolist()])
         n_bytes = self._X.n_bytes(sample, self._var.rows(ids.var_joinids)) / max(1, len(sample))
-        return Layout(self._X.row_tile, n_bytes + BYTES_PER_JOINID)
+        bytes_per_row = n_bytes + BYTES_PER_JOINID
+        return Layout(self._X.row_tile, bytes_per_row, self._X.window_rows(budget, bytes_per_row))
 
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> Reader:
         """Return what reads rows; in memory it has `RandomAccess`."""
