@@ -108,3 +108,11 @@ def test_options_are_printable_and_frozen(store: Store) -> None:
     assert isinstance(options, Options)
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         options.batch_size = 9  # type: ignore[misc]
+
+
+def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_first(store: Store) -> None:
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "batch_size": 16}
+    whole = make(store, **auto).plan
+    assert whole.layout is not None
+    for part in make(store, **auto).random_split(0.02, 0.98, seed=1):
+        assert part.plan == whole

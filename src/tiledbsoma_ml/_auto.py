@@ -19,6 +19,36 @@ COSTLY = 3.0
 """Times that tiles are decoded in an epoch, from which on a line of the log says so."""
 
 
+class LazyPlan:
+    """The plan of a dataset and of all parts of it: found out once, when it is first asked for.
+
+    Args:
+        asked: The plan, as far as it is known without the source.
+        source: Where rows come from.
+        ids: The rows that "auto" is chosen for: those of the whole, whichever part asks first.
+        budget: The memory that reading may take.
+    """
+
+    def __init__(self, asked: Plan, source: Source, ids: QueryIDs, budget: Budget) -> None:
+        self._asked, self._source, self._budget = asked, source, budget
+        self._ids: QueryIDs | None = ids
+        self._plan: Plan | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was found out, or nothing is to be found out."""
+        return self._plan is not None or not self._asked.is_auto
+
+    def get(self) -> Plan:
+        """Return the plan; a snapshot that it depends on is made."""
+        if self._plan is None:
+            assert self._ids is not None
+            self._plan = with_layout(self._asked, self._source, self._ids, self._budget)
+            log_sizes(self._plan, self._source, self._ids)
+            self._ids = None
+        return self._plan
+
+
 def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Plan:
     """Return the plan with the layout of a source, where a size is "auto".
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
-from tiledbsoma_ml._auto import log_sizes, with_layout
+from tiledbsoma_ml._auto import LazyPlan
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
@@ -53,7 +53,7 @@ class Iterations:
     def __init__(self, source: Source, ids: QueryIDs, options: Options) -> None:
         self.source, self.ids, self.options = source, ids, options
         self.budget = options.budget(len(ids.var_joinids))
-        self._plan: Plan | None = None
+        self._plan = LazyPlan(options.plan, source, ids, self.budget)
         seed = options.seed
         self._seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epochs = Epochs()
@@ -70,15 +70,12 @@ class Iterations:
 
         That is found out when it is first asked for; a snapshot that it depends on is made.
         """
-        if self._plan is None:
-            self._plan = with_layout(self.options.plan, self.source, self.ids, self.budget)
-            log_sizes(self._plan, self.source, self.ids)
-        return self._plan
+        return self._plan.get()
 
     @property
     def has_plan(self) -> bool:
         """Whether it is known what "auto" stands for, or nothing is "auto"."""
-        return self._plan is not None or not self.options.plan.is_auto
+        return self._plan.is_known
 
     def over(self, ids: QueryIDs) -> Iterations:
         """Return epochs of their own over other rows of the source, in the same plan."""
@@ -98,7 +95,8 @@ class Iterations:
         state = self.__dict__.copy()
         if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
             self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.ids)
-            state |= {"ids": self._shared_ids, "_plan": self.plan, "_dealer": dealt_again_by()}
+            self._plan.get()  # so that workers need not find it out
+            state |= {"ids": self._shared_ids, "_dealer": dealt_again_by()}
         return state | {"_shared_ids": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
