@@ -19,8 +19,8 @@ from scipy import sparse
 
 import tiledbsoma_ml
 from matrix_source import MatrixReader, MatrixSource, matrix_source
-from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, _snapshot_build
+from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_cells, make_obs
+from tiledbsoma_ml import ExperimentDataset, MemorySource, QueryIDs, _snapshot_build
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_format import MANIFEST
@@ -141,6 +141,25 @@ def test_rows_that_the_source_keeps_are_neither_written_to_nor_held(path: Path) 
     np.testing.assert_array_equal(
         make(path, source)[:][0].toarray(), expected_X(range(N_OBS)[::-1], range(N_VARS))
     )
+
+
+def test_a_snapshot_of_an_anndata_has_its_cells_and_genes(path: Path) -> None:
+    frame = make_obs(np.arange(40)).drop(columns="soma_joinid")
+    columns = {name: frame[name].array for name in frame}
+    cells = make_cells(expected_X(range(40), range(5)), obs=columns, var={"length": range(5)})
+    source = MemorySource.from_anndata(cells)
+    snapshot = make(path, source, obs_column_names=["index", *ALL_OBS])
+    np.testing.assert_array_equal(snapshot[:][0].toarray(), cells.X)
+    pd.testing.assert_frame_equal(snapshot.obs, source.obs(range(40), ["index", *ALL_OBS]))
+    assert snapshot.var["index"].tolist() == cells.var_names.tolist()
+    make(path, MemorySource.from_anndata(cells), obs_column_names=["index", *ALL_OBS])
+    cells.X = cells.X * 2
+    with pytest.raises(ValueError, match=r"content\['X'\] is '\w+' there, not"):
+        snapshot.check_holds(MemorySource.from_anndata(cells), ["index"])
+    cells.var_names = cells.var_names[::-1]
+    other = MemorySource.from_anndata(cells)
+    with pytest.raises(ValueError, match="has 'g4' where the first has 'g0'"):
+        make(path.with_name("two"), [source, other])
 
 
 def test_a_dataset_yields_the_same_from_a_source_and_from_a_snapshot_of_it(path: Path) -> None:
@@ -306,6 +325,13 @@ def test_categories_of_several_sources_are_put_together_however_many_there_are(p
     assert len(obs["batch"].cat.categories) == 305
 
 
+def test_features_of_several_sources_are_the_same_if_one_column_that_names_them_is(path: Path) -> None:
+    ids, n_cells = [f"ENSG{j}" for j in range(N_VARS)], [f"{j} cells" for j in range(N_VARS)]
+    features = [pd.DataFrame({"index": ids, "note": some}) for some in (n_cells, n_cells[::-1])]
+    snapshot = make(path, [matrix_source(3, features=some) for some in features])
+    assert snapshot.var["note"].tolist() == n_cells
+
+
 def test_sources_that_do_not_fit_together_are_refused(path: Path, store: Store) -> None:
     first, fewer = matrix_source(3), matrix_source(3)
     fewer.query_ids = QueryIDs(obs_joinids=range(3), var_joinids=[0, 1])
@@ -321,9 +347,10 @@ def test_sources_that_do_not_fit_together_are_refused(path: Path, store: Store) 
     with pytest.raises(ValueError, match="obs_column_names must have one type in all queries, but"):
         make(path, [first, texts], obs_column_names=["score"])
     names = [[f"g{j}" for j in range(N_VARS)], [f"g{j + (j == 4)}" for j in range(N_VARS)]]
-    named = [matrix_source(3, features=pd.DataFrame({"feature_id": some})) for some in names]
-    with pytest.raises(ValueError, match="has 'g5' where the first has 'g4'"):
-        make(path, named)
+    for column in ("feature_id", "index"):
+        named = [matrix_source(3, features=pd.DataFrame({column: some})) for some in names]
+        with pytest.raises(ValueError, match="has 'g5' where the first has 'g4'"):
+            make(path, named)
     with store.query() as query, pytest.raises(TypeError, match="must hold queries or sources, not some of"):
         make(path, [query, first])
     assert not path.exists()

@@ -93,13 +93,27 @@ def _with_wide_codes_in(table: pa.Table, name: str) -> pa.Table:
 
 
 def _check_same_features(parts: Sequence[Part], tables: Sequence[pa.Table]) -> None:
-    for part, table in zip(parts, tables, strict=True):
-        if "feature_id" not in tables[0].column_names or "feature_id" not in table.column_names:
+    first = tables[0]
+    for part, table in zip(parts[1:], tables[1:], strict=True):
+        pairs = [(first[name].to_pylist(), table[name].to_pylist()) for name in _naming_columns(first, table)]
+        if not pairs or any(ours == its for ours, its in pairs):
             continue
-        ours, its = (t["feature_id"].to_pylist() for t in (tables[0], table))
-        if differing := [i for i, pair in enumerate(zip(ours, its, strict=True)) if len(set(pair)) > 1]:
-            k = differing[0]
-            raise ValueError(
-                f"query must be several ones on the same features, but that on {part.name!r} has "
-                f"{its[k]!r} where the first has {ours[k]!r}; make one snapshot each."
-            )
+        ours, its = pairs[0]
+        k = next(k for k, pair in enumerate(zip(ours, its, strict=True)) if len(set(pair)) > 1)
+        raise ValueError(
+            f"query must be several ones on the same features, but that on {part.name!r} has "
+            f"{its[k]!r} where the first has {ours[k]!r}; make one snapshot each."
+        )
+
+
+def _naming_columns(first: pa.Table, other: pa.Table) -> list[str]:
+    """Return the columns of two `var` that name features: "feature_id", or else texts that all differ."""
+    both = [name for name in first.column_names if name in other.column_names]
+    if "feature_id" in both:
+        return ["feature_id"]
+    texts = [name for name in both if _is_text(first[name]) and _is_text(other[name])]
+    return [name for name in texts if len(first[name].unique()) == first.num_rows]
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
