@@ -83,6 +83,7 @@ LAYOUT = [
     "_snapshot_progress",
     "_snapshot_kernels",
     "_snapshot_check",
+    "_gather",
     "_snapshot_disk",
     "_snapshot_part",
     "_snapshot_shards",

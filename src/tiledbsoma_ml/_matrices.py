@@ -12,19 +12,14 @@ from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayNumber
-from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
-from tiledbsoma_ml._pool import Pool
-
-KEPT_BYTES = 2**26
-"""So much memory of rows that nobody holds any longer is kept for later ones."""
+from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._gather import Found, ShardColumns
 
 PIECE_ROWS, PIECE_BYTES = 4096, 2**24
 """Rows are read in pieces of so many, or of so many bytes where they are dense."""
 
 HASHED_BYTES = 2**26
 """So much of a dense matrix is hashed at once."""
-
-_NO_PLACES = np.empty(0, dtype=np.int32)
 
 
 class ChosenColumns(Protocol):
@@ -33,9 +28,13 @@ class ChosenColumns(Protocol):
     Rows are asked for by their numbers, which exist. What is given out belongs to whoever asked.
     """
 
-    n_vars: int
-    dtype: np.dtype[Any]
-    piece_rows: int
+    @property
+    def n_vars(self) -> int:
+        """Number of columns."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
         """Return rows."""
@@ -69,7 +68,7 @@ class SparseMatrix:
         ValueError: If it has not two dimensions, or its arrays contradict each other.
     """
 
-    row_tile = 1
+    row_tile, piece_rows = 1, PIECE_ROWS
 
     def __init__(self, X: Any) -> None:
         if len(X.shape) != 2:
@@ -83,7 +82,8 @@ class SparseMatrix:
         if not self._take_over(rows.indptr, rows.indices, rows.data):
             ordered = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), shape=self.shape, copy=True)
             ordered.sum_duplicates()
-            assert self._take_over(ordered.indptr, ordered.indices, ordered.data)
+            is_ordered = self._take_over(ordered.indptr, ordered.indices, ordered.data)
+            assert is_ordered
 
     def _take_over(self, indptr: NDArray[Any], indices: NDArray[Any], data: NDArrayNumber) -> bool:
         """Keep arrays of a matrix and return whether the columns of each row ascend."""
@@ -121,108 +121,41 @@ class SparseMatrix:
             found.update(array.view(np.uint8).data)
         return {"X": found.hexdigest()}
 
-    def choose(self, numbers: NDArray[np.int64]) -> SparseColumns:
+    def choose(self, numbers: NDArray[np.int64]) -> ShardColumns:
         """Return the columns with these numbers, in this order."""
-        return SparseColumns(self._starts, self._columns, self._values, self.shape[1], numbers)
+        shard = _OneShard(self._starts, self._columns, self._values, self.shape[1])
+        return ShardColumns(shard, places=_places(numbers, self.shape[1]), n_vars=len(numbers))
 
 
-class SparseColumns:
-    """Some columns of a sparse matrix: see `ChosenColumns`."""
-
-    piece_rows = PIECE_ROWS
+class _OneShard:
+    """A matrix in memory as the compiled loops take it: see `Shards`."""
 
     def __init__(
-        self,
-        starts: NDArray[np.int64],
-        columns: NDArray[np.uint32],
-        values: NDArrayNumber,
-        n_stored: int,
-        numbers: NDArray[np.int64],
+        self, starts: NDArray[np.int64], columns: NDArray[np.uint32], values: NDArrayNumber, n: int
     ) -> None:
         from tiledbsoma_ml._snapshot_kernels import AS_GIVEN_OUT, KINDS
 
-        self.n_vars, self.dtype = len(numbers), values.dtype
-        self._arrays = columns, values  # what the addresses below are those of
-        self._starts, self._n_stored = starts, n_stored
-        self._columns_at, self._values_at = (np.array([a.ctypes.data]) for a in self._arrays)
-        self._columns_kind = np.array([KINDS[columns.dtype.str]], dtype=np.uint8)
-        self._values_kind = np.array([AS_GIVEN_OUT], dtype=np.uint8)
-        self._places = _places(numbers, n_stored)
-        self._is_ascending = bool((numbers[1:] > numbers[:-1]).all())
-        self._pool = Pool(KEPT_BYTES)
+        self.dtype, self.indices_dtype, self.n_vars = values.dtype, columns.dtype, n
+        self._starts = starts
+        self._arrays = columns, values  # which the addresses below are of
+        self.indices_at, self.data_at = (np.array([array.ctypes.data]) for array in self._arrays)
+        self.indices_kinds = np.array([KINDS[columns.dtype.str]], dtype=np.uint8)
+        self.data_kinds = np.array([AS_GIVEN_OUT], dtype=np.uint8)
 
-    def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
-        """Return rows."""
-        indptr, indices, data = self._gather(rows, np.dtype(np.uint32))
-        columns = indices.astype(smallest_uint(self.n_vars), copy=False)
-        return CSR_IO_Buffer(indptr, columns, data, (len(rows), self.n_vars))
-
-    def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return rows as a canonical matrix."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        n_values = int((self._starts[rows + 1] - self._starts[rows]).sum())
-        index_type = np.dtype(np.int32 if n_values <= np.iinfo(np.int32).max else np.int64)
-        indptr, indices, data = self._gather(rows, index_type)
-        if not self._is_ascending:
-            kernels.sort_rows_of_few(indptr, self.n_vars, as_bits(indices), as_bits(data))
-        matrix = sparse.csr_matrix(
-            (data, indices, indptr.astype(index_type, copy=False)), shape=(len(rows), self.n_vars)
-        )
-        matrix.has_sorted_indices = matrix.has_canonical_format = True
-        return matrix
-
-    def fill_dense(self, rows: NDArray[np.int64], out: NDArrayNumber) -> None:
-        """Write rows into `out`, zeros included."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        assert (out.shape, out.dtype) == ((len(rows), self.n_vars), self.dtype)
-        shards, begins, indptr = self._locate(rows)
-        longest = int(np.diff(indptr).max(initial=0))
-        data = np.empty(longest, self.dtype)
-        wrong = kernels.fill_rows(
-            shards,
-            begins,
-            indptr,
-            self._columns_at,
-            self._columns_kind,
-            self._values_at,
-            self._values_kind,
-            _NO_PLACES if self._places is None else self._places,
-            np.empty(longest, np.uint32),
-            _unsigned(data),
-            as_bits(data),
-            as_bits(out),
-        )
-        _check_unchanged(wrong)
-
-    def _locate(
-        self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shard of each row, where it begins there, and the row starts of all put end to end."""
+    def locate(self, rows: NDArray[np.int64]) -> Found:
+        """Return where rows are, of which each is one."""
         begins = self._starts[rows]
         indptr = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(self._starts[rows + 1] - begins, out=indptr[1:])
-        return np.zeros(len(rows), dtype=np.int32), begins, indptr
+        return Found(rows, np.zeros(len(rows), dtype=np.int32), begins, indptr)
 
-    def _gather(
-        self, rows: NDArray[np.int64], index_type: np.dtype[Any]
-    ) -> tuple[NDArray[np.int64], NDArray[Any], NDArrayNumber]:
-        """Return rows put end to end, their columns mapped to their places."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        shards, begins, indptr = self._locate(rows)
-        indices, data = (self._pool.empty(int(indptr[-1]), dtype) for dtype in (index_type, self.dtype))
-        columns = self._columns_at, self._columns_kind, self._n_stored
-        _check_unchanged(kernels.gather_columns(shards, begins, indptr, *columns, as_bits(indices)))
-        kernels.gather_rows(shards, begins, indptr, self._values_at, self._values_kind, _unsigned(data))
-        if self._places is not None:
-            kernels.keep_columns(indptr, self._places, as_bits(indices), as_bits(data))
-            indices, data = indices[: indptr[-1]], data[: indptr[-1]]
-        return indptr, indices, data
+    def check_columns(self, found: Found, wrong: int) -> None:
+        """Raise a ValueError if a loop has found a row with a column that does not exist."""
+        if wrong >= 0:
+            raise ValueError(
+                f"X must stay as it is while it is read, but row {found.rows[wrong]:,} was changed; give the "
+                "source a copy."
+            )
 
 
 def _places(numbers: NDArray[np.int64], n_stored: int) -> NDArray[np.int32] | None:
@@ -232,17 +165,6 @@ def _places(numbers: NDArray[np.int64], n_stored: int) -> NDArray[np.int32] | No
     places = np.full(n_stored, -1, dtype=np.int32)
     places[numbers] = np.arange(len(numbers), dtype=np.int32)
     return places
-
-
-def _unsigned(values: NDArrayNumber) -> NDArray[Any]:
-    """Return what the loops are compiled for: integers as unsigned ones."""
-    return values if values.dtype.kind == "f" else values.view(f"u{values.dtype.itemsize}")
-
-
-def _check_unchanged(wrong: int) -> None:
-    """Raise a ValueError if a loop has found a row with a column that does not exist."""
-    if wrong >= 0:
-        raise ValueError("X must stay as it is while it is read, but was changed; give the source a copy.")
 
 
 # Dense ----------------------------------------------------------------------------------------------------
@@ -272,6 +194,7 @@ class DenseMatrix:
         self.shape: tuple[int, int] = (int(X.shape[0]), int(X.shape[1]))
         self.dtype = X.dtype.newbyteorder("=")
         self._X = np.asarray(X, dtype=self.dtype)
+        self.piece_rows = min(PIECE_ROWS, max(1, PIECE_BYTES // max(1, self.shape[1] * self.dtype.itemsize)))
 
     def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
         """Return how many rows may wait together: none needs to."""
@@ -299,7 +222,6 @@ class DenseColumns:
 
     def __init__(self, X: NDArrayNumber, numbers: NDArray[np.int64]) -> None:
         self.n_vars, self.dtype = len(numbers), X.dtype
-        self.piece_rows = min(PIECE_ROWS, max(1, PIECE_BYTES // max(1, X.shape[1] * X.dtype.itemsize)))
         self._X = X
         self._numbers = None if np.array_equal(numbers, np.arange(X.shape[1])) else numbers
 

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
-from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._gather import KEPT_BYTES, Found, ShardColumns
 from tiledbsoma_ml._obs import ObsTable
-from tiledbsoma_ml._pool import Pool
 from tiledbsoma_ml._query_ids import check_joinids
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._snapshot_check import check_starts
@@ -24,11 +23,6 @@ from tiledbsoma_ml._snapshot_format import Layer, Shard
 
 READ_ROWS = 4096
 """`read` gives out so many rows at a time."""
-
-KEPT_BYTES = 2**26
-"""So much memory of rows that nobody holds any longer is kept for later ones, unless told otherwise."""
-
-_NO_PLACES = np.empty(0, dtype=np.int32)
 
 
 class SnapshotReader:
@@ -56,23 +50,20 @@ class SnapshotReader:
         n_vars: int,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self._layer = layer
+        self._X = ShardColumns(layer, places=places, n_vars=n_vars, kept_bytes=kept_bytes)
         self._index = index
         self._obs = obs
-        self._places = places
-        self._is_ascending = places is None or bool((np.diff(places[places >= 0]) > 0).all())
         self.n_vars = n_vars
-        self._pool = Pool(kept_bytes)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the values."""
-        return self._layer.dtype
+        return self._X.dtype
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of memory that nobody holds and that is kept for later."""
-        return self._pool.kept_bytes
+        return self._X.kept_bytes
 
     @property
     def nullable(self) -> frozenset[str]:
@@ -97,88 +88,23 @@ class SnapshotReader:
         Raises:
             ValueError: If a row is not in the snapshot.
         """
-        found = self._layer.locate(self._index.find(obs_joinids))
-        indptr, indices, data = self._gather(found, self._layer.indices_dtype)
-        indices = indices.astype(smallest_uint(self.n_vars), copy=False)
-        X = CSR_IO_Buffer(indptr, indices, data, (len(obs_joinids), self.n_vars))
-        return Rows(obs_joinids=obs_joinids, X=X, obs=self._obs.take(found.rows))
+        rows = self._index.find(obs_joinids)
+        return Rows(obs_joinids=obs_joinids, X=self._X.buffer(rows), obs=self._obs.take(rows))
 
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
         """Return `X` of the rows of `obs_joinids` as a canonical `csr_matrix`, without their `obs`."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        found = self._layer.locate(self._index.find(obs_joinids))
-        index_type = np.dtype(np.int32 if found.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
-        indptr, indices, data = self._gather(found, index_type)
-        if not self._is_ascending:
-            kernels.sort_rows_of_few(indptr, self.n_vars, unsigned(indices), as_bits(data))
-        matrix = sparse.csr_matrix(
-            (data, indices, indptr.astype(index_type, copy=False)), shape=(len(obs_joinids), self.n_vars)
-        )
-        matrix.has_sorted_indices = matrix.has_canonical_format = True
-        return matrix
+        return self._X.csr(self._index.find(obs_joinids))
 
     def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
         """Write `X` of the rows of `obs_joinids` into `out`, of shape (n_rows, n_vars), zeros included."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        assert out.shape == (len(obs_joinids), self.n_vars)
-        assert out.dtype == self.dtype
-        found, layer = self._layer.locate(self._index.find(obs_joinids)), self._layer
-        longest = int(np.diff(found.indptr).max(initial=0))
-        indices, data = np.empty(longest, layer.indices_dtype), np.empty(longest, layer.dtype)
-        wrong = kernels.fill_rows(
-            found.shards,
-            found.begins,
-            found.indptr,
-            layer.indices_at,
-            layer.indices_kinds,
-            layer.data_at,
-            layer.data_kinds,
-            _NO_PLACES if self._places is None else self._places,
-            unsigned(indices),
-            unsigned(data),
-            as_bits(data),
-            as_bits(out),
-        )
-        layer.check_columns(found, wrong)
+        self._X.fill_dense(self._index.find(obs_joinids), out)
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
         """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
         return self._obs.take(self._index.find(obs_joinids))
 
-    def _gather(
-        self, found: Found, indices_dtype: np.dtype[Any]
-    ) -> tuple[NDArray[np.int64], NDArray[Any], NDArrayNumber]:
-        """Return rows put end to end, their columns mapped to their places."""
-        from tiledbsoma_ml import _snapshot_kernels as kernels
-        from tiledbsoma_ml._kernels import as_bits
-
-        indptr, n = found.indptr, int(found.indptr[-1])
-        indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
-        where, layer = (found.shards, found.begins, indptr), self._layer
-        columns = layer.indices_at, layer.indices_kinds, layer.n_vars
-        layer.check_columns(found, kernels.gather_columns(*where, *columns, unsigned(indices)))
-        kernels.gather_rows(*where, layer.data_at, layer.data_kinds, unsigned(data))
-        if self._places is not None:
-            kernels.keep_columns(indptr, self._places, unsigned(indices), as_bits(data))
-            indices, data = indices[: indptr[-1]], data[: indptr[-1]]
-        return indptr, indices, data
-
 
 # Rows of X ------------------------------------------------------------------------------------------------
-
-
-@attrs.frozen(eq=False)
-class Found:
-    """Rows that were found: number, shard and beginning there of each, and their starts put end to end."""
-
-    rows: NDArray[np.int64]
-    shards: NDArray[np.int32]
-    begins: NDArray[np.int64]
-    indptr: NDArray[np.int64]
 
 
 class MappedLayer:
@@ -251,11 +177,6 @@ class MappedLayer:
     def _check_starts(self, shard: Shard) -> None:
         starts, _, _ = self._maps[self._shards.index(shard)]
         check_starts(self._folder, shard, starts)
-
-
-def unsigned(values: NDArray[Any]) -> NDArray[Any]:
-    """Return a view of integers or booleans as unsigned ones, which are filled by the same compiled loop."""
-    return values if values.dtype.kind == "f" else values.view(f"u{values.dtype.itemsize}")
 
 
 class RowIndex:

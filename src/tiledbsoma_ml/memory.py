@@ -168,7 +168,7 @@ class MemorySource(Source):
         columns = self._obs.columns("obs_column_names", fields.obs_column_names)
         if isinstance(self._X, BackedMatrix):
             return BackedReader(self._X, self._obs, columns, numbers, budget)
-        return MemoryReader(self._X.choose(numbers), self._obs, columns)
+        return MemoryReader(self._X.choose(numbers), self._obs, columns, self._X.piece_rows)
 
 
 class MemoryReader:
@@ -178,10 +178,11 @@ class MemoryReader:
         X: Columns of the matrix.
         frame: Finds rows by joinid.
         obs: Columns of `obs`.
+        piece_rows: `read` gives out so many rows at a time.
     """
 
-    def __init__(self, X: ChosenColumns, frame: Frame, obs: Columns) -> None:
-        self._X, self._frame, self._obs = X, frame, obs
+    def __init__(self, X: ChosenColumns, frame: Frame, obs: Columns, piece_rows: int) -> None:
+        self._X, self._frame, self._obs, self._piece_rows = X, frame, obs, piece_rows
 
     @property
     def n_vars(self) -> int:
@@ -200,8 +201,8 @@ class MemoryReader:
             Pieces that together are these rows in exactly this order. What was taken is not held.
         """
         rows = self._frame.rows(obs_joinids)
-        for start in range(0, len(rows), self._X.piece_rows):
-            piece = slice(start, start + self._X.piece_rows)
+        for start in range(0, len(rows), self._piece_rows):
+            piece = slice(start, start + self._piece_rows)
             X, obs = self._X.buffer(rows[piece]), self._obs.take(rows[piece])
             yield Rows(obs_joinids=obs_joinids[piece], X=X, obs=obs)
 

@@ -13,6 +13,7 @@ from scipy import sparse
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
+from tiledbsoma_ml._gather import KEPT_BYTES
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._snapshot_build import create
 from tiledbsoma_ml._snapshot_check import verify
@@ -20,7 +21,7 @@ from tiledbsoma_ml._snapshot_format import Layer, Manifest
 from tiledbsoma_ml._snapshot_mapped import Mapped
 from tiledbsoma_ml._snapshot_parts import Located, Query, check_origin, located, part_of
 from tiledbsoma_ml._snapshot_progress import Progress, ProgressCallback
-from tiledbsoma_ml._snapshot_reader import KEPT_BYTES, SnapshotReader
+from tiledbsoma_ml._snapshot_reader import SnapshotReader
 from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.x_locator import XLocator
 
