@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 import torch
@@ -138,6 +139,27 @@ def test_a_snapshot_needs_no_experiment(whole: Snapshot) -> None:
     part = QueryIDs(obs_joinids=[4, 9, 200], var_joinids=[0, 1])
     read = joinids_of(ExperimentDataset(snapshot=whole, query_ids=part, shuffle=False))
     assert read.tolist() == [4, 9, 200]
+
+
+def test_the_layer_is_that_of_the_query_whichever_the_snapshot_has_first(
+    make_store: Any, tmp_path: Path
+) -> None:
+    two = make_store()
+    scaled = np.full((N_OBS, N_VARS), 0.5, np.float32)
+    with soma.Experiment.open(two.uri, "w") as experiment:
+        X = experiment.ms[MEASUREMENT].X
+        array = X.add_new_dense_ndarray("scaled", type=pa.float32(), shape=scaled.shape)
+        array.write((), pa.Tensor.from_numpy(scaled))
+    with two.query() as query:
+        options = {"layer_name": "scaled", "layers": ["raw"], "progress": False}
+        Snapshot.create(tmp_path / "s", query, **options)
+        for layer_name in (None, "scaled"):
+            asked = {"layer_name": layer_name, "shuffle": False, "batch_size": N_OBS}
+            streamed, mapped = (
+                ExperimentDataset(query, **asked, snapshot=path) for path in (None, tmp_path / "s")
+            )
+            assert mapped.layer_name == (layer_name or "raw")
+            assert_same_batches(streamed, mapped)
 
 
 def test_what_is_not_at_the_path_is_made_when_it_is_first_iterated_and_used_from_then_on(

@@ -37,7 +37,7 @@ class SnapshotSource(Source):
         of: What the snapshot is made of; None if it is there and nothing was said of where it comes from.
         ids: What is queried; all that the snapshot holds if None.
         fields: What of each row is wanted beside `X`.
-        layer_name: Layer of `X`; the first one of the snapshot if None.
+        layer_name: Layer of `X`, where what it is made of does not say it; the first of the snapshot if None.
         memory_bytes: Budget of memory for making it.
 
     Attributes:
@@ -60,7 +60,7 @@ class SnapshotSource(Source):
         self._of = of
         self.locator = None if of is None else of.locator
         self._fields = fields
-        self._layer_name = layer_name
+        self._layer_name = layer_name if self.locator is None else self.locator.layer_name
         self._memory_bytes = memory_bytes
         self._nullable: frozenset[str] | None = None
         self._asked = ids
