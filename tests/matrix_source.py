@@ -31,6 +31,8 @@ class MatrixSource(Source):
     def obs(self, obs_joinids: np.ndarray, column_names: Sequence[str]) -> pd.DataFrame:
         for name in column_names:
             check_name("obs_column_names", name, ["soma_joinid", *self.frame], of="a column of obs")
+        if not np.isin(obs_joinids, self.query_ids.obs_joinids).all():
+            raise ValueError(f"obs_joinids={obs_joinids} must be rows of the matrix.")
         frame = self.frame.iloc[obs_joinids].assign(soma_joinid=obs_joinids)
         return frame[list(column_names)].reset_index(drop=True)
 

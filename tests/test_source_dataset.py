@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from matrix_source import MatrixReader, MatrixSource, matrix_source
 from stores import N_OBS, Store, joinids_of, workers
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, Fields, QueryIDs, Snapshot, Source, experiment_dataloader
+from tiledbsoma_ml._snapshot_source import SnapshotSource
+from tiledbsoma_ml._soma_source import SOMASource
 from tiledbsoma_ml.testing import check_source
 
 COLUMNS = ("soma_joinid", "cell_type", "barcode")
@@ -38,8 +40,24 @@ def assert_same(batches: Any, others: Any) -> None:
         assert obs["cell_type"].tolist() == other_obs["cell_type"].tolist()
 
 
-def test_it_does_what_a_source_must() -> None:
-    check_source(matrix_source(), obs_column_names=["cell_type", "maybe_int"])
+NAMES = ["cell_type", "maybe_int", "barcode"]
+
+
+def of_snapshot(path: Path, of: Source | None) -> SnapshotSource:
+    fields, ids = Fields(obs_column_names=NAMES), None if of is None else of.query_ids
+    return SnapshotSource(path, of=of, ids=ids, fields=fields, layer_name=None, memory_bytes=2**28)
+
+
+def test_sources_do_what_a_source_must(store: Store, tmp_path: Path) -> None:
+    with store.query() as query:
+        ids = QueryIDs.create(query)
+    of_experiment = SOMASource(store.locator, ids)
+    of_experiment.check(ids, Fields(obs_column_names=NAMES))
+    check_source(matrix_source(), obs_column_names=NAMES)
+    check_source(of_experiment, obs_column_names=NAMES)
+    check_source(of_snapshot(tmp_path / "of an experiment", of_experiment), obs_column_names=NAMES)
+    check_source(of_snapshot(tmp_path / "of a matrix", matrix_source()), obs_column_names=NAMES)
+    check_source(of_snapshot(tmp_path / "of a matrix", None), obs_column_names=NAMES)
 
 
 @settings(max_examples=15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.context
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class SnapshotSource(Source):
         memory_bytes: int,
     ) -> None:
         self._of = of
+        self._content: Mapping[str, str] | None = None
         self.locator = None if of is None else of.locator
         self._fields = fields
         self._layer_name = layer_name if self.locator is None else self.locator.layer_name
@@ -101,7 +103,9 @@ class SnapshotSource(Source):
     @property
     def content(self) -> Mapping[str, str]:
         """That of what it is made of; the fingerprint of the snapshot if that is not known."""
-        return {"snapshot": self.snapshot.fingerprint} if self._of is None else self._of.content
+        if self._content is None:
+            self._content = {"snapshot": self.snapshot.fingerprint} if self._of is None else self._of.content
+        return self._content
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
         """Return columns of `obs` of some rows, in that order, with a fresh index."""
@@ -115,8 +119,13 @@ class SnapshotSource(Source):
         """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""
         if self._of is not None:
             return self._of.var(var_joinids, column_names)
-        frame = self.snapshot.var.set_index("soma_joinid", drop=False).loc[var_joinids]
-        return frame.reset_index(drop=True)[list(frame if column_names is None else column_names)]
+        frame = self.snapshot.var
+        names = [str(name) for name in frame] if column_names is None else list(column_names)
+        for name in names:
+            check_name(
+                "column_names", name, [str(key) for key in frame], of="a column of var in the snapshot"
+            )
+        return frame.set_index("soma_joinid", drop=False).loc[var_joinids, names].reset_index(drop=True)
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
         """Raise a ValueError or TypeError unless there are such rows, columns and fields."""
@@ -175,6 +184,10 @@ class SnapshotSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         if self._snapshot is None:
             return self.__dict__
+        kept: dict[str, Any] = {"_nullable": self._obs_nullable(), "_of": None, "_asked": None}
+        if multiprocessing.context.get_spawning_popen() is None:
+            return self.__dict__ | kept | {"_content": self.content}
+        # A worker on this machine is told its rows; to send them here as well would take long.
         ids = self.query_ids
         few = QueryIDs(obs_joinids=ids.obs_joinids[:0], var_joinids=ids.var_joinids)
         return self.__dict__ | {

@@ -13,7 +13,7 @@ import attrs
 import pandas as pd
 
 from tiledbsoma_ml._budget import Budget, WindowShare
-from tiledbsoma_ml._common import NDArrayJoinId
+from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
@@ -69,7 +69,9 @@ class SOMASource(Source):
         """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""
         with self.locator.open_experiment() as experiment:
             var = experiment.ms[self.locator.measurement_name].var
-            names = var.schema.names if column_names is None else column_names
+            names = var.keys() if column_names is None else column_names
+            for name in names:
+                check_name("column_names", name, var.keys(), of="a column of var")
             return ObsColumns.read(var, names, var_joinids).take(var_joinids)
 
     @cached_property
