@@ -47,7 +47,7 @@ def agreed_seed(
         options: Gives what must be the same on all ranks, beside `seed`.
         seed: What was given to this rank.
         drawn_seed: What this rank would use.
-        scope: Among which rows chunks are shuffled.
+        scope: The rows among which chunks are shuffled.
         world_size: Number of ranks.
         are_told: Whether the ranks are those that the user gave, who may be others than those of the group.
         is_first: Whether a seed that was drawn is to be logged.

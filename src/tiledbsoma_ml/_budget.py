@@ -35,7 +35,7 @@ EXPANSION = 5.0
 """Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
 
 LEAST_SHARE = 0.55 / (1 + EXPANSION / N_PARTS)
-"""Of a byte that is added to a budget, a window gets this much at least."""
+"""A window gets at least this much of a byte that is added to a budget."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:

@@ -40,7 +40,7 @@ class PlanOptions:
         shuffle_chunk_size: As `ExperimentDataset` has it, and so are the others.
         io_batch_size: A number, or "auto".
         batch_size: Rows per mini-batch.
-        seed: Of the order.
+        seed: Seed of the order.
         epoch: Which epoch.
         world_size: Number of ranks.
         num_workers: Workers of each rank; 0 where the training process reads.

@@ -36,10 +36,10 @@ class IOBatchIterable(Iterable[IOBatch]):
         var_joinids: Columns of `X`, in the order in which they are wanted; unique.
         X: The open layer, sparse or dense.
         obs_column_names: Columns of `obs`.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
         shuffle: Whether to permute the rows within each IO batch.
         use_eager_fetch: Whether to read the next IO batch while this one is used.
-        epoch: Of the shuffle.
+        epoch: Epoch of the shuffle.
     """
 
     chunks: Chunks

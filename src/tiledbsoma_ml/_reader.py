@@ -49,7 +49,7 @@ class SOMAReader:
         var_joinids: Columns of `X`, in the order in which they are wanted; unique.
         obs_column_names: Columns of `obs`, in the order in which they are wanted.
         obs_joinids: Every row that will be asked for: their `obs` is read once, at the first `read`.
-        obs_types: Of the columns of `obs` in the query that these rows are part of; by these rows if None.
+        obs_types: Types that columns of `obs` have in the whole query; found out from these rows if None.
         n_parts: In how many pieces to give out what is read at once.
         use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
         room: What limits the bytes held.
