@@ -198,10 +198,8 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_help_names_every_option_and_gives_examples() -> None:
     code, output = run("demo", "--help")
     assert code == 0
-    options = (
-        "h5ad uri label obs-filter layer measurement cells genes epochs batch-size seed workers output-dir"
-    )
-    for option in options.split():
+    of_cells = "h5ad uri label obs-filter layer-name measurement-name cells genes"
+    for option in f"{of_cells} epochs batch-size seed workers output-dir".split():
         assert f"--{option} " in output
     assert "tiledbsoma-ml demo --h5ad pbmc.h5ad --label cell_type" in output
     assert "demo" in run("--help")[1]
@@ -246,7 +244,7 @@ def test_help_names_every_option_and_gives_examples() -> None:
         ),
         (
             ["--uri", "{uri}", "--label", "assay", "--measurement-name", "x"],
-            "measurement='x' must be a measurement",
+            "measurement_name='x' must be a measurement",
         ),
         (["--uri", "{uri}", "--label", "assay", "--obs-filter", "assay = 1"], "must be a filter that SOMA"),
         (["--uri", "{uri}", "--label", "assay", "--obs-filter", "assay == 'x'"], "selects none of 200"),

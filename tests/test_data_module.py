@@ -30,7 +30,7 @@ pytestmark = [
 SIZES = {"train_size": 0.6, "val_size": 0.3, "test_size": 0.1}
 
 
-SIZES = {"shuffle_chunk_size": 64, "io_batch_size": 65_536}
+FIXED_SIZES = {"shuffle_chunk_size": 64, "io_batch_size": 65_536}
 """Sizes of the same order from an experiment and from a snapshot, for which "auto" stands for others."""
 
 
@@ -190,7 +190,7 @@ def test_a_snapshot_is_made_once_of_the_whole_query_and_gives_the_same_batches(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    streamed, mapped = make(store, **SIZES), make(store, **SIZES, snapshot=True)
+    streamed, mapped = make(store, **FIXED_SIZES), make(store, **FIXED_SIZES, snapshot=True)
     for loader in ("val_dataloader", "train_dataloader", "predict_dataloader"):
         np.testing.assert_array_equal(
             joinids_of(getattr(mapped, loader)()), joinids_of(getattr(streamed, loader)())
@@ -236,7 +236,7 @@ def test_a_batch_size_that_is_set_holds_for_all_parts(
     store: Store, tmp_path: Path, is_snapshot: bool
 ) -> None:
     options = {"snapshot": tmp_path / "s"} if is_snapshot else {}
-    data, expected = make(store, **SIZES, **options), make(store, **SIZES, batch_size=40)
+    data, expected = make(store, **FIXED_SIZES, **options), make(store, **FIXED_SIZES, batch_size=40)
     first = list(data.train_dataloader())
     data.batch_size = 40
     assert (data.batch_size, len(first[0][1])) == (40, 16)

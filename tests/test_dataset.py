@@ -524,7 +524,7 @@ def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str,
         setattr(dataset, name, value)
     [first, _] = dataset.random_split(0.5, 0.5)
     for made in (dataset, first, pickle.loads(pickle.dumps(first))):
-        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ("soma_joinid",))
+        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
 
 
 def test_the_form_of_x_can_be_changed(store: Store) -> None:

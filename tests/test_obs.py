@@ -135,8 +135,21 @@ def snapshot(locator: XLocator, tmp_path_factory: pytest.TempPathFactory) -> Sna
     return Snapshot.create_from(path, [(locator, ids)], obs_column_names=COLUMNS, progress=False)
 
 
-@pytest.fixture(params=["experiment", "snapshot"])
+@pytest.fixture(params=["query", "experiment", "snapshot"])
 def make_dataset(request: pytest.FixtureRequest, locator: XLocator, snapshot: Snapshot) -> Any:
+    def of_query(query_ids: QueryIDs = IDS, **options: Any) -> ExperimentDataset:
+        rows, columns = (
+            soma.AxisQuery(coords=(ids,)) for ids in (query_ids.obs_joinids, query_ids.var_joinids)
+        )
+        with (
+            locator.open_experiment() as experiment,
+            experiment.axis_query(locator.measurement_name, obs_query=rows, var_query=columns) as query,
+        ):
+            return ExperimentDataset(query, **same, **options)
+
+    same = {"obs_column_names": COLUMNS, "batch_size": 10, "shuffle": False}
+    if request.param == "query":
+        return of_query
     source = None if request.param == "experiment" else snapshot
     return partial(
         ExperimentDataset,

@@ -25,7 +25,8 @@ def test_every_option_is_an_attribute_of_the_dataset_and_of_copies_of_it(store: 
     assert (made.memory_budget, made.mixing, made.window_dir, made.window_budget) == (2**30, 0.9, None, 0)
     for dataset in (made, copy.copy(made), pickle.loads(pickle.dumps(made)), made.random_split(0.5, 0.5)[0]):
         for name, value in attrs.asdict(made.options, recurse=False).items():
-            assert getattr(dataset, name) == value
+            found = getattr(dataset, name)
+            assert (tuple(found) if name == "obs_column_names" else found) == value
             assert name in dir(dataset)
     with pytest.raises(AttributeError, match="'ExperimentDataset' object has no attribute 'batchsize'"):
         made.batchsize  # noqa: B018

@@ -362,7 +362,7 @@ def test_a_dataset_has_the_published_attributes(store: Store) -> None:
     assert (made.batch_size, made.io_batch_size, made.shuffle_chunk_size) == (3, 65536, 64)
     assert (made.shuffle, made.seed, made.use_eager_fetch, made.epoch) == (True, None, True, 0)
     assert (made.return_sparse_X, made.shuffle_mode, made.device) == (True, ShuffleMode.CPU, None)
-    assert made.obs_column_names == ("soma_joinid",)
+    assert made.obs_column_names == ["soma_joinid"]
     assert (made.measurement_name, made.layer_name) == (store.locator.measurement_name, "raw")
     assert (made.rank, made.world_size) == (0, 1)
     made.epoch = 3

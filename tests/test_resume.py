@@ -28,6 +28,7 @@ from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import Partition
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* changes nothing here: "),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata calls it
 ]

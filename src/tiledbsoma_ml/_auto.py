@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import attrs
 
@@ -30,7 +31,8 @@ class LazyPlan:
     """
 
     def __init__(self, asked: Plan, source: Source, ids: QueryIDs, budget: Budget) -> None:
-        self._asked, self._source, self._budget = asked, source, budget
+        self._asked, self._budget = asked, budget
+        self._source: Source | None = source
         self._ids: QueryIDs | None = ids
         self._plan: Plan | None = None
 
@@ -42,11 +44,15 @@ class LazyPlan:
     def get(self) -> Plan:
         """Return the plan; a snapshot that it depends on is made."""
         if self._plan is None:
-            assert self._ids is not None
-            self._plan = with_layout(self._asked, self._source, self._ids, self._budget)
-            log_sizes(self._plan, self._source, self._ids)
-            self._ids = None
+            self._plan = self._asked
+            if self._ids is not None and self._source is not None:
+                self._plan = with_layout(self._asked, self._source, self._ids, self._budget)
+                log_sizes(self._plan, self._source, self._ids)
+            self._ids = self._source = None
         return self._plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_ids": None, "_source": None} if self.is_known else {})
 
 
 def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Plan:

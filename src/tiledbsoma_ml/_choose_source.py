@@ -9,6 +9,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._query_ids import QueryIDs, check_query, check_whole
 from tiledbsoma_ml._reader import check_obs_column_names
+from tiledbsoma_ml._snapshot_parts import check_members
 from tiledbsoma_ml._snapshot_source import SnapshotSource
 from tiledbsoma_ml._soma_source import SOMASource
 from tiledbsoma_ml._source import Fields, Source
@@ -74,6 +75,7 @@ def _said(
             f"not {', '.join(given) or 'none of them'}; try ExperimentDataset(query, layer_name='raw')."
         )
     if found is not None:
+        check_members(found)
         found.check(query_ids or found.query_ids, fields)
     return found
 
@@ -85,4 +87,6 @@ def _of_query(query: soma.ExperimentAxisQuery, layer_name: str | None, fields: F
     ids = QueryIDs.create(query)
     if not len(ids.obs_joinids):
         logger.warning("the query selects no cells, so that there is no mini-batch; loosen its filters")
-    return SOMASource(locator, ids)
+    source = SOMASource(locator, ids)
+    source.expect(fields)
+    return source

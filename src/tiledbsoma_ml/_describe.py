@@ -11,7 +11,10 @@ from tiledbsoma_ml._iterations import Iterations
 def described(iterations: Iterations) -> dict[str, str]:
     """Return what there is to know about a dataset, as texts by name; nothing is read for it."""
     options, ids = iterations.options, iterations.ids
-    rank, world_size = iterations.ranks
+    try:
+        rank = "{} of {}".format(*iterations.ranks)
+    except ValueError:  # of the environment, which is told when rows are read
+        rank = "unknown"
     locator = iterations.source.locator
     return {
         "rows": f"{len(ids.obs_joinids):,} rows by {len(ids.var_joinids):,} columns",
@@ -23,7 +26,7 @@ def described(iterations: Iterations) -> dict[str, str]:
         "X": ("sparse" if options.return_sparse_X else "dense")
         + ("" if options.device is None else f", on {options.device}"),
         "obs": ", ".join(options.obs_column_names),
-        "rank": f"{rank} of {world_size}",
+        "rank": rank,
     }
 
 
@@ -36,7 +39,9 @@ def _sizes(iterations: Iterations) -> dict[str, str]:
     shown = {name: f"{size:,}" for name, size in sizes.items() if isinstance(size, int)}
     unknown = dict.fromkeys(sizes.keys() - shown.keys(), "auto, which is found out when it is needed")
     if unknown and iterations.has_plan:
-        found = iterations.plan.sizes(iterations.ids)
+        place = iterations.place()
+        found = iterations.plan.of(iterations.part(iterations.epoch, place)).sizes
+        assert found is not None
         known = {
             "shuffle_chunk_size": f"auto: runs of {found.run_length:,} rows",
             "io_batch_size": f"auto: windows of {found.window_rows:,} rows",

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import attrs
 import numpy as np
 import torch
 
 from tiledbsoma_ml._agreement import agreed_seed, check_seed_of_all, log_parts
 from tiledbsoma_ml._auto import LazyPlan
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
@@ -47,12 +49,10 @@ class Iterations:
         source: Where rows come from.
         ids: Which rows and columns of it.
         options: How they are read and ordered.
-        budget: The memory that reading may take.
     """
 
     def __init__(self, source: Source, ids: QueryIDs, options: Options) -> None:
         self.source, self.ids, self.options = source, ids, options
-        self.budget = options.budget(len(ids.var_joinids))
         self._plan = LazyPlan(options.plan, source, ids, self.budget)
         seed = options.seed
         self._seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
@@ -63,6 +63,11 @@ class Iterations:
         self._content: Mapping[str, str] | None = None
         self._is_first = True
         self._dealer: str | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that reading may take."""
+        return self.options.budget(len(self.ids.var_joinids))
 
     @property
     def plan(self) -> Plan:
@@ -92,7 +97,9 @@ class Iterations:
         return iterations
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        source = copy.copy(self.source)  # its rows are those of the dataset, and need not go twice
+        source.query_ids = attrs.evolve(self.ids, obs_joinids=self.ids.obs_joinids[:0])
+        state = self.__dict__ | {"source": source}
         if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
             self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.ids)
             self._plan.get()  # so that workers need not find it out
@@ -103,6 +110,7 @@ class Iterations:
         self.__dict__ |= state
         if isinstance(ids := state["ids"], SharedQueryIDs):
             self.ids = ids.query_ids()
+        self.source.query_ids = self.ids
 
     # Which epoch ------------------------------------------------------------------------------------------
 
@@ -220,6 +228,7 @@ class Iterations:
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         self._agree(num_workers, begin)
         self.source.prepare()
+        self._plan.get()  # which forked workers would find out each by itself
         run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
         self._told = Told(self.ranks, begin, progress.tell(epoch))
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -99,7 +99,7 @@ class SOMAReader:
         Returns:
             Pieces that together are these rows in exactly this order. What was taken is not held.
         """
-        with self._in_use:
+        with self._alone():
             if self._is_closed:
                 raise RuntimeError("the iterator was closed while rows were read ahead")
             if self._obs_columns is None:
@@ -113,12 +113,18 @@ class SOMAReader:
         """Close what is open, when no other thread reads it; whoever waits for room waits no longer."""
         if self._room is not None:
             self._room.close()
-        with at_rest():
-            self._in_use.acquire()
-        try:
+        with self._alone():
             self._is_closed = True
             if self._opened is not None:
                 self._opened.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Use what is open on no other thread; a fork need not wait for whoever waits here."""
+        with at_rest():
+            self._in_use.acquire()
+        try:
+            yield
         finally:
             self._in_use.release()
 

@@ -47,7 +47,7 @@ def located(query: Query | Sequence[Query], layer_name: str | None) -> list[Loca
     if len(sources) < len(queries):
         raise TypeError("query must hold queries or sources, not some of both; make one snapshot each.")
     for source in sources:
-        _check_members(source)
+        check_members(source)
         own = LAYER_NAME if source.locator is None else source.locator.layer_name
         if layer_name not in (None, own):
             raise ValueError(
@@ -61,7 +61,7 @@ def part_of(where: XLocator | Source, ids: QueryIDs) -> Part:
     """Return rows and columns as a part of a snapshot; what a layer has as it is comes from the layer."""
     if isinstance(where, XLocator):
         return SOMAPart(locator=where, ids=ids)
-    _check_members(where)
+    check_members(where)
     return SourcePart(where, ids) if where.locator is None else SOMAPart(locator=where.locator, ids=ids)
 
 
@@ -107,7 +107,7 @@ def _of_query(query: soma.ExperimentAxisQuery, layer_name: str | None) -> Locate
     return locator, QueryIDs.create(query)
 
 
-def _check_members(source: Source) -> None:
+def check_members(source: Source) -> None:
     """Raise a TypeError if a source lacks a member of `Source`, as one that does not derive from it may."""
     if lacking := _lacking(source, _OF_SOURCES):
         raise TypeError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing.context
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pandas as pd
 
 from tiledbsoma_ml._budget import Budget
@@ -184,15 +185,10 @@ class SnapshotSource(Source):
     def __getstate__(self) -> dict[str, Any]:
         if self._snapshot is None:
             return self.__dict__
-        kept: dict[str, Any] = {"_nullable": self._obs_nullable(), "_of": None, "_asked": None}
-        if multiprocessing.context.get_spawning_popen() is None:
-            return self.__dict__ | kept | {"_content": self.content}
-        # A worker on this machine is told its rows; to send them here as well would take long.
-        ids = self.query_ids
-        few = QueryIDs(obs_joinids=ids.obs_joinids[:0], var_joinids=ids.var_joinids)
-        return self.__dict__ | {
-            "_of": None,
-            "_asked": None,
-            "query_ids": few,
-            "_nullable": self._obs_nullable(),
-        }
+        kept: dict[str, Any] = {"_nullable": self._obs_nullable(), "_asked": None}
+        if self.locator is None:  # what is large, perhaps, goes nowhere
+            return self.__dict__ | kept | {"_of": None, "_content": self.content}
+        of = copy.copy(self._of)
+        assert of is not None
+        of.query_ids = attrs.evolve(self.query_ids, obs_joinids=self.query_ids.obs_joinids[:0])
+        return self.__dict__ | kept | {"_of": of}

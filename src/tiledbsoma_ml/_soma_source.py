@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import multiprocessing.context
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
 
 import attrs
 import pandas as pd
 
-from tiledbsoma_ml._budget import Budget, WindowShare
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_name
 from tiledbsoma_ml._obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._parts import Extents, Pages
-from tiledbsoma_ml._query_ids import QueryIDs
+from tiledbsoma_ml._query_ids import QueryIDs, check_among
 from tiledbsoma_ml._reader import SOMAReader, check_obs_column_names, measure_row_bytes, row_tile
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml._versions import written_at
@@ -39,9 +36,8 @@ class SOMASource(Source):
     def __init__(self, locator: XLocator, ids: QueryIDs) -> None:
         self.locator: XLocator = locator
         self.query_ids = ids
-        self._n_rows = len(ids.obs_joinids)
         self._types: dict[tuple[str, ...], ObsTypes] = {}
-        self._bytes_per_row: float | None = None
+        preload_kernels()
 
     @property
     def content(self) -> Mapping[str, str]:
@@ -53,17 +49,26 @@ class SOMASource(Source):
         return named | (versions or {"uri": written.uri})
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
-        """Raise a ValueError or TypeError unless there are such columns of `obs`."""
-        with self.locator.open_experiment() as experiment:
-            check_obs_column_names(fields.obs_column_names, experiment.obs)
-        self._types_of(fields)
+        """Raise a ValueError or TypeError unless there are such rows, columns and fields."""
+        check_among("obs_joinids", ids.obs_joinids, self.query_ids.obs_joinids)
+        check_among("var_joinids", ids.var_joinids, self.query_ids.var_joinids)
+        with self.locator.open() as (_, obs):
+            check_obs_column_names(fields.obs_column_names, obs)
+        self.expect(fields)
+
+    def expect(self, fields: Fields) -> None:
+        """Let copies of this, and forks, share the types of these columns: those in the whole query."""
+        self._types.setdefault(
+            fields.obs_column_names,
+            ObsTypes(self.locator, fields.obs_column_names, self.query_ids.obs_joinids),
+        )
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
         """Return columns of `obs` of some rows, in that order, with a fresh index."""
-        with self.locator.open_experiment() as experiment:
-            check_obs_column_names(column_names, experiment.obs)
-            types = self._types_of(Fields(obs_column_names=column_names))
-            return ObsColumns.read(experiment.obs, column_names, obs_joinids, types).take(obs_joinids)
+        with self.locator.open() as (_, obs):
+            check_obs_column_names(column_names, obs)
+            types = ObsTypes(self.locator, column_names, self.query_ids.obs_joinids)
+            return ObsColumns.read(obs, column_names, obs_joinids, types).take(obs_joinids)
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
         """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""
@@ -83,57 +88,38 @@ class SOMASource(Source):
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
         """Return how the rows are stored, from a sample of them, and how many a window may hold."""
         preload_kernels()
-        if self._bytes_per_row is None:
-            self._bytes_per_row = self._measure(ids, budget)
-        n_bytes = self._windows(self._budget(budget)).planned_bytes
-        return Layout(self.row_tile, self._bytes_per_row, int(n_bytes / self._bytes_per_row))
+        budget = self._budget(budget)
+        with self.locator.open(budget) as (X, obs):
+            rows, names = ids.obs_joinids, ["soma_joinid"]
+            reader = SOMAReader(X, obs, ids.var_joinids, obs_column_names=names, obs_joinids=rows)
+            bytes_per_row = measure_row_bytes(reader, rows)
+            tile = row_tile(X)
+        return Layout(tile, bytes_per_row, int(budget.share_of_windows().planned_bytes / bytes_per_row))
 
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> SOMAReader:
         """Return what reads rows; it is closed after an epoch."""
         preload_kernels()
         budget = self._budget(budget)
-        windows, folder = self._windows(budget), budget.window_dir
+        windows, folder = budget.share_of_windows(), budget.window_dir
+        self.expect(fields)
         with ExitStack() as stack:
             X, obs = stack.enter_context(self.locator.open(budget))
-            return SOMAReader(
+            opened = ExitStack()
+            reader = SOMAReader(
                 X,
                 obs,
                 ids.var_joinids,
                 obs_column_names=fields.obs_column_names,
                 obs_joinids=ids.obs_joinids,
-                obs_types=self._types_of(fields),
+                obs_types=self._types[fields.obs_column_names],
                 n_parts=windows.n_parts,
                 use_eager_fetch=budget.use_eager_fetch,
                 room=Room(windows.n_bytes),
                 store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
-                opened=stack.pop_all(),
+                opened=opened,
             )
+            opened.push(stack.pop_all())
+            return reader
 
     def _budget(self, budget: Budget) -> Budget:
         return attrs.evolve(budget, is_remote=self.locator.is_remote)
-
-    def _measure(self, ids: QueryIDs, budget: Budget) -> float:
-        with self.locator.open(self._budget(budget)) as (X, obs):
-            rows, names = ids.obs_joinids, ["soma_joinid"]
-            reader = SOMAReader(X, obs, ids.var_joinids, obs_column_names=names, obs_joinids=rows)
-            return measure_row_bytes(reader, rows)
-
-    def _windows(self, budget: Budget) -> WindowShare:
-        """Return how windows share what a budget leaves them."""
-        known = self._bytes_per_row
-        return budget.share_of_windows(None if known is None else math.ceil(self._n_rows * known))
-
-    def _types_of(self, fields: Fields) -> ObsTypes:
-        """Return the types of columns of `obs`: those in the whole query, whatever part of it is read."""
-        names = fields.obs_column_names
-        if names not in self._types:
-            self._types[names] = ObsTypes(self.locator, names, self.query_ids.obs_joinids)
-        return self._types[names]
-
-    def __getstate__(self) -> dict[str, Any]:
-        if multiprocessing.context.get_spawning_popen() is None:
-            return self.__dict__
-        # A worker on this machine has its joinids from elsewhere.
-        return self.__dict__ | {
-            "query_ids": attrs.evolve(self.query_ids, obs_joinids=self.query_ids.obs_joinids[:0])
-        }

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._progress import Progress
-from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail
+from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_whole
 from tiledbsoma_ml._random_access import random_access_mini_batches
 from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._rows import Padding
@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 _OPTIONS = frozenset(attrs.fields_dict(Options))
-_CHANGEABLE = frozenset({"return_sparse_X", "use_eager_fetch"})
-"""Options that the order of rows does not depend on, nor what is read."""
+_CHANGEABLE = frozenset({"ranks", "return_sparse_X", "use_eager_fetch"})
+"""Options that neither the order of the epoch depends on, nor what is read."""
 
 
 class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
@@ -102,7 +102,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             that takes `experiment_dataloader`.
         memory_budget: Bytes, or a string like "2GiB", for buffers, windows and what is read ahead, in each
             process that reads. It decides the window where `io_batch_size` is "auto". In the mode
-            "gpu_iobatch" an IO batch is put together before it goes to the device, and takes more.
+            "gpu_iobatch" an IO batch is put together and permuted on the device, where it is held twice.
         mixing: Where `shuffle_chunk_size` is "auto": mean entropy of labels in a mini-batch as a share of a
             truly random one's, from 0.8 to 1, as predicted for data stored like the CELLxGENE Census. If
             None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows).
@@ -128,7 +128,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         source: A `Source` in place of a query: a `MemorySource` of what is in memory, or one of your own.
 
     Raises:
-        ValueError: If a value breaks one of these rules, before any data is read.
+        ValueError: If a value breaks one of these rules, before any data is read. A budget that does not hold
+            what "auto" needs is told when that is found out: see `plan`.
         TypeError: If a value has the wrong type.
     """
 
@@ -137,7 +138,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     io_batch_size: Size
     memory_budget: int
     mixing: float | None
-    obs_column_names: tuple[str, ...]
+    obs_column_names: list[str]
     padding_column_name: str | None
     ranks: tuple[int, int] | None
     return_sparse_X: bool
@@ -283,7 +284,8 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def __getattr__(self, name: str) -> Any:
         """Return an option."""
         if name in _OPTIONS and "iterations" in self.__dict__:
-            return getattr(self.options, name)
+            value = getattr(self.options, name)
+            return list(value) if name == "obs_column_names" else value
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -352,7 +354,17 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     # Others -----------------------------------------------------------------------------------------------
 
     def over(self, query_ids: QueryIDs) -> ExperimentDataset:
-        """Return a dataset with these options over other rows of the same query, with epochs of its own."""
+        """Return a dataset with these options over other rows of the same query, with epochs of its own.
+
+        Raises:
+            ValueError: If they have other columns.
+        """
+        check_whole(query_ids)
+        if not np.array_equal(query_ids.var_joinids, self.query_ids.var_joinids):
+            raise ValueError(
+                "query_ids must have the columns of the dataset, in their order; make another "
+                "ExperimentDataset for others."
+            )
         dataset = copy.copy(self)
         dataset.iterations = self.iterations.over(query_ids)
         return dataset
@@ -408,8 +420,9 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
                 yield from self._pieces_of_worker(planned, reader)  # type: ignore[misc]
                 return
             mini_batches = self._mini_batches(planned, reader)
-            # Whoever leaves closes the reader first: then nobody waits for rows that are still being read.
-            with closing(mini_batches), closing(reader):
+            # Whoever leaves closes a reader that reads ahead first: then nobody waits for rows any longer.
+            reads_ahead = nullcontext() if isinstance(reader, RandomAccess) else closing(reader)
+            with closing(reader), closing(mini_batches), reads_ahead:
                 for mini_batch in mini_batches:
                     run.advance()
                     yield mini_batch
