@@ -59,8 +59,8 @@ def write_h5ad(tmp_path: Path) -> Callable[..., Path]:
 def make_task(uri: str, **options: object) -> Task:
     defaults: dict[str, object] = {
         "name": "cells",
-        "measurement": None,
-        "layer": None,
+        "measurement_name": None,
+        "layer_name": None,
         "label": "cell_type",
         "obs_filter": None,
         "batch_size": 16,
@@ -311,10 +311,13 @@ def test_cells_without_a_label_are_left_out(
     [
         ({"label": "cel_type"}, "label='cel_type' must be a column of obs; did you mean 'cell_type'?"),
         (
-            {"measurement": "ADT"},
-            "measurement='ADT' must be a measurement of the experiment; there are 'RNA'",
+            {"measurement_name": "ADT"},
+            "measurement_name='ADT' must be a measurement of the experiment; there are 'RNA'",
         ),
-        ({"layer": "rwa"}, "layer_name='rwa' must be an X layer of measurement 'RNA'; did you mean 'raw'?"),
+        (
+            {"layer_name": "rwa"},
+            "layer_name='rwa' must be an X layer of measurement 'RNA'; did you mean 'raw'?",
+        ),
         ({"obs_filter": "cell_type = 'B'"}, "obs_filter=\"cell_type = 'B'\" must be a filter that SOMA"),
         ({"obs_filter": "cel == 'B'"}, "Column cel does not exist"),
         ({"obs_filter": "cell_type == 'x'"}, f"must select cells, and selects none of {N_CELLS}"),

@@ -168,7 +168,7 @@ def test_the_table_names_32_workers_and_counts_the_others(store: Store) -> None:
         (["{uri}", "--obs-filter", "n_genes = 1"], "must be a filter that SOMA understands"),
         (["{uri}", "--obs-filter", "n_genes < 0"], "must select cells, and selects none; loosen it."),
         (["{uri}", "--layer-name", "rwa"], "layer_name='rwa' must be an X layer of"),
-        (["{uri}", "--measurement-name", "DNA"], "measurement='DNA' must be a measurement"),
+        (["{uri}", "--measurement-name", "DNA"], "measurement_name='DNA' must be a measurement"),
         (
             ["{uri}", "--shuffle-chunk-size", "most"],
             "shuffle_chunk_size='most' must be a positive integer or",

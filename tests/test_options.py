@@ -117,3 +117,25 @@ def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_fir
     assert whole.layout is not None
     for part in make(store, **auto).random_split(0.02, 0.98, seed=1):
         assert part.plan == whole
+
+
+def test_printing_tells_the_sizes_of_this_rank_and_does_without_ranks_that_cannot_be(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "batch_size": 16}
+    dataset = make(store, ranks=(1, 4), **auto)
+    assert dataset.plan.is_auto
+    assert "io_batch_size=auto: windows of 77 rows" in repr(dataset)
+    alone = make(store, **auto)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "rank=unknown" in repr(alone)
+    assert alone.plan.is_auto
+    assert "rank=unknown" in repr(alone)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_reading_ahead_can_be_changed(store: Store, eager: bool) -> None:
+    dataset = make(store, use_eager_fetch=not eager)
+    dataset.use_eager_fetch = eager
+    assert dataset.iterations.budget.use_eager_fetch == eager

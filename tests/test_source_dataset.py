@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from matrix_source import MatrixReader, MatrixSource, matrix_source
 from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, Fields, QueryIDs, Snapshot, Source, experiment_dataloader
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._snapshot_source import SnapshotSource
 from tiledbsoma_ml._soma_source import SOMASource
 from tiledbsoma_ml.testing import check_source
@@ -181,3 +185,67 @@ def test_what_it_does_not_have_is_told_before_anything_is_read(monkeypatch: pyte
         ExperimentDataset(source=matrix_source(), obs_column_names=["cell_typ"])
     with pytest.raises(ValueError, match=r"not source, layer_name|not layer_name, source"):
         ExperimentDataset(source=matrix_source(), layer_name="raw")
+
+
+def test_what_is_no_source_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match="a str must have all members of a Source, but lacks query_ids, layout"
+    ):
+        ExperimentDataset(source="cells.h5ad")  # type: ignore[arg-type]
+
+
+def test_an_address_without_its_layer_is_refused(store: Store) -> None:
+    ids = QueryIDs(obs_joinids=[0], var_joinids=[0])
+    for wrong in ({"layer_name": "nope"}, {"measurement_name": "nada"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}='na?o?pe?d?a?' must be a"):
+            ExperimentDataset(x_locator=attrs.evolve(store.locator, **wrong), query_ids=ids)
+
+
+@pytest.mark.parametrize("wrong", [{"obs_joinids": [N_OBS]}, {"var_joinids": [999]}])
+def test_rows_and_columns_that_the_source_lacks_are_refused(wrong: dict[str, Any]) -> None:
+    ids = QueryIDs(**{"obs_joinids": [0], "var_joinids": [0], **wrong})
+    with pytest.raises(
+        ValueError, match=f"{next(iter(wrong))} must be those of the source, but 1 of 1 are not"
+    ):
+        ExperimentDataset(source=matrix_source(), query_ids=ids)
+
+
+def test_other_rows_of_a_dataset_have_its_columns() -> None:
+    dataset = ExperimentDataset(source=matrix_source(), batch_size=4)
+    ids = dataset.query_ids
+    part = dataset.over(attrs.evolve(ids, obs_joinids=[8, 3]))
+    assert sorted(joinids_of(part)) == [3, 8]
+    with pytest.raises(ValueError, match="query_ids must have the columns of the dataset, in their order"):
+        dataset.over(QueryIDs(obs_joinids=[8, 3], var_joinids=ids.var_joinids[::-1]))
+
+
+def test_the_layout_of_an_experiment_is_that_of_the_rows_and_columns_that_are_asked_for(store: Store) -> None:
+    few, all_columns = (QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(n)) for n in (1, 20))
+    source = SOMASource(store.locator, all_columns)
+    before = source.layout(all_columns, Budget(2**30))
+    assert source.layout(few, Budget(2**30)).bytes_per_row < before.bytes_per_row
+    assert source.layout(all_columns, Budget(2**30)) == before
+
+
+def test_forked_workers_find_out_nothing_that_is_known(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "batch_size": 16}
+    dataset = store.dataset(obs_column_names=["soma_joinid", "maybe_int"], **options)
+    loader = experiment_dataloader(dataset, num_workers=2, multiprocessing_context="fork")
+    pid, layout = os.getpid(), SOMASource.layout
+
+    def in_this_process(*args: Any) -> Any:
+        assert os.getpid() == pid, "found out again"
+        return layout(*args)
+
+    monkeypatch.setattr(SOMASource, "layout", in_this_process)
+    for _ in range(2):
+        batches = list(loader)
+        assert sorted(joinids_of(batches)) == list(range(N_OBS))
+        assert {str(obs["maybe_int"].dtype) for _, obs in batches} == {"Int64"}
+
+
+def test_a_pickled_dataset_of_a_part_has_a_source_of_its_rows(store: Store) -> None:
+    part, _ = store.dataset().random_split(0.2, 0.8, seed=1)
+    copied = pickle.loads(pickle.dumps(part))
+    np.testing.assert_array_equal(copied.source.query_ids.obs_joinids, part.query_ids.obs_joinids)
+    assert len(ExperimentDataset(source=copied.source)) == len(part.query_ids.obs_joinids)

@@ -6,31 +6,37 @@ from collections.abc import Mapping
 from html import escape
 
 from tiledbsoma_ml._iterations import Iterations
+from tiledbsoma_ml._query_ids import Partition
 
 
 def described(iterations: Iterations) -> dict[str, str]:
     """Return what there is to know about a dataset, as texts by name; nothing is read for it."""
     options, ids = iterations.options, iterations.ids
-    try:
-        rank = "{} of {}".format(*iterations.ranks)
-    except ValueError:  # of the environment, which is told when rows are read
-        rank = "unknown"
+    place = _place(iterations)
     locator = iterations.source.locator
     return {
         "rows": f"{len(ids.obs_joinids):,} rows by {len(ids.var_joinids):,} columns",
         "source": type(iterations.source).__name__ if locator is None else repr(locator.uri),
         "batch_size": f"{options.batch_size:,}",
-        **_sizes(iterations),
+        **_sizes(iterations, place),
         "shuffle": f"shuffle_scope={options.shuffle_scope!r}" if options.shuffle else "False",
         "seed": str(options.seed),
         "X": ("sparse" if options.return_sparse_X else "dense")
         + ("" if options.device is None else f", on {options.device}"),
         "obs": ", ".join(options.obs_column_names),
-        "rank": rank,
+        "rank": "unknown" if place is None else f"{place.rank} of {place.world_size}",
     }
 
 
-def _sizes(iterations: Iterations) -> dict[str, str]:
+def _place(iterations: Iterations) -> Partition | None:
+    """Return this rank and worker; None where the environment tells what cannot be."""
+    try:
+        return iterations.place()
+    except ValueError:
+        return None
+
+
+def _sizes(iterations: Iterations, place: Partition | None) -> dict[str, str]:
     """Return the sizes of chunks and IO batches, with what "auto" stands for as far as that is known."""
     options = iterations.options
     sizes = {"shuffle_chunk_size": options.shuffle_chunk_size, "io_batch_size": options.io_batch_size}
@@ -38,8 +44,7 @@ def _sizes(iterations: Iterations) -> dict[str, str]:
         del sizes["shuffle_chunk_size"]
     shown = {name: f"{size:,}" for name, size in sizes.items() if isinstance(size, int)}
     unknown = dict.fromkeys(sizes.keys() - shown.keys(), "auto, which is found out when it is needed")
-    if unknown and iterations.has_plan:
-        place = iterations.place()
+    if unknown and iterations.has_plan and place is not None:
         found = iterations.plan.of(iterations.part(iterations.epoch, place)).sizes
         assert found is not None
         known = {
