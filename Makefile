@@ -11,9 +11,9 @@ NEWEST := .venv-newest
 NEWEST_TESTS := $(patsubst %,tests/test_%.py,package x_locator snapshot_dataset h5ad scvi_models)
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
 SLOW_TESTS := auto benchmarks budget cli context data_module dataloader demo distributed docs epoch h5ad kernels \
-  memory memory_dataset \
-  notebooks package ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata shared_array shuffle_modes \
-  shuffle_viz snapshot snapshot_build snapshot_dataset threads torchrun window x_locator
+  memory memory_dataset notebooks package ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata \
+  shared_array shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset snapshot_source_part \
+  source_dataset testing threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null

@@ -401,7 +401,8 @@ def test_what_is_neither_a_query_nor_a_source_is_refused(path: Path, whole: Snap
         ):
             make(path, other)
     with pytest.raises(
-        TypeError, match=r"a NoSource must have all members of a Source, but lacks .*content.*var"
+        TypeError,
+        match=r"source=NoSource must have all members .* but lacks .*content.*var",
     ):
         make(path, NoSource())
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import attrs
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matrix_source import MatrixReader, MatrixSource, matrix_source
 from stores import N_OBS, Store, joinids_of, workers
-from tiledbsoma_ml import ExperimentDataset, Fields, QueryIDs, Snapshot, Source, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, Fields, Layout, QueryIDs, Snapshot, Source, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._snapshot_source import SnapshotSource
 from tiledbsoma_ml._soma_source import SOMASource
@@ -64,7 +67,7 @@ def test_sources_do_what_a_source_must(store: Store, tmp_path: Path) -> None:
     check_source(of_snapshot(tmp_path / "of a matrix", None), obs_column_names=NAMES)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     scope=st.sampled_from(["partition", "global"]),
     tail=st.sampled_from(["drop", "pad"]),
@@ -189,7 +192,7 @@ def test_what_it_does_not_have_is_told_before_anything_is_read(monkeypatch: pyte
 
 def test_what_is_no_source_is_refused() -> None:
     with pytest.raises(
-        TypeError, match="a str must have all members of a Source, but lacks query_ids, layout"
+        TypeError, match=r"source=str must have all members of a tiledbsoma_ml\.Source, but lacks query_ids"
     ):
         ExperimentDataset(source="cells.h5ad")  # type: ignore[arg-type]
 
@@ -197,7 +200,8 @@ def test_what_is_no_source_is_refused() -> None:
 def test_an_address_without_its_layer_is_refused(store: Store) -> None:
     ids = QueryIDs(obs_joinids=[0], var_joinids=[0])
     for wrong in ({"layer_name": "nope"}, {"measurement_name": "nada"}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}='na?o?pe?d?a?' must be a"):
+        [(name, value)] = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be a"):
             ExperimentDataset(x_locator=attrs.evolve(store.locator, **wrong), query_ids=ids)
 
 
@@ -249,3 +253,86 @@ def test_a_pickled_dataset_of_a_part_has_a_source_of_its_rows(store: Store) -> N
     copied = pickle.loads(pickle.dumps(part))
     np.testing.assert_array_equal(copied.source.query_ids.obs_joinids, part.query_ids.obs_joinids)
     assert len(ExperimentDataset(source=copied.source)) == len(part.query_ids.obs_joinids)
+
+
+class ByPlace(MatrixSource):
+    """A source that finds rows by their place among all: its `query_ids` are not to be touched."""
+
+    def obs(self, obs_joinids: np.ndarray, column_names: Any) -> pd.DataFrame:
+        return super().obs(np.searchsorted(self.query_ids.obs_joinids, obs_joinids), column_names)
+
+
+class Fixed(MatrixSource):
+    @property
+    def query_ids(self) -> QueryIDs:  # type: ignore[override]
+        return QueryIDs(obs_joinids=np.arange(self.X.shape[0]), var_joinids=np.arange(self.X.shape[1]))
+
+    @query_ids.setter
+    def query_ids(self, ids: QueryIDs) -> None:
+        if "frame" in self.__dict__ and hasattr(self, "_content"):
+            raise AttributeError("cannot be set")
+
+
+@pytest.mark.parametrize("kind", [ByPlace, Fixed])
+def test_the_rows_of_a_source_stay_its_own_in_a_pickled_dataset_of_a_part(kind: type[MatrixSource]) -> None:
+    whole = matrix_source()
+    source = kind(whole.X, whole.frame)
+    options = {"batch_size": 8, "seed": 1, "obs_column_names": ["soma_joinid", "barcode"]}
+    _, part = ExperimentDataset(source=source, **options).random_split(0.6, 0.4, seed=2)
+    copied = pickle.loads(pickle.dumps(part))
+    assert len(copied.source.query_ids.obs_joinids) == N_OBS
+    for (X, obs), (other_X, other_obs) in zip(part, copied, strict=True):
+        np.testing.assert_array_equal(X, other_X)
+        pd.testing.assert_frame_equal(obs, other_obs)
+
+
+@pytest.mark.parametrize("n_more", [-3, 2])
+@pytest.mark.parametrize("device", [{}, {"device": "cpu", "shuffle_mode": "gpu_iobatch"}])
+def test_a_reader_that_gives_too_few_or_too_many_rows_is_told(
+    monkeypatch: pytest.MonkeyPatch, n_more: int, device: dict[str, Any]
+) -> None:
+    read = MatrixReader.read
+
+    def wrong(self: MatrixReader, obs_joinids: np.ndarray) -> Any:
+        few = obs_joinids[:n_more] if n_more < 0 else np.append(obs_joinids, obs_joinids[:n_more])
+        return read(self, few)
+
+    monkeypatch.setattr(MatrixReader, "read", wrong)
+    with pytest.raises(ValueError, match="a source must give the 311 rows that it is asked for, but gave 3"):
+        list(ExperimentDataset(source=matrix_source(), batch_size=8, **device))
+
+
+def test_a_layout_that_failed_can_be_asked_for_again_and_its_error_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
+    dataset = ExperimentDataset(source=matrix_source(), batch_size=8, **auto)
+    with monkeypatch.context() as patch:
+        patch.setattr(MatrixSource, "layout", lambda *_: {}.nothing)
+        for _ in range(2):
+            with pytest.raises(AttributeError, match="'dict' object has no attribute 'nothing'"):
+                dataset.plan  # noqa: B018
+    assert sorted(joinids_of(dataset)) == list(range(N_OBS))
+
+
+def test_parts_on_several_threads_ask_for_the_plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, asked = MatrixSource.layout, []
+
+    def slow(*args: Any) -> Any:
+        asked.append(args)
+        time.sleep(0.05)
+        return layout(*args)
+
+    monkeypatch.setattr(MatrixSource, "layout", slow)
+    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
+    parts = ExperimentDataset(source=matrix_source(), batch_size=8, **auto).random_split(0.5, 0.5, seed=1)
+    with ThreadPoolExecutor(4) as pool:
+        plans = list(pool.map(lambda part: part.plan, [*parts, *parts]))
+    assert len(asked) == 1
+    assert all(plan is plans[0] for plan in plans)
+
+
+@pytest.mark.parametrize(("name", "value"), [("row_tile", 0), ("bytes_per_row", float("nan"))])
+def test_a_layout_that_cannot_be_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}={value} must be "):
+        Layout(**{"row_tile": 1, "bytes_per_row": 8.0, name: value})

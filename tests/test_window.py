@@ -372,6 +372,9 @@ class WindowReader:
     def __init__(self, **options: Any) -> None:
         self._options = {"store": Pages(), **options}
 
+    def close(self) -> None:
+        self._options["room"].close()
+
     def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[Rows[CSR_IO_Buffer]]:
         window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
         for rows in np.array_split(np.sort(obs_joinids), 3):
@@ -402,8 +405,8 @@ def test_windows_that_are_filled_while_those_before_are_given_out_never_block_ea
     room = WatchedRoom(limit)
     reader = WindowReader(n_parts=n_parts, room=room, store=store_in(folder if in_files else None))
     with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**13):
-        read = read_ahead(iter(batches), reader, use_eager_fetch=True, room=room)
-        found = [part.X.slice_tonumpy(slice(None)) for part in read]
+        read = read_ahead(iter(batches), reader, use_eager_fetch=True)
+        found = [rows.X.slice_tonumpy(slice(None)) for rows, _ in read]
     rows = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
     expected = WindowReader.table(rows)[2].reshape(-1, 4)
     np.testing.assert_array_equal(np.concatenate([*found, np.empty((0, 4), np.float32)]), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from typing import Any
 
 import attrs
@@ -35,6 +36,7 @@ class LazyPlan:
         self._source: Source | None = source
         self._ids: QueryIDs | None = ids
         self._plan: Plan | None = None
+        self._lock = threading.Lock()
 
     @property
     def is_known(self) -> bool:
@@ -43,16 +45,22 @@ class LazyPlan:
 
     def get(self) -> Plan:
         """Return the plan; a snapshot that it depends on is made."""
-        if self._plan is None:
-            self._plan = self._asked
-            if self._ids is not None and self._source is not None:
-                self._plan = with_layout(self._asked, self._source, self._ids, self._budget)
-                log_sizes(self._plan, self._source, self._ids)
-            self._ids = self._source = None
-        return self._plan
+        with self._lock:  # parts share it, on several threads perhaps
+            if self._plan is None:
+                plan = self._asked
+                if self._ids is not None and self._source is not None:
+                    plan = with_layout(plan, self._source, self._ids, self._budget)
+                    log_sizes(plan, self._source, self._ids)
+                self._plan, self._ids, self._source = plan, None, None
+            return self._plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"_ids": None, "_source": None} if self.is_known else {})
+        not_needed = {"_ids": None, "_source": None} if self.is_known else {}
+        return self.__dict__ | not_needed | {"_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.Lock()
 
 
 def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Plan:
@@ -65,7 +73,8 @@ def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Pl
         return plan
     layout = source.layout(ids, budget)
     if layout.window_rows is None:
-        layout = attrs.evolve(layout, window_rows=max(0, int(budget.windows / layout.bytes_per_row)))
+        window_rows = max(0, int(budget.windows / max(1.0, layout.bytes_per_row)))
+        layout = attrs.evolve(layout, window_rows=window_rows)
     if plan.io_batch_size == "auto":
         _check_holds_a_tile(layout, len(ids.obs_joinids), budget)
     return attrs.evolve(plan, layout=layout)

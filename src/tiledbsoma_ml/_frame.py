@@ -104,7 +104,11 @@ class Frame:
             if isinstance(column.dtype, pd.CategoricalDtype):
                 found.update(repr((column.dtype.ordered, column.dtype.categories.tolist())).encode())
             values = pd.Series(column).reset_index(drop=True)
-            found.update(pd.util.hash_pandas_object(values, index=False, categorize=False).to_numpy().data)
+            try:
+                hashed = pd.util.hash_pandas_object(values, index=False, categorize=False)
+            except (TypeError, ValueError):  # lists and the like
+                hashed = pd.util.hash_pandas_object(values.map(repr), index=False, categorize=False)
+            found.update(hashed.to_numpy().data)
         return found.hexdigest()
 
 

@@ -97,20 +97,20 @@ class Iterations:
         return iterations
 
     def __getstate__(self) -> dict[str, Any]:
-        source = copy.copy(self.source)  # its rows are those of the dataset, and need not go twice
-        source.query_ids = attrs.evolve(self.ids, obs_joinids=self.ids.obs_joinids[:0])
-        state = self.__dict__ | {"source": source}
+        state = self.__dict__ | {"source": self.source.of_rows(self.ids)}
         if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
             self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.ids)
             self._plan.get()  # so that workers need not find it out
-            state |= {"ids": self._shared_ids, "_dealer": dealt_again_by()}
+            no_rows = attrs.evolve(self.ids, obs_joinids=self.ids.obs_joinids[:0])
+            state |= {"ids": self._shared_ids, "source": self.source.of_rows(no_rows)}
+            state["_dealer"] = dealt_again_by()
         return state | {"_shared_ids": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         if isinstance(ids := state["ids"], SharedQueryIDs):
             self.ids = ids.query_ids()
-        self.source.query_ids = self.ids
+            self.source = self.source.of_rows(self.ids)
 
     # Which epoch ------------------------------------------------------------------------------------------
 

@@ -40,6 +40,14 @@ def read_ahead(
 
 
 def _with_end(pieces: Iterable[Rows[CSR_IO_Buffer]], n_rows: int) -> Iterator[Piece]:
+    n_lacking = n_rows
     for rows in pieces:
-        n_rows -= len(rows)
-        yield rows, n_rows == 0
+        n_lacking -= len(rows)
+        if n_lacking < 0:
+            break
+        yield rows, n_lacking == 0
+    if n_lacking:
+        raise ValueError(
+            f"a source must give the {n_rows:,} rows that it is asked for, but gave {n_rows - n_lacking:,}; "
+            "tiledbsoma_ml.testing.check_source tells more."
+        )

@@ -26,7 +26,10 @@ Located: TypeAlias = tuple[XLocator | Source, QueryIDs]
 
 _OF_QUERIES_ALONE, _OF_SOURCES_ALONE = ("experiment", "measurement_name"), ("query_ids", "layout", "open")
 
-_OF_SOURCES = (*_OF_SOURCES_ALONE, "check", "content", "locator", "obs", "prepare", "row_tile", "var")
+_OF_SOURCES = (
+    *_OF_SOURCES_ALONE,
+    *("check", "content", "locator", "obs", "of_rows", "prepare", "row_tile", "var"),
+)
 
 _NO_ROWS = QueryIDs(obs_joinids=[], var_joinids=[])
 
@@ -109,10 +112,14 @@ def _of_query(query: soma.ExperimentAxisQuery, layer_name: str | None) -> Locate
 
 def check_members(source: Source) -> None:
     """Raise a TypeError if a source lacks a member of `Source`, as one that does not derive from it may."""
+    if isinstance(source, type):
+        raise TypeError(f"source={source.__name__} must be an object, not a class; make one of it.")
     if lacking := _lacking(source, _OF_SOURCES):
+        name = type(source).__name__
+        way_out = "try MemorySource.from_anndata(adata)" if name == "AnnData" else "derive it from Source"
         raise TypeError(
-            f"a {type(source).__name__} must have all members of a Source, but lacks {', '.join(lacking)}; "
-            "derive it from tiledbsoma_ml.Source."
+            f"source={name} must have all members of a tiledbsoma_ml.Source, but lacks {', '.join(lacking)}; "
+            f"{way_out}."
         )
 
 

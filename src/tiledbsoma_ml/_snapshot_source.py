@@ -136,6 +136,14 @@ class SnapshotSource(Source):
         if self._of is not None:
             self._of.check(ids, fields)
 
+    def of_rows(self, ids: QueryIDs) -> Source:
+        """Return the same with these rows alone; this one where the snapshot is still to be made of all."""
+        if self._snapshot is None:
+            return self
+        source = copy.copy(self)
+        source.query_ids = ids
+        return source
+
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
         """Return how the rows are stored: each can be read by itself, unless memory does not hold all."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -188,7 +196,6 @@ class SnapshotSource(Source):
         kept: dict[str, Any] = {"_nullable": self._obs_nullable(), "_asked": None}
         if self.locator is None:  # what is large, perhaps, goes nowhere
             return self.__dict__ | kept | {"_of": None, "_content": self.content}
-        of = copy.copy(self._of)
-        assert of is not None
-        of.query_ids = attrs.evolve(self.query_ids, obs_joinids=self.query_ids.obs_joinids[:0])
-        return self.__dict__ | kept | {"_of": of}
+        assert self._of is not None
+        no_rows = attrs.evolve(self.query_ids, obs_joinids=self.query_ids.obs_joinids[:0])
+        return self.__dict__ | kept | {"_of": self._of.of_rows(no_rows)}

@@ -239,6 +239,7 @@ def _to_arrow(column: pd.Series[Any]) -> pa.Array:
     if isinstance(column.dtype, np.dtype) and column.dtype.kind == "f":
         return pa.array(column.to_numpy(), from_pandas=False)
     found = pa.array(column, from_pandas=True)
-    if isinstance(found.type, pa.BaseExtensionType) or pa.types.is_nested(found.type):
+    kind = found.type.value_type if pa.types.is_dictionary(found.type) else found.type
+    if isinstance(kind, pa.BaseExtensionType) or pa.types.is_nested(kind):
         raise TypeError("Arrow has no plain type for it")
     return in_one_piece(found) if isinstance(found, pa.ChunkedArray) else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -78,6 +79,12 @@ class SOMASource(Source):
             for name in names:
                 check_name("column_names", name, var.keys(), of="a column of var")
             return ObsColumns.read(var, names, var_joinids).take(var_joinids)
+
+    def of_rows(self, ids: QueryIDs) -> SOMASource:
+        """Return the same with these rows alone; types of columns stay those of the whole query."""
+        source = copy.copy(self)
+        source.query_ids = ids
+        return source
 
     @cached_property
     def row_tile(self) -> int:

@@ -149,6 +149,14 @@ class Source(Protocol):
         """Make what `open` needs and is not there yet; called in the process that starts workers."""
         return
 
+    def of_rows(self, ids: QueryIDs) -> Source:
+        """Return a source of these rows and columns for another process, or this one.
+
+        A source that can do without the joinids of all rows returns a copy that has these alone, so that a
+        part of a large query takes no others along.
+        """
+        return self
+
     @property
     def row_tile(self) -> int:
         """Neighbouring rows that are decoded together; 1 where every row can be read by itself."""

@@ -286,7 +286,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         if name in _OPTIONS and "iterations" in self.__dict__:
             value = getattr(self.options, name)
             return list(value) if name == "obs_column_names" else value
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return object.__getattribute__(self, name)  # raises the error of a property that failed, too
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHANGEABLE:
@@ -359,6 +359,11 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Raises:
             ValueError: If they have other columns.
         """
+        if not isinstance(query_ids, QueryIDs):
+            raise TypeError(
+                f"query_ids must be QueryIDs, not of type {type(query_ids).__name__}; try "
+                "QueryIDs(obs_joinids=…, var_joinids=dataset.query_ids.var_joinids)."
+            )
         check_whole(query_ids)
         if not np.array_equal(query_ids.var_joinids, self.query_ids.var_joinids):
             raise ValueError(

@@ -83,7 +83,8 @@ class Plan:
         """What the order of rows depends on, beside what the user gave: what "auto" is chosen from."""
         if self.layout is None:
             return []
-        return [self.layout.row_tile, self.layout.window_rows, self.mixing]
+        rows, tile = self.layout.window_rows, self.layout.row_tile
+        return [tile, rows if tile > 1 or rows is None else min(rows, ENOUGH_ROWS), self.mixing]
 
     def of(self, part: EpochPart) -> PartPlan:
         """Return the plan of a part of an epoch; keep it for all that is asked about that part."""

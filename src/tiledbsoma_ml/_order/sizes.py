@@ -48,6 +48,12 @@ class Layout:
     bytes_per_row: float
     window_rows: int | None = None
 
+    def __attrs_post_init__(self) -> None:
+        if not self.row_tile >= 1:
+            raise ValueError(f"row_tile={self.row_tile} must be at least 1; try 1.")
+        if not 0 <= self.bytes_per_row < math.inf:
+            raise ValueError(f"bytes_per_row={self.bytes_per_row} must be a number of at least 0; try 8.0.")
+
 
 @attrs.frozen(kw_only=True)
 class Sizes:
