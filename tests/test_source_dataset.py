@@ -336,3 +336,21 @@ def test_parts_on_several_threads_ask_for_the_plan_once(monkeypatch: pytest.Monk
 def test_a_layout_that_cannot_be_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}={value} must be "):
         Layout(**{"row_tile": 1, "bytes_per_row": 8.0, name: value})
+
+
+@pytest.mark.parametrize("of", ["an experiment", "a matrix"])
+def test_a_dataset_of_a_snapshot_can_be_pickled_again_and_again(
+    store: Store, tmp_path: Path, of: str
+) -> None:
+    options = {"snapshot": tmp_path / "s", "batch_size": 16, "seed": 3, "obs_column_names": COLUMNS}
+    if of == "a matrix":
+        dataset = ExperimentDataset(source=matrix_source(), **options)
+    else:
+        dataset = store.dataset(**options)
+    whole = list(dataset)
+    content = dataset.source.content
+    for _ in range(3):
+        dataset = pickle.loads(pickle.dumps(dataset))
+        dataset.set_epoch(0)
+        assert dataset.source.content == content
+        assert_same(dataset, whole)

@@ -59,10 +59,9 @@ class SOMASource(Source):
 
     def expect(self, fields: Fields) -> None:
         """Let copies of this, and forks, share the types of these columns: those in the whole query."""
-        self._types.setdefault(
-            fields.obs_column_names,
-            ObsTypes(self.locator, fields.obs_column_names, self.query_ids.obs_joinids),
-        )
+        names = fields.obs_column_names
+        if names not in self._types:
+            self._types[names] = ObsTypes(self.locator, names, self.query_ids.obs_joinids)
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
         """Return columns of `obs` of some rows, in that order, with a fresh index."""
