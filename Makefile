@@ -8,10 +8,10 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
 NEWEST := .venv-newest
-NEWEST_TESTS := $(patsubst %,tests/test_%.py,package x_locator snapshot_dataset h5ad scvi_models)
+NEWEST_TESTS := $(addprefix tests/,test_package.py test_x_locator.py test_snapshot_dataset.py _ingest _scvi)
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
-SLOW_TESTS := auto benchmarks budget cli context data_module dataloader demo distributed docs epoch h5ad kernels \
-  memory memory_dataset notebooks package ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata \
+SLOW_TESTS := auto benchmarks budget cli context data_module dataloader demo distributed docs epoch_counter h5ad kernels \
+  memory_source memory_dataset notebooks package ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata \
   shared_array shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset snapshot_source_part \
   source_dataset testing threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)

@@ -34,8 +34,8 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._order import sizes as order_sizes
 from tiledbsoma_ml._order.plan import Plan
-from tiledbsoma_ml._reader import SOMAReader
-from tiledbsoma_ml._window import Room, Window, preload_kernels
+from tiledbsoma_ml._soma.reader import SOMAReader
+from tiledbsoma_ml._soma.window import Room, Window, preload_kernels
 
 # torch says once per process that its CSR layout is in beta, and that it does not check it.
 pytestmark = [

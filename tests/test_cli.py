@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from stores import make_cells
 from tiledbsoma_ml import __version__, cli
-from tiledbsoma_ml._h5ad import write_cells
+from tiledbsoma_ml._ingest.h5ad import write_cells
 from tiledbsoma_ml.simulate import simulate_cells, simulate_experiment
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -153,7 +153,7 @@ def test_one_core_is_left_to_readers_while_training_and_given_back(
 ) -> None:
     seen: list[int] = []
     monkeypatch.setattr(
-        "tiledbsoma_ml.demo._accuracy", lambda *_: float(seen.append(torch.get_num_threads()) or 0)
+        "tiledbsoma_ml._cli.demo._accuracy", lambda *_: float(seen.append(torch.get_num_threads()) or 0)
     )
     before = torch.get_num_threads()
     run("demo", "--uri", uri, "--label", "cell_type", "--epochs", 1, "--output-dir", tmp_path)

@@ -222,7 +222,7 @@ def test_the_demo_and_the_plan_do_on_an_experiment(simulated: str, tmp_path: Pat
 
 
 def test_several_h5ad_files_as_one_experiment_do(tmp_path: Path, opened: list[Any]) -> None:
-    from tiledbsoma_ml._h5ad import ingest_h5ads
+    from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
 
     path = tmp_path / "cells.h5ad"
     make_cells(np.ones((6, 4), np.float32)).write_h5ad(path)

@@ -67,7 +67,7 @@ def test_a_notebook_runs_with_and_without_the_real_data(
         shutil.copy(NOTEBOOKS / name, folder)
     code = code_of(name, SMALL[name])
     environment = {**os.environ, "MPLBACKEND": "agg", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    # umap keeps what it compiles where processes that compile at once mix it up: see `tiledbsoma_ml._jit`.
+    # umap keeps what it compiles where processes that compile at once mix it up: see `_kernels/jit.py`.
     with FileLock(tmp_path_factory.getbasetemp().parent / f"{name}.lock"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True

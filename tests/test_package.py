@@ -6,10 +6,12 @@ import ast
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from inspect import Parameter
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,104 +37,31 @@ PACKAGE = Path(tiledbsoma_ml.__file__).parent
 
 # Layers ---------------------------------------------------------------------------------------------------
 
-# A module imports only from modules above it.
-LAYOUT = [
-    "_budget",
-    "_common",
-    "_rebatch",
-    "_context",
-    "_distributed",
-    "_shared_array",
-    "_epoch",
-    "_vfs",
-    "x_locator",
-    "_versions",
-    "_query_ids",
-    "_shared_ids",
-    "_order.order",
-    "_order.sizes",
-    "_order.share",
-    "_order.windows",
-    "_order.plan",
-    "_order.quality",
-    "_state",
-    "_progress",
-    "_agreement",
-    "_threads",
-    "_jit",
-    "_kernels",
-    "_csr",
-    "_pool",
-    "_eager_iter",
-    "_parts",
-    "_window",
-    "_arrays",
-    "_obs",
-    "_device",
-    "_rows",
-    "_source",
-    "_reader",
-    "_read_ahead",
-    "_assemble",
-    "_random_access",
-    "_auto",
-    "_options",
-    "_snapshot_files",
-    "_snapshot_content",
-    "_snapshot_format",
-    "_snapshot_progress",
-    "_snapshot_kernels",
-    "_snapshot_check",
-    "_gather",
-    "_snapshot_disk",
-    "_snapshot_part",
-    "_snapshot_shards",
-    "_snapshot_frames",
-    "_snapshot_resume",
-    "_snapshot_build",
-    "_snapshot_soma_part",
-    "_snapshot_source_part",
-    "_snapshot_parts",
-    "_snapshot_reader",
-    "_snapshot_mapped",
-    "_frame",
-    "_matrices",
-    "_backed",
-    "memory",
-    "testing._case",
-    "testing._tables",
-    "testing._reading",
-    "testing._sources",
-    "testing._orders",
-    "_soma_source",
-    "snapshot",
-    "_snapshot_source",
-    "_choose_source",
-    "_iterations",
-    "_describe",
-    "dataset",
-    "dataloader",
-    "_h5ad_file",
-    "_h5ad",
-    "_lightning",
-    "data_module",
-    "ray_train",
-    "_obs_labels",
-    "_scvi_cells",
-    "_scvi_registry",
-    "_scvi_models",
-    "scvi",
-    "simulate",
-    "demo",
-    "_epoch_plan",
-    "cli",
-    "_io_batch_iterable",
-    "_mini_batch_iterable",
-]
+ROOT = Path(__file__).parents[1]
+
+
+def listed_modules(text: str) -> list[str]:
+    """Return the modules that the list in CONTRIBUTING.md names, from the top down."""
+    [block] = re.findall(r"```\n(_common\.py.*?)```", text, flags=re.DOTALL)
+    modules, folder = [], ""
+    for line in block.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        if name.endswith("/"):
+            folder = name.replace("/", ".")
+        else:
+            modules.append((folder if indent else "") + name.removesuffix(".py"))
+    return modules
+
+
+LAYOUT = listed_modules((ROOT / "CONTRIBUTING.md").read_text())
+FOLDERS = {module.rpartition(".")[0] for module in LAYOUT} - {""}
 
 
 def imported_by(module: str) -> Iterator[str]:
-    """Yield what a module imports from this package, anywhere in its text; "" is the package itself."""
+    """Yield what a module imports from this package, anywhere in its text; "" is the package itself.
+
+    A folder stands for the last of its modules: whoever imports it imports all of them.
+    """
     for node in ast.walk(ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -145,14 +74,21 @@ def imported_by(module: str) -> Iterator[str]:
         for name in names:
             package, _, rest = name.partition(".")
             if package == PACKAGE.name:
-                found = [known for known in LAYOUT if f"{rest}.".startswith(f"{known}.")]
-                yield max(found, key=len, default="")
+                found = [known for known in (*LAYOUT, *FOLDERS) if f"{rest}.".startswith(f"{known}.")]
+                longest = max(found, key=len, default="")
+                within = [known for known in LAYOUT if known.startswith(f"{longest}.")]
+                yield within[-1] if longest in FOLDERS else longest
 
 
 def test_the_layout_has_every_module_once() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
     modules = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in files]
     assert sorted(LAYOUT) == sorted(modules)
+
+
+def test_the_modules_of_a_folder_are_listed_together() -> None:
+    folders = [module.split(".")[0] for module in LAYOUT]
+    assert len([*groupby(folders)]) == len({*folders})
 
 
 @pytest.mark.parametrize("module", LAYOUT)
@@ -162,9 +98,10 @@ def test_a_module_imports_only_from_modules_above_it(module: str) -> None:
 
 
 def test_imports_are_found() -> None:
-    assert set(imported_by("_csr")) == {"_common", "_kernels"}
-    assert {"dataset", "_state"} <= set(imported_by("dataloader"))
+    assert set(imported_by("_csr")) == {"_common", "_kernels.bits", "_kernels.csr"}
+    assert {"dataset", "_epoch.position"} <= set(imported_by("dataloader"))
     assert {"_common", "_order.share", "_order.windows"} <= set(imported_by("_order.plan"))
+    assert "snapshot.source" in set(imported_by("data_module")), "a folder is all of its modules"
 
 
 # Importing ------------------------------------------------------------------------------------------------
@@ -210,7 +147,7 @@ def test_importing_the_package_loads_no_extra_no_compiler_and_no_command_line(of
     assert not {"lightning", "ray", "rich", "numba", "matplotlib.pyplot"} & set(of_import["all"])
     own = {name.removeprefix("tiledbsoma_ml.") for name in of_import["modules"] if "tiledbsoma_ml." in name}
     assert {"dataset", "dataloader"} <= own
-    assert not {"cli", "demo", "scvi", "simulate", "_kernels"} & own
+    assert not {"cli", "_cli.demo", "scvi", "simulate", "_kernels.csr"} & own
 
 
 def test_importing_the_package_changes_no_global_state(of_import: Any) -> None:

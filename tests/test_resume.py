@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from stores import MEASUREMENT, N_OBS, Store, joinids_of
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, _reader, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
 from tiledbsoma_ml._order.plan import EpochPart, Plan
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import Partition
+from tiledbsoma_ml._soma import reader as _reader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* changes nothing here: "),
@@ -442,7 +443,7 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
     io_batch_size: int,
     epoch: int,
 ) -> None:
-    from tiledbsoma_ml._state import Position
+    from tiledbsoma_ml._epoch.position import Position
 
     ids = QueryIDs(obs_joinids=np.arange(n_rows) * 3, var_joinids=[0])
     plan = Plan(

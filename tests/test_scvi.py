@@ -18,7 +18,8 @@ import torch
 from scipy import sparse
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
-from tiledbsoma_ml import SCVIDataModule, _h5ad
+from tiledbsoma_ml import SCVIDataModule
+from tiledbsoma_ml._ingest import h5ad as _h5ad
 from tiledbsoma_ml.scvi import write_obsm
 
 OBS = make_obs(np.arange(N_OBS))

@@ -17,8 +17,8 @@ import torch
 
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
+from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
 from tiledbsoma_ml._shared_array import SharedArray
-from tiledbsoma_ml._shared_ids import SharedQueryIDs
 
 
 def n_descriptors() -> int:

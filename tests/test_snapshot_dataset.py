@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
-from tiledbsoma_ml._snapshot_reader import RowIndex
+from tiledbsoma_ml.snapshot.reader import RowIndex
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* changes nothing here: ")
 
@@ -259,7 +259,7 @@ def test_a_snapshot_whose_experiment_cannot_be_listed_is_used_with_a_warning(
     ids = QueryIDs(obs_joinids=np.arange(20), var_joinids=np.arange(N_VARS))
     known = {"x_locator": store.locator, "query_ids": ids, "snapshot": tmp_path / "x.snapshot"}
     next(iter(ExperimentDataset(**known)))
-    monkeypatch.setattr("tiledbsoma_ml._versions.open_vfs", unlisted)
+    monkeypatch.setattr("tiledbsoma_ml._soma.versions.open_vfs", unlisted)
     with pytest.warns(UserWarning, match=r"holds .* as of 20.*; whether obs, var, X/raw changed since"):
         dataset = ExperimentDataset(**known)
     assert len(joinids_of(dataset)) == 20

@@ -21,8 +21,8 @@ from matrix_source import MatrixReader, MatrixSource, matrix_source
 from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, Fields, Layout, QueryIDs, Snapshot, Source, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._snapshot_source import SnapshotSource
-from tiledbsoma_ml._soma_source import SOMASource
+from tiledbsoma_ml._soma.source import SOMASource
+from tiledbsoma_ml.snapshot.source import SnapshotSource
 from tiledbsoma_ml.testing import check_source
 
 COLUMNS = ("soma_joinid", "cell_type", "barcode")

@@ -36,8 +36,9 @@ def run(script: str, *arguments: str, folder: Path) -> dict[str, int | str]:
 SITUATIONS = """
 import json, os, signal, sys, threading, time
 from stores import Store
-from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator, _soma_source
-from tiledbsoma_ml._window import Room, preload_kernels
+from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator
+from tiledbsoma_ml._soma import source as _soma_source
+from tiledbsoma_ml._soma.window import Room, preload_kernels
 import tiledbsoma
 
 class Recorded(Room):
@@ -156,7 +157,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import tiledbsoma
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
-from tiledbsoma_ml._snapshot_progress import locked
+from tiledbsoma_ml.snapshot.progress import locked
 
 def in_a_fork(check):
     "Return how a fork of this process ends that does something."

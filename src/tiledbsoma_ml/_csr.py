@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._common import NDArrayNumber
+from tiledbsoma_ml._kernels.bits import as_bits
 
 
 class CSR_IO_Buffer:
@@ -52,17 +53,17 @@ class CSR_IO_Buffer:
         dtype: np.dtype[Any],
     ) -> CSR_IO_Buffer:
         """Return `from_ijd` of the parts put end to end, without putting them end to end."""
-        from tiledbsoma_ml import _kernels
+        from tiledbsoma_ml._kernels import csr as kernels
 
         counts = np.zeros(shape[0], dtype=np.int64)
         for i, _, _ in parts:
-            _kernels.count_rows(i, counts)
+            kernels.count_rows(i, counts)
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         indices = np.empty(indptr[-1], dtype=smallest_uint(shape[1]))
         data = np.empty(indptr[-1], dtype=dtype)
         free = indptr[:-1].copy()
         for i, j, d in parts:
-            _kernels.place_rows(i, j, _kernels.as_bits(d), free, indices, _kernels.as_bits(data))
+            kernels.place_rows(i, j, as_bits(d), free, indices, as_bits(data))
         return CSR_IO_Buffer(indptr, indices, data, shape)
 
     @staticmethod
@@ -121,11 +122,9 @@ class CSR_IO_Buffer:
 
     def fill_dense(self, start: int, stop: int, out: NDArrayNumber) -> None:
         """Write the rows from `start` to `stop` into the zeroed array `out`."""
-        from tiledbsoma_ml import _kernels
+        from tiledbsoma_ml._kernels import csr as kernels
 
-        _kernels.fill_dense(
-            self.indptr[start : stop + 1], self.indices, _kernels.as_bits(self.data), _kernels.as_bits(out)
-        )
+        kernels.fill_dense(self.indptr[start : stop + 1], self.indices, as_bits(self.data), as_bits(out))
 
     def slice_toscipy(self, row_index: slice) -> sparse.csr_matrix:
         """Return the rows of a slice (of step 1) as a canonical `csr_matrix`."""
@@ -155,9 +154,9 @@ class CSR_IO_Buffer:
 
     def sort_indices(self) -> Self:
         """Sort the entries of every row by column, in place, and return this matrix."""
-        from tiledbsoma_ml import _kernels
+        from tiledbsoma_ml._kernels import csr as kernels
 
-        _kernels.sort_rows(self.indptr, self.indices, _kernels.as_bits(self.data))
+        kernels.sort_rows(self.indptr, self.indices, as_bits(self.data))
         return self
 
     def with_repeats_added(self, dtype: np.dtype[Any]) -> CSR_IO_Buffer:
@@ -165,9 +164,9 @@ class CSR_IO_Buffer:
 
         Without any coordinate that repeats, the matrix itself, as it is.
         """
-        from tiledbsoma_ml import _kernels
+        from tiledbsoma_ml._kernels import csr as kernels
 
-        if not _kernels.has_repeats(self.indptr, self.indices, self.shape[1]):
+        if not kernels.has_repeats(self.indptr, self.indices, self.shape[1]):
             return self
         rows = CSR_IO_Buffer(self.indptr, self.indices, self.data.astype(dtype), self.shape)
         rows.sort_indices()

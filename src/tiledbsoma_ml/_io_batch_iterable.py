@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import tiledbsoma as soma
 
+from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
-from tiledbsoma_ml._read_ahead import Piece, read_ahead
-from tiledbsoma_ml._reader import SOMAReader
 from tiledbsoma_ml._rebatch import rebatch_joinids
+from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml._threads import ClosedWhenDropped
 
 __all__ = ["IOBatch", "IOBatchIterable", "id_batches"]

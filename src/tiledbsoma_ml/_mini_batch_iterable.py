@@ -9,10 +9,10 @@ import attrs
 import numpy as np
 import torch
 
-from tiledbsoma_ml._assemble import Assembly, DeviceShuffle
+from tiledbsoma_ml._batch.assemble import Assembly, DeviceShuffle
+from tiledbsoma_ml._batch.read_ahead import Piece
 from tiledbsoma_ml._common import MiniBatch, check_count
 from tiledbsoma_ml._io_batch_iterable import IOBatch
-from tiledbsoma_ml._read_ahead import Piece
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._threads import ClosedWhenDropped
 

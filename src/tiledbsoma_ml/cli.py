@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from tiledbsoma_ml.demo import History, Task
+    from tiledbsoma_ml._cli.demo import History, Task
 
 __all__ = ["build_app", "main"]
 
@@ -240,7 +240,7 @@ def _add_plan(app: "typer.Typer") -> None:
         - `tiledbsoma-ml plan lung.soma --shuffle-chunk-size auto --io-batch-size auto`
         - `tiledbsoma-ml plan lung.soma --world-size 8 --json > plan.json`
         """
-        from tiledbsoma_ml._epoch_plan import PlanOptions, plan_epoch
+        from tiledbsoma_ml._cli.epoch_plan import PlanOptions, plan_epoch
 
         with _errors_in_one_line():
             found = plan_epoch(
@@ -388,7 +388,7 @@ def _refusal(sentence: str) -> "typer.Exit":
 
 
 def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
-    from tiledbsoma_ml import demo
+    from tiledbsoma_ml._cli import demo
     from tiledbsoma_ml.simulate import N_CELLS, N_GENES
 
     label, layer_name = options.label, options.layer_name
@@ -417,7 +417,7 @@ def _load_task(options: DemoOptions, say: Callable[[str], None]) -> "Task":
 
 def _train(task: "Task", options: DemoOptions, console: "Console") -> "History":
     """Train with a progress bar where there is a terminal, and a line for each epoch in any case."""
-    from tiledbsoma_ml.demo import train_classifier
+    from tiledbsoma_ml._cli.demo import train_classifier
 
     with _progress_bar(console) as progress, _core_left_to_readers():
         n_batches = options.epochs * len(task.train)

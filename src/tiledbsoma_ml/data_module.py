@@ -13,8 +13,8 @@ import torch
 from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._describe import as_line, as_table, described
-from tiledbsoma_ml._options import DEFAULT_OBS_COLUMN_NAMES, OF_SHUFFLING
+from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._dataset.options import DEFAULT_OBS_COLUMN_NAMES, OF_SHUFFLING
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset

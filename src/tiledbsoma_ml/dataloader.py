@@ -10,11 +10,11 @@ from typing import Any, TypeVar, overload
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from tiledbsoma_ml._batch.read_ahead import Piece
 from tiledbsoma_ml._common import MiniBatch
-from tiledbsoma_ml._describe import as_line, as_table, described
-from tiledbsoma_ml._progress import Progress, Run
-from tiledbsoma_ml._read_ahead import Piece
-from tiledbsoma_ml._state import Position
+from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._epoch.position import Position
+from tiledbsoma_ml._epoch.progress import Progress, Run
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 _T = TypeVar("_T")

@@ -15,13 +15,14 @@ import numpy as np
 import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._assemble import Assembly, DeviceShuffle
-from tiledbsoma_ml._choose_source import choose_source
+from tiledbsoma_ml._batch.assemble import Assembly, DeviceShuffle
+from tiledbsoma_ml._batch.random_access import random_access_mini_batches
+from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._describe import as_line, as_table, described
-from tiledbsoma_ml._distributed import get_worker_id_and_num
-from tiledbsoma_ml._iterations import Iterations
-from tiledbsoma_ml._options import (
+from tiledbsoma_ml._dataset.choose_source import choose_source
+from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._dataset.iterations import Iterations
+from tiledbsoma_ml._dataset.options import (
     DEFAULT_IO_BATCH_SIZE,
     DEFAULT_MEMORY_BUDGET,
     DEFAULT_OBS_COLUMN_NAMES,
@@ -29,14 +30,13 @@ from tiledbsoma_ml._options import (
     Options,
     ShuffleMode,
 )
+from tiledbsoma_ml._distributed import get_worker_id_and_num
+from tiledbsoma_ml._epoch.progress import Progress
 from tiledbsoma_ml._order.plan import PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
-from tiledbsoma_ml._progress import Progress
 from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_whole
-from tiledbsoma_ml._random_access import random_access_mini_batches
-from tiledbsoma_ml._read_ahead import Piece, read_ahead
 from tiledbsoma_ml._rows import Padding
 from tiledbsoma_ml._source import RandomAccess, Reader, Source
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent

@@ -21,12 +21,12 @@ from scipy import sparse
 
 from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, check_count, check_name
 from tiledbsoma_ml._context import open_experiment
-from tiledbsoma_ml._describe import as_line, as_table, described
-from tiledbsoma_ml._obs_labels import Unseen
-from tiledbsoma_ml._options import OF_SHUFFLING
+from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._dataset.options import OF_SHUFFLING
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._scvi_cells import Batch, Cells, Fields, Genes, Known
-from tiledbsoma_ml._scvi_models import (
+from tiledbsoma_ml._scvi.cells import Batch, Cells, Fields, Genes, Known
+from tiledbsoma_ml._scvi.labels import Unseen
+from tiledbsoma_ml._scvi.models import (
     attach,
     check_fits,
     check_monitors,
@@ -35,7 +35,7 @@ from tiledbsoma_ml._scvi_models import (
     n_batches_of,
     registry_of,
 )
-from tiledbsoma_ml._scvi_registry import fields_of, gene_ids_of, known_of, make_registry
+from tiledbsoma_ml._scvi.registry import fields_of, gene_ids_of, known_of, make_registry
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.x_locator import XLocator

@@ -1,6 +1,6 @@
 """Checks of what is written for this package: does a source, or an order, do what it must?"""
 
-from tiledbsoma_ml.testing._orders import check_order
-from tiledbsoma_ml.testing._sources import check_source
+from tiledbsoma_ml.testing.orders import check_order
+from tiledbsoma_ml.testing.sources import check_source
 
 __all__ = ["check_order", "check_source"]

@@ -1,0 +1,1 @@
+"""Rows → mini-batches: read ahead, put together, made dense, sparse, or on a device."""

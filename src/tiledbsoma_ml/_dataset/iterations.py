@@ -1,0 +1,353 @@
+"""`Iterations`: the epochs of a dataset, as whoever iterates it has to know them.
+
+A loader, a data module and torchdata talk to a dataset through this: which epoch comes next, how many
+mini-batches it has, what each rank and worker yields of it, and where it goes on after a resume. What moves
+while rows are yielded belongs to an iterator (`Run`) and to whoever makes iterators (`Progress`).
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing.context
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+
+from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._common import check_count
+from tiledbsoma_ml._dataset.auto import LazyPlan
+from tiledbsoma_ml._dataset.options import Options, ShuffleMode
+from tiledbsoma_ml._distributed import (
+    dealt_again_by,
+    get_distributed_rank_and_world_size,
+    get_worker_id_and_num,
+)
+from tiledbsoma_ml._epoch.agreement import agreed_seed, check_seed_of_all, log_parts
+from tiledbsoma_ml._epoch.position import Position
+from tiledbsoma_ml._epoch.progress import Epochs, Loaded, Progress, Run, Told
+from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
+from tiledbsoma_ml._order.plan import EpochPart, Plan
+from tiledbsoma_ml._order.share import Deal, Stage
+from tiledbsoma_ml._query_ids import Partition, QueryIDs
+from tiledbsoma_ml._source import Source
+
+
+class Iterations:
+    """The epochs of a dataset.
+
+    Args:
+        source: Where rows come from.
+        ids: Which rows and columns of it.
+        options: How they are read and ordered.
+
+    Attributes:
+        source: Where rows come from.
+        ids: Which rows and columns of it.
+        options: How they are read and ordered.
+    """
+
+    def __init__(self, source: Source, ids: QueryIDs, options: Options) -> None:
+        self.source, self.ids, self.options = source, ids, options
+        self._plan = LazyPlan(options.plan, source, ids, self.budget)
+        seed = options.seed
+        self._seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
+        self._epochs = Epochs()
+        self._told: Told | None = None
+        self._shared_ids: SharedQueryIDs | None = None
+        self._fingerprint: str | None = None
+        self._content: Mapping[str, str] | None = None
+        self._is_first = True
+        self._dealer: str | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The memory that reading may take."""
+        return self.options.budget(len(self.ids.var_joinids))
+
+    @property
+    def plan(self) -> Plan:
+        """In which order rows come and what is read together, with what "auto" stands for.
+
+        That is found out when it is first asked for; a snapshot that it depends on is made.
+        """
+        return self._plan.get()
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether it is known what "auto" stands for, or nothing is "auto"."""
+        return self._plan.is_known
+
+    def over(self, ids: QueryIDs) -> Iterations:
+        """Return epochs of their own over other rows of the source, in the same plan."""
+        iterations = copy.copy(self)
+        iterations.ids = ids
+        iterations._epochs = Epochs()
+        iterations._shared_ids = iterations._fingerprint = None
+        iterations._is_first = True
+        return iterations
+
+    def __copy__(self) -> Iterations:
+        iterations = type(self).__new__(type(self))
+        iterations.__dict__ |= self.__dict__ | {"_epochs": copy.deepcopy(self._epochs)}
+        return iterations
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"source": self.source.of_rows(self.ids)}
+        if multiprocessing.context.get_spawning_popen() is not None:  # for a worker on this machine
+            self._shared_ids = self._shared_ids or SharedQueryIDs.of(self.ids)
+            self._plan.get()  # so that workers need not find it out
+            no_rows = attrs.evolve(self.ids, obs_joinids=self.ids.obs_joinids[:0])
+            state |= {"ids": self._shared_ids, "source": self.source.of_rows(no_rows)}
+            state["_dealer"] = dealt_again_by()
+        return state | {"_shared_ids": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if isinstance(ids := state["ids"], SharedQueryIDs):
+            self.ids = ids.query_ids()
+            self.source = self.source.of_rows(self.ids)
+
+    # Which epoch ------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress; between epochs the last one, or what was set."""
+        return self._epochs.counter.current
+
+    @property
+    def upcoming_epoch(self) -> int:
+        """The epoch that begins next."""
+        return self._epochs.counter.upcoming
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the one that begins next."""
+        self._epochs.counter.set(check_count("epoch", epoch, suggestion=0, minimum=0))
+
+    def repeat(self) -> None:
+        """Make every epoch the first one again."""
+        self._epochs.counter.step = 0
+
+    def of_loader(self) -> Progress:
+        """Return the iterators of a new loader, which counts epochs by itself."""
+        return Progress.of_loader(self._epochs)
+
+    def asking(self) -> Progress:
+        """Return who asks for an iterator now: a loader, or the dataset by itself."""
+        return self._epochs.iterating()
+
+    # Where it stands --------------------------------------------------------------------------------------
+
+    def state_dict(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Return where the iterator that began last stands: of a loader, or of any.
+
+        Raises:
+            RuntimeError: If workers of another loader make the mini-batches, so that only they know.
+        """
+        if progress is not None:
+            return progress.position.to_dict(self.identity)
+        if torch.utils.data.get_worker_info() is None and self._epochs.counter.is_ahead_in_workers:
+            raise RuntimeError(
+                "state_dict() must be that of the loader where workers make the mini-batches, which only "
+                "they count; take experiment_dataloader or StatefulDataLoader, and state_dict() of it."
+            )
+        return self._epochs.latest.position.to_dict(self.identity)
+
+    def load_state_dict(self, state: Mapping[str, Any], progress: Progress | None = None) -> None:
+        """Let the next iterator, of a loader or of the dataset, go on where a state says."""
+        identity = self.identity
+        if self.options.seed is None and isinstance(state, Mapping) and "seed" in state:
+            identity["seed"] = check_count("seed", state["seed"], suggestion=42, minimum=0)
+        position = Position.from_dict(state, identity)
+        self._seed = identity["seed"]
+        (progress or self._epochs.own).load(position)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a state must agree about with the dataset that continues it."""
+        if self._fingerprint is None:
+            self._fingerprint = self.ids.fingerprint
+        options = self.options
+        of_mini_batches = options.shuffle_mode is ShuffleMode.GPU_MINIBATCH
+        return {
+            "query": self._fingerprint,
+            "n_obs": len(self.ids.obs_joinids),
+            "n_vars": len(self.ids.var_joinids),
+            "seed": self._seed,
+            "batch_size": options.batch_size,
+            "shuffle": options.shuffle,
+            "shuffle_mode": str(options.shuffle_mode) if of_mini_batches else "cpu",
+            "shuffle_chunk_size": options.shuffle_chunk_size,
+            "io_batch_size": options.io_batch_size,
+            "shuffle_scope": options.shuffle_scope,
+            "tail": options.tail,
+            "auto": self.plan.order_key,
+        }
+
+    # Beginning an epoch -----------------------------------------------------------------------------------
+
+    def begin(self, progress: Progress) -> tuple[EpochPart, Run]:
+        """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
+        place, in_worker = self.place(), torch.utils.data.get_worker_info() is not None
+        if self._told is not None and in_worker:
+            part = self._continued(self._told.begin(), place)
+            return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
+        self._check_dealt_once()
+        epoch, loaded = progress.upcoming()
+        begin = Position(epoch=epoch) if loaded is None else loaded.position
+        if not in_worker:
+            self._agree(0, begin)
+        elif self.options.shuffle:
+            scope = self.options.shuffle_scope
+            check_seed_of_all(self.options.seed, scope=scope, world_size=place.world_size)
+        part = self._continued(begin, place)
+        start = Position(
+            epoch=epoch,
+            world_size=place.world_size,
+            num_workers=place.n_workers if in_worker else 0,
+            worker_id=part.place.worker_id if in_worker else None,
+            n_yielded=part.skip,
+            earlier=part.earlier,
+        )
+        n = self._deal(part.earlier).n_mini_batches(part.place)
+        return part, progress.begin(Run(start=start, total=n, loaded=loaded, waits=in_worker))
+
+    @contextmanager
+    def handed_to_workers(self, progress: Progress, num_workers: int) -> Iterator[tuple[Position, Run]]:
+        """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
+
+        Yields:
+            Where the epoch begins, and the run of it.
+        """
+        self._check_dealt_once()
+        epoch, loaded = progress.upcoming()
+        begin = Position(epoch=epoch) if loaded is None else loaded.position
+        self._agree(num_workers, begin)
+        self.source.prepare()
+        self._plan.get()  # which forked workers would find out each by itself
+        run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
+        self._told = Told(self.ranks, begin, progress.tell(epoch))
+        try:
+            yield begin, run
+        finally:
+            self._told = None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether this is in a worker of a loader that told it rank, epoch and state."""
+        return self._told is not None
+
+    def part(self, epoch: int, place: Partition) -> EpochPart:
+        """Return what a worker of a rank yields of an epoch."""
+        return EpochPart(ids=self.ids, place=place, seed=self._seed, epoch=epoch)
+
+    def parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
+        """Return what each worker of this rank yields of an epoch, from where it begins."""
+        n = max(num_workers, 1)
+        return [self._continued(begin, Partition(*self.ranks, worker, n)) for worker in range(n)]
+
+    def n_mini_batches(self, num_workers: int | None = None) -> int:
+        """Return how many mini-batches an epoch has here.
+
+        Args:
+            num_workers: Workers of this rank, for the mini-batches of all of them; those of this process if
+                None.
+        """
+        if num_workers is None:
+            return self._deal().n_mini_batches(self.place())
+        return self._run_of_workers(Position(epoch=self.epoch), num_workers).total
+
+    # Who does what ----------------------------------------------------------------------------------------
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """This rank and the number of ranks: as told, or as found now."""
+        told = None if self._told is None else self._told.ranks
+        return told or self.options.ranks or get_distributed_rank_and_world_size()
+
+    def place(self) -> Partition:
+        """Return this rank and this worker, and how many there are."""
+        return Partition(*self.ranks, *get_worker_id_and_num())
+
+    def _continued(self, begin: Position, place: Partition) -> EpochPart:
+        """Return the part of a place, from a position on."""
+        return begin.rest_of(self.part(begin.epoch, place), self.options.shuffle_scope)
+
+    def _deal(self, earlier: tuple[Stage, ...] = ()) -> Deal:
+        """Return how rows are dealt, where others have yielded some of them."""
+        return Deal(
+            n_rows=len(self.ids.obs_joinids),
+            batch_size=self.options.batch_size,
+            tail=self.options.tail,
+            scope=self.options.shuffle_scope,
+            earlier=earlier,
+        )
+
+    def _run_of_workers(self, begin: Position, num_workers: int, loaded: Loaded | None = None) -> Run:
+        """Return the run of a rank with workers, from where it begins."""
+        parts = self.parts_of_workers(begin, num_workers)
+        start = Position(
+            epoch=begin.epoch,
+            world_size=parts[0].place.world_size,
+            num_workers=num_workers,
+            n_yielded=sum(part.skip for part in parts),
+            earlier=parts[0].earlier,
+        )
+        total = self._deal(start.earlier).n_mini_batches_of_rank(start.world_size, len(parts))
+        return Run(start=start, total=total, loaded=loaded)
+
+    def _check_dealt_once(self) -> None:
+        """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here."""
+        dealer, options = dealt_again_by() or self._dealer, self.options
+        if dealer is not None and options.ranks is None and self.ranks[1] > 1:
+            raise ValueError(
+                f"Accelerate's prepare deals to all {self.ranks[1]} ranks what ExperimentDataset deals to "
+                "them already, so that most rows were lost; make the dataset with ranks=(0, 1), or do not "
+                "prepare its loader."
+            )
+        if dealer == "IterableDatasetShard" and options.shuffle and options.seed is None:
+            raise ValueError(
+                "seed=None must be a number where each rank takes its share of one order, as Accelerate's "
+                "dispatch_batches=False has it; try seed=42."
+            )
+
+    def _agree(self, num_workers: int, begin: Position) -> None:
+        """Make sure that all ranks can iterate, and that they iterate the same."""
+        (_, world_size), options, n_rows = self.ranks, self.options, len(self.ids.obs_joinids)
+        if options.tail == "drop" and 0 < n_rows < world_size:
+            raise ValueError(
+                f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
+                "tail='pad'."
+            )
+        if world_size > 1:
+            self._seed = agreed_seed(
+                partial(self._shared_by_ranks, begin, max(num_workers, 1)),
+                options.seed if options.shuffle else 0,  # where nothing is shuffled, any will do
+                drawn_seed=self._seed,
+                scope=options.shuffle_scope,
+                world_size=world_size,
+                are_told=options.ranks is not None,
+                is_first=self._is_first,
+            )
+        if options.shuffle and options.shuffle_scope == "partition" and self._is_first:
+            log_parts(world_size, max(num_workers, 1))
+        self._is_first = False
+
+    def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
+        """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
+        if self._content is None:
+            self._content = self.source.content
+        # At the start of an epoch it is of no account who took part in the one before.
+        begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
+        position = {
+            "epoch": begin.epoch,
+            "n_yielded": begin.n_yielded,
+        }  # what is told first where ranks differ
+        state = {**position, **begin.to_dict({**self.identity, **self._content})}
+        del state["seed"]
+        # Each worker's last mini-batch may be smaller there, so that their number counts.
+        return state | ({"workers": n_workers} if self.options.shuffle_scope == "partition" else {})

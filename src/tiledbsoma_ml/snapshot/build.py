@@ -1,0 +1,354 @@
+"""Parts become a snapshot: read in the order of storage, shard by shard, in a folder beside it.
+
+Nothing here knows where rows come from: see `Part`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._soma.window import preload_kernels
+from tiledbsoma_ml._threads import at_work
+from tiledbsoma_ml.snapshot.check import check_content, verify
+from tiledbsoma_ml.snapshot.content import Content, warn_of_unknown
+from tiledbsoma_ml.snapshot.disk import check_space, disk_error
+from tiledbsoma_ml.snapshot.files import File, Fsyncs, HashedFile, digest, fsync
+from tiledbsoma_ml.snapshot.format import (
+    DTYPES,
+    MANIFEST,
+    Embedding,
+    Layer,
+    Manifest,
+    Shard,
+    indices_dtype,
+)
+from tiledbsoma_ml.snapshot.frames import read_frames, write_frames
+from tiledbsoma_ml.snapshot.part import PIECE_BYTES, Part, ShardRows, StoredLayer
+from tiledbsoma_ml.snapshot.progress import Progress, check_own_folder, locked
+from tiledbsoma_ml.snapshot.resume import PARTIAL, Finished, keep_partial, shard_name, take_over
+from tiledbsoma_ml.snapshot.shards import ShardWriter
+
+MIN_SHARD_BYTES, MAX_SHARD_BYTES, MIN_SHARDS = 2**25, 2**29, 8
+"""A snapshot has at least so many shards of such a size."""
+
+
+def create(
+    path: Path,
+    parts: Sequence[Part],
+    *,
+    obs_column_names: Sequence[str],
+    layers: Sequence[str],
+    obsm: Sequence[str],
+    budget: Budget,
+    progress: Progress,
+) -> None:
+    """Make a snapshot at a path, unless it is there already.
+
+    Args:
+        path: The folder to make.
+        parts: Its rows, one part after the other.
+        obs_column_names: Columns of `obs`.
+        layers: Further layers of `X`.
+        obsm: Arrays of `obsm`.
+        budget: The memory that this may take.
+        progress: Callback for progress.
+
+    Raises:
+        ValueError: If a name does not exist, parts do not fit together, or there is something else.
+        OSError: If the disk cannot be written to, or is too small.
+    """
+    content = describe(parts, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
+    if is_there(path, content):
+        return
+    with locked(path, progress.say):
+        if not is_there(path, content):
+            _Builder(path, parts, content, budget, progress).build()
+
+
+def is_there(path: Path, content: Content) -> bool:
+    """Return whether a snapshot of this content is at the path.
+
+    Raises:
+        ValueError: If something else is.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"path={str(path)!r} must be a snapshot or free, but something else is there, which is never "
+            "overwritten; choose another path."
+        )
+    manifest = Manifest.read(path)
+    if differences := manifest.content.differences(content):
+        raise ValueError(
+            f"path={str(path)!r} must be free or hold this query, but holds another one "
+            f"({'; '.join(differences)}); choose another path, or remove it."
+        )
+    manifest.check_files(path)
+    for made, asked in zip(manifest.content.sources, content.sources, strict=True):
+        warn_of_unknown(path, made, asked, content.arrays)
+    return True
+
+
+def describe(
+    parts: Sequence[Part],
+    *,
+    obs_column_names: Sequence[str],
+    layers: Sequence[str],
+    obsm: Sequence[str],
+) -> Content:
+    """Return what a snapshot of parts holds, having checked that it exists."""
+    first = parts[0]
+    layer_names = tuple(dict.fromkeys([first.layer_name, *layers]))
+    for part in parts[1:]:
+        if not np.array_equal(part.ids.var_joinids, first.ids.var_joinids):
+            raise ValueError(
+                f"query must be several ones on the same columns, but that on {part.name!r} has "
+                f"{len(part.ids.var_joinids):,} other var_joinids than the {len(first.ids.var_joinids):,} of "
+                "the first; select the same columns, in the same order."
+            )
+    for part in parts:
+        part.check(layer_names=layer_names, obs_column_names=obs_column_names, obsm_names=obsm)
+    return Content(
+        sources=tuple(part.origin(layer_names=layer_names, obsm_names=obsm) for part in parts),
+        n_vars=len(first.ids.var_joinids),
+        var_digest=digest(first.ids.var_joinids),
+        layer_names=layer_names,
+        obs_column_names=tuple(obs_column_names),
+        obsm_names=tuple(obsm),
+    )
+
+
+class _Builder:
+    """Makes one snapshot, in a folder beside its path that is renamed at the end.
+
+    The folder of a creation that was killed is taken up again: `partial.json` tells what is finished.
+    """
+
+    def __init__(
+        self, path: Path, parts: Sequence[Part], content: Content, budget: Budget, progress: Progress
+    ) -> None:
+        self._path = path
+        self._folder = path.with_name(f".{path.name}.building")
+        self._parts = parts
+        self._content = content
+        self._budget = budget
+        self._progress = progress
+        self._stored: dict[str, list[StoredLayer]] = {}
+        self._bytes_per_row: dict[str, float] = {}
+        self._borders: list[int] = []
+        self._finished: dict[str, list[Shard]] = {}
+        self._frames: Future[dict[str, File]] = Future()
+        self._failed_read: OSError | None = None
+
+    def build(self) -> None:
+        preload_kernels()
+        check_own_folder(self._folder, self._path)
+        if not self._is_only_to_be_renamed():
+            self._stored = {name: self._layers_of_parts(name) for name in self._content.layer_names}
+            dtypes = {name: self._dtype_of(name) for name in self._content.layer_names}
+            finished = take_over(self._folder, self._content, dtypes)
+            self._borders, self._finished = finished.borders, finished.shards
+            self._bytes_per_row = self._measure()
+            if not self._borders:
+                self._borders = self._cut()
+            needed = self._needed()
+            check_space(self._path, needed)
+            try:
+                if not check_own_folder(self._folder, self._path):
+                    self._folder.mkdir(mode=0o700)
+                self._write()
+            except OSError as err:
+                if err is self._failed_read:
+                    raise
+                raise disk_error(self._path, err, needed) from err
+        (self._folder / PARTIAL).unlink(missing_ok=True)
+        self._open_to_others()
+        fsync(self._folder)
+        self._folder.rename(self._path)
+        fsync(self._path.parent)
+
+    def _is_only_to_be_renamed(self) -> bool:
+        """Whether a creation that was killed had finished all."""
+        try:
+            manifest = Manifest.read(self._folder)
+            if manifest.content.fingerprint != self._content.fingerprint or not self._content.tells_changes:
+                return False
+            verify(self._folder, manifest)
+        except ValueError:
+            return False
+        return True
+
+    def _keep_partial(self) -> None:
+        keep_partial(self._folder, self._content, Finished(borders=self._borders, shards=self._finished))
+
+    def _open_to_others(self) -> None:
+        """Let those look into the folder who can read its files: what the umask lets."""
+        special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
+        mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)
+        with suppress(OSError):  # a file system without modes
+            self._folder.chmod(special | mode | (mode & 0o444) >> 2)
+
+    # How much there is ------------------------------------------------------------------------------------
+
+    def _layers_of_parts(self, name: str) -> list[StoredLayer]:
+        return [part.layer(name, self._budget) for part in self._parts]
+
+    def _dtype_of(self, name: str) -> str:
+        """Return the type of a layer, which is the same in all parts that have rows.
+
+        Raises:
+            ValueError: If it is not, or if a snapshot cannot hold it.
+        """
+        pairs = list(zip(self._parts, self._stored[name], strict=True))
+        pairs = [pair for pair in pairs if len(pair[0].ids.obs_joinids)] or pairs[:1]
+        dtypes = {stored.dtype.str: part.name for part, stored in pairs}
+        if len(dtypes) > 1:
+            listed = ", ".join(f"{dtype} in {uri!r}" for dtype, uri in dtypes.items())
+            raise ValueError(
+                f"layer {name!r} must have one type in all queries, but has {listed}; make one snapshot each."
+            )
+        [dtype] = dtypes
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"layer {name!r} must have a type among {', '.join(DTYPES)}, not {dtype}; convert it."
+            )
+        return dtype
+
+    def _measure(self) -> dict[str, float]:
+        """Return about how many bytes a row of each layer and of each array of `obsm` takes up."""
+        part = max(self._parts, key=lambda part: len(part.ids.obs_joinids))
+        found = {name: part.bytes_per_row(name, self._budget) for name in self._content.layer_names}
+        for name in self._content.obsm_names:
+            array = part.array(name)
+            found[f"obsm {name}"] = float(array.n_cols * array.dtype.itemsize)
+        return found
+
+    def _cut(self) -> list[int]:
+        """Return the borders of shards: whole tiles of rows, unless one is too large for the budget."""
+        first_layer = self._content.layer_names[0]
+        bytes_per_row = self._bytes_per_row[first_layer]
+        size = max(bytes_per_row * self._content.n_obs / MIN_SHARDS, MIN_SHARD_BYTES)
+        borders = [0]
+        for part, stored in zip(self._parts, self._stored[first_layer], strict=True):
+            tile = stored.row_tile
+            n_bytes = min(max(min(size, MAX_SHARD_BYTES), tile * bytes_per_row), self._budget.windows / 4)
+            found = _shard_borders(part.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
+            first = borders[-1]
+            borders += [first + border for border in found]
+        return borders
+
+    def _needed(self) -> int:
+        """Return how many bytes are still to be written, about."""
+        per_row = 8 + 16 * len(self._content.obs_column_names) + sum(self._bytes_per_row.values())
+        done = sum(file.lstat().st_size for file in self._folder.glob("*"))
+        return max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
+
+    # Writing ----------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        (self._folder / MANIFEST).unlink(missing_ok=True)
+        n_done = sum(shards[-1].row_stop for shards in self._finished.values() if shards)
+        n_rows = self._content.n_obs * len(self._content.layer_names)
+        with self._progress.of(n_rows, n_done), Fsyncs() as fsyncs, ThreadPoolExecutor(1) as pool:
+            self._frames = pool.submit(at_work()(self._write_frames))
+            self._keep_partial()
+            layers = tuple(self._write_layer(name, fsyncs) for name in self._content.layer_names)
+            obsm = tuple(
+                self._write_obsm(number, name) for number, name in enumerate(self._content.obsm_names)
+            )
+            files = self._frames.result()
+            manifest = Manifest(
+                created_by=f"tiledbsoma-ml {version('tiledbsoma-ml')}",
+                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                content=self._content,
+                layers=layers,
+                obsm=obsm,
+                **files,
+            )
+            for file in [*files.values(), *(embedding.values for embedding in obsm)]:
+                fsyncs.add(self._folder / file.name)
+        check_content(self._folder, manifest)
+        manifest.write(self._folder)
+
+    def _write_frames(self) -> dict[str, File]:
+        with self._reading():
+            frames = read_frames(self._parts, self._content.obs_column_names)
+        return write_frames(self._folder, frames)
+
+    def _write_layer(self, name: str, fsyncs: Fsyncs) -> Layer:
+        shards, dtype = self._finished[name], self._dtype_of(name)
+        borders = list(pairwise(self._borders))[len(shards) :]
+        writer = ShardWriter(self._folder, np.dtype(dtype))
+        with closing(self._read(name, borders)) as read, EagerIterator(read) as ahead:
+            for (start, stop), rows in zip(borders, ahead, strict=True):
+                written = writer.write(shard_name(self._content, name, len(shards)), rows)
+                shard = Shard(row_start=start, row_stop=stop, **written)
+                for file in shard.files:
+                    fsyncs.add(self._folder / file.name)
+                shards.append(shard)
+                self._keep_partial()
+                self._progress.advance(stop - start)
+                if self._frames.done():
+                    self._frames.result()  # rather now than at the end, if it failed
+        columns = indices_dtype(self._content.n_vars).str
+        return Layer(name=name, dtype=dtype, indices_dtype=columns, shards=tuple(shards))
+
+    def _read(self, name: str, borders: Sequence[tuple[int, int]]) -> Generator[ShardRows, None, None]:
+        """Yield the rows between borders, which may be cut within parts but not across them."""
+        first = 0
+        for part in self._parts:
+            end = first + len(part.ids.obs_joinids)
+            mine = [(start - first, stop - first) for start, stop in borders if first <= start < end]
+            if mine:
+                n_rows = max(stop - start for start, stop in mine)
+                n_pieces = ceil(n_rows * self._bytes_per_row[name] / PIECE_BYTES)
+                with self._reading():
+                    yield from part.shards(name, mine, n_pieces=n_pieces, budget=self._budget)
+            first = end
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Remember an error of a file that a part is read from: it says nothing of the snapshot's disk."""
+        try:
+            yield
+        except OSError as err:
+            self._failed_read = err
+            raise
+
+    def _write_obsm(self, number: int, name: str) -> Embedding:
+        arrays = {part.array(name) for part in self._parts}
+        if len(arrays) > 1:
+            listed = ", ".join(f"{array.n_cols} columns of {array.dtype}" for array in arrays)
+            raise ValueError(f"obsm={name!r} must be alike in all queries, not {listed}; leave it out.")
+        with HashedFile(self._folder / f"obsm{number}") as file:
+            for part in self._parts:
+                for rows in part.array_rows(name):
+                    file.write(rows)
+        [array] = arrays
+        return Embedding(name=name, dtype=array.dtype.str, n_cols=array.n_cols, values=file.written)
+
+
+def _shard_borders(tiles: NDArray[np.int64], n_rows: int) -> list[int]:
+    """Return where shards of about `n_rows` rows end: between tiles, or within one that is larger."""
+    starts = np.append(np.flatnonzero(np.diff(tiles, prepend=tiles[:1])), len(tiles))
+    borders = [0]
+    while borders[-1] < len(tiles):
+        start = borders[-1]
+        fits = starts[(starts > start) & (starts <= start + n_rows)]
+        borders.append(int(fits[-1]) if len(fits) else min(start + n_rows, len(tiles)))
+    return borders[1:]

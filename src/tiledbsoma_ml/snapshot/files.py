@@ -1,0 +1,271 @@
+"""The files of a snapshot: written once, each with its checksum; opened and mapped with care."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml._threads import at_work
+
+FORMAT = "tiledbsoma-ml snapshot"
+FORMAT_VERSION = 1
+
+WAY_OUT = "remove the snapshot and make it again, or restore the file."
+
+TEXT = attrs.validators.instance_of(str)
+COUNT = attrs.validators.and_(attrs.validators.instance_of(int), attrs.validators.ge(0))
+
+
+@attrs.frozen
+class File:
+    """A file of a snapshot: its name, size, and the SHA-256 of its bytes in hexadecimal."""
+
+    name: str = attrs.field(validator=TEXT)
+    nbytes: int = attrs.field(validator=COUNT)
+    sha256: str = attrs.field(validator=TEXT)
+
+    @contextmanager
+    def open(self, folder: Path) -> Iterator[BufferedReader]:
+        """Open the file to read it, having checked what `check_size` checks."""
+        self.check_size(folder)
+        with open_plain(folder / self.name) as file:
+            yield file
+
+    def check_size(self, folder: Path) -> None:
+        """Raise a ValueError if the file is missing, a link or a folder, or not as long as it was written."""
+        path = folder / self.name
+        expected = f"{self.nbytes:,} bytes (SHA-256 {self.sha256})"
+        try:
+            found = path.lstat()
+        except OSError as err:
+            raise ValueError(
+                f"{str(path)!r} must be there with {expected}, but is missing; {WAY_OUT}"
+            ) from err
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{str(path)!r} must be a plain file, no link and no folder; {WAY_OUT}")
+        if found.st_size != self.nbytes:
+            raise ValueError(f"{str(path)!r} must have {expected}, not {found.st_size:,}; {WAY_OUT}")
+
+    def check_content(self, folder: Path) -> None:
+        """Raise a ValueError if the file is not, byte for byte, as it was written."""
+        with self.open(folder) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
+            raise ValueError(
+                f"{str(folder / self.name)!r} must have the SHA-256 {self.sha256}, not {found}: it was "
+                f"altered; {WAY_OUT}"
+            )
+
+
+def damaged(folder: Path, file: File, rule: str) -> ValueError:
+    """Return the error of a file that is as long as it was written, but breaks a rule."""
+    return ValueError(
+        f"{str(folder / file.name)!r} {rule}: it is damaged; `Snapshot.verify()` tells which files are, "
+        "then remove the snapshot and make it again, or restore them."
+    )
+
+
+# Text with a checksum -------------------------------------------------------------------------------------
+
+
+def sealed(fields: dict[str, Any]) -> str:
+    """Return fields as JSON, with the SHA-256 of the JSON without it as the last one."""
+    return _json({**fields, "sha256": hashlib.sha256(_json(fields).encode()).hexdigest()})
+
+
+def read_sealed(path: Path, what: str) -> dict[str, Any]:
+    """Return the fields of a file that `sealed` made.
+
+    Raises:
+        ValueError: If there is none, it was altered, or is of a newer format.
+    """
+    try:
+        with open_plain(path) as file:
+            text = file.read().decode()
+        fields = json.loads(text)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise ValueError(
+            f"path={str(path.parent)!r} must be {what}, but has no {path.name}; choose another path, or make "
+            "one there with Snapshot.create."
+        ) from err
+    except ValueError as err:
+        raise ValueError(f"{str(path)!r} must be JSON, but: {err}; {WAY_OUT}") from err
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} must have the format {FORMAT!r}; {WAY_OUT}")
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} must have format_version {FORMAT_VERSION}, not {version!r}; read it with the "
+            "tiledbsoma-ml that made it, or install a newer one."
+        )
+    found = fields.pop("sha256", None)
+    expected = hashlib.sha256(_json(fields).encode()).hexdigest()
+    if found != expected or text != sealed(fields):
+        raise ValueError(
+            f"{str(path)!r} must have the SHA-256 {found}, not {expected}: it was altered; {WAY_OUT}"
+        )
+    return fields
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=1) + "\n"
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Open a plain file to read it; no link is followed, and nothing else is waited for.
+
+    Raises:
+        ValueError: If it is a link, a folder, or anything else.
+        OSError: If it is not there or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise ValueError(f"{str(path)!r} must be a plain file, no link and no folder; {WAY_OUT}") from err
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{str(path)!r} must be a plain file, no link and no folder; {WAY_OUT}")
+    return os.fdopen(descriptor, "rb")
+
+
+def open_new(path: Path) -> BufferedWriter:
+    """Open a new file to write to it, in place of what has its name; a link is not followed."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is there whole, or is not there."""
+    new = path.with_name(path.name + ".new")
+    with open_new(new) as file:
+        file.write(text.encode())
+    fsync(new)
+    new.replace(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Fsyncs:
+    """Files whose bytes go to the disk on a thread; all are there when the context ends."""
+
+    def __enter__(self) -> Fsyncs:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fsync")
+        self._pending: list[Future[None]] = []
+        return self
+
+    def add(self, path: Path) -> None:
+        """Bring the bytes of a file to the disk, on the thread."""
+        self._pending.append(self._pool.submit(at_work()(fsync), path))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            for pending in self._pending:
+                pending.result()
+
+
+# Arrays ---------------------------------------------------------------------------------------------------
+
+
+class HashedFile:
+    """A new file, written to piece by piece; closed by its context."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open_new(path)
+        self._sha256 = hashlib.sha256()
+        self._nbytes = 0
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Append an array, little-endian."""
+        view = little_endian_bytes(array)
+        self._sha256.update(view)
+        self._nbytes += len(view)
+        self._file.write(view)
+
+    @property
+    def written(self) -> File:
+        """What was written so far."""
+        return File(self._path.name, self._nbytes, self._sha256.hexdigest())
+
+
+def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
+    """Write arrays, one after the other, into a new file."""
+    with HashedFile(path) as file:
+        for array in arrays:
+            file.write(array)
+    return file.written
+
+
+def describe_file(path: Path) -> File:
+    """Return name, size and checksum of a file that was written."""
+    with open_plain(path) as file:
+        return File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def digest(joinids: NDArray[np.int64]) -> str:
+    """Return a digest of joinids."""
+    return hashlib.blake2b(little_endian_bytes(joinids), digest_size=16).hexdigest()
+
+
+def little_endian_bytes(array: NDArray[Any]) -> memoryview:
+    """Return the bytes of an array, row after row; without a copy where they are there already."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_longlong]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def map_file(folder: Path, file: File, dtype: str) -> NDArray[Any]:
+    """Return a file as a read-only array in shared memory pages.
+
+    Other than `mmap.mmap`, this keeps no file descriptor: a snapshot has more files than a process may open.
+
+    Raises:
+        ValueError: If the file is missing, no plain file, or has another size.
+    """
+    with file.open(folder) as opened:
+        if not file.nbytes:
+            return np.empty(0, dtype)
+        address = _libc.mmap(None, file.nbytes, mmap.PROT_READ, mmap.MAP_SHARED, opened.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder / file.name))
+    buffer = (ctypes.c_uint8 * file.nbytes).from_address(address)
+    weakref.finalize(buffer, _libc.munmap, address, file.nbytes).atexit = False
+    array: NDArray[Any] = np.frombuffer(memoryview(buffer), np.dtype(dtype))
+    array.flags.writeable = False
+    return array

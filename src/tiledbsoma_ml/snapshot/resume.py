@@ -1,0 +1,116 @@
+"""What a creation keeps of itself while it goes on, and what the next one takes over if it is killed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tiledbsoma_ml.snapshot.check import check_shard
+from tiledbsoma_ml.snapshot.content import Content
+from tiledbsoma_ml.snapshot.files import FORMAT, FORMAT_VERSION, read_sealed, sealed, write_atomically
+from tiledbsoma_ml.snapshot.format import Shard, indices_dtype, shard_from
+
+PARTIAL = "partial.json"
+
+
+@attrs.frozen(kw_only=True)
+class Finished:
+    """What is finished of a creation.
+
+    Attributes:
+        borders: The first row of each shard, and the number of rows; empty where nothing is known.
+        shards: The first shards of each layer.
+    """
+
+    borders: list[int]
+    shards: dict[str, list[Shard]]
+
+
+def keep_partial(folder: Path, content: Content, finished: Finished) -> None:
+    """Write what is finished to `partial.json`."""
+    fields = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": content.fingerprint,
+        "borders": finished.borders,
+        "shards": {name: [attrs.asdict(s) for s in shards] for name, shards in finished.shards.items()},
+    }
+    write_atomically(folder / PARTIAL, sealed(fields))
+
+
+def take_over(folder: Path, content: Content, dtypes: Mapping[str, str]) -> Finished:
+    """Return what is finished, and right, of a creation that was killed; of another one all is removed.
+
+    Args:
+        folder: The folder in which it was made.
+        content: The content of the snapshot to be made.
+        dtypes: The type of each layer.
+    """
+    nothing = Finished(borders=[], shards={name: [] for name in content.layer_names})
+    try:
+        fields = read_sealed(folder / PARTIAL, "a snapshot in the making")
+    except ValueError:
+        fields = {}
+    # Of a source that tells of no changes, what was read before may be of another one.
+    is_same = fields.get("fingerprint") == content.fingerprint and content.tells_changes
+    if not is_same:
+        shutil.rmtree(folder, ignore_errors=True)
+        return nothing
+    try:
+        borders = _borders_from(fields["borders"], content.n_obs)
+        shards = {
+            name: list(_right_shards(folder, content, name, dtypes[name], borders, fields["shards"][name]))
+            for name in content.layer_names
+        }
+    except (KeyError, TypeError, ValueError):
+        return nothing
+    return Finished(borders=borders, shards=shards)
+
+
+def shard_name(content: Content, layer_name: str, number: int) -> str:
+    """Return what the files of a shard are called, but for their endings."""
+    layer = content.layer_names.index(layer_name)
+    return f"layer{layer}-shard-{number:05}" if layer else f"shard-{number:05}"
+
+
+def _right_shards(
+    folder: Path,
+    content: Content,
+    layer_name: str,
+    dtype: str,
+    borders: Sequence[int],
+    told: Sequence[dict[str, Any]],
+) -> Iterator[Shard]:
+    """Yield the first shards of a layer, of those that a killed creation tells of, that are right."""
+    columns = indices_dtype(content.n_vars).str
+    for number, (shard, rows) in enumerate(zip(map(shard_from, told), pairwise(borders))):  # noqa: B905
+        name = shard_name(content, layer_name, number)
+        names = [name + ending for ending in (".indptr", ".indices", ".data")]
+        if (shard.row_start, shard.row_stop) != rows or [file.name for file in shard.files] != names:
+            return
+        if any(shard.contradictions(dtype, columns, content.n_vars)):
+            return
+        try:
+            for file in shard.files:
+                file.check_content(folder)
+            check_shard(folder, columns, shard, content.n_vars)
+        except ValueError:
+            return
+        yield shard
+
+
+def _borders_from(told: Any, n_obs: int) -> list[int]:
+    """Return the borders of shards that a killed creation tells of.
+
+    Raises:
+        ValueError: If they do not ascend from 0 to the number of rows.
+    """
+    borders = [0, *(int(border) for border in told[1:])]
+    if borders != told or borders[-1] != n_obs or any(b <= a for a, b in pairwise(borders)):
+        raise ValueError(f"borders={told} must ascend from 0 to {n_obs}.")
+    return borders

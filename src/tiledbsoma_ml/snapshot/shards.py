@@ -1,0 +1,104 @@
+"""Shards: rows of a layer, sorted, in the smallest type that holds their values, written to three files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiledbsoma_ml._eager_iter import EagerMap
+from tiledbsoma_ml._soma.window import _narrowed
+from tiledbsoma_ml.snapshot.files import HashedFile, write_array
+from tiledbsoma_ml.snapshot.format import stored_dtypes
+from tiledbsoma_ml.snapshot.part import ShardRows
+
+
+class ShardWriter:
+    """Writes shards; values wait, in memory that is used again, until the type that holds all is known."""
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._waiting = np.empty(0, dtype=np.uint8)
+
+    def write(self, name: str, rows: ShardRows) -> dict[str, Any]:
+        """Write the rows of a shard; return what the manifest says about them, but for their numbers."""
+        paths = {what: self._folder / f"{name}.{what}" for what in ("indptr", "indices", "data")}
+        lengths, kept = [np.zeros(1, dtype=np.int64)], []
+        if len(self._waiting) < rows.nbytes:  # enough, but where values have many types
+            self._waiting = np.empty(rows.nbytes, dtype=np.uint8)
+
+        def sorted_indices() -> Iterator[NDArray[Any]]:
+            n_bytes = 0
+            for piece in rows.pieces:
+                piece.sort_indices()
+                lengths.append(np.diff(piece.indptr))
+                if piece.nnz:
+                    kept.append(self._keep(piece.data, n_bytes))
+                    n_bytes += -(-kept[-1].nbytes // 8) * 8
+                yield piece.indices
+
+        with (
+            HashedFile(paths["indices"]) as indices,
+            EagerMap(indices.write, sorted_indices(), n_threads=1) as written,
+        ):
+            for _ in written:  # each while the next piece is sorted
+                pass
+        data_dtype = smallest(kept, self._dtype)
+        with HashedFile(paths["data"]) as data:
+            for values in kept:
+                data.write(values.astype(data_dtype, copy=False))
+        indptr = np.cumsum(np.concatenate(lengths))
+        return {
+            "nnz": int(indptr[-1]),
+            "data_dtype": data_dtype.str,
+            "indptr": write_array(paths["indptr"], [indptr]),
+            "indices": indices.written,
+            "data": data.written,
+        }
+
+    def _keep(self, values: NDArray[Any], start: int) -> NDArray[Any]:
+        """Return values, narrowed, in the memory that waits, from `start` on."""
+        dtype = narrowed(values)
+        end = start + len(values) * dtype.itemsize
+        if end > len(self._waiting):  # what was kept before stays where it is, held by its views
+            self._waiting = np.empty(end + end // 4, dtype=np.uint8)
+        kept = self._waiting[start:end].view(dtype)
+        np.copyto(kept, values, casting="unsafe")
+        return kept
+
+
+def narrowed(values: NDArray[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds every one of some values exactly."""
+    dtype = _narrowed(values)
+    if dtype == values.dtype and dtype.kind == "i" and len(values):
+        low, high = values.min(), values.max()
+        widths = (8, 16, 32, 64)
+        return next(np.dtype(f"i{w // 8}") for w in widths if -(2 ** (w - 1)) <= low and high < 2 ** (w - 1))
+    if dtype == np.float64:
+        with np.errstate(over="ignore", invalid="ignore"):
+            short = values.astype(np.float32)
+        if (short.astype(np.float64).view(np.uint64) == values.view(np.uint64)).all():
+            return short.dtype
+    return dtype
+
+
+def smallest(pieces: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds every value of a layer of `dtype`, given in narrowed pieces."""
+    *narrower, _ = map(np.dtype, stored_dtypes(dtype.str))
+    return next((t for t in narrower if all(_holds(t, values) for values in pieces)), dtype)
+
+
+def _holds(dtype: np.dtype[Any], values: NDArray[Any]) -> bool:
+    """Whether a type holds narrowed values exactly."""
+    if np.can_cast(values.dtype, dtype):
+        return True
+    if values.dtype.kind == "f":
+        return False
+    if dtype.kind == "f":
+        return bool((values.astype(dtype).astype(np.float64) == values).all())
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= values.min() and values.max() <= limits.max)
