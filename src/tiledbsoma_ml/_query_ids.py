@@ -293,6 +293,21 @@ def check_whole(ids: QueryIDs) -> None:
         )
 
 
+def check_other_rows(ids: QueryIDs, of: QueryIDs) -> None:
+    """Raise a TypeError or ValueError unless `ids` may be read in place of `of`: rows of the same columns."""
+    if not isinstance(ids, QueryIDs):
+        raise TypeError(
+            f"query_ids must be QueryIDs, not of type {type(ids).__name__}; try "
+            "QueryIDs(obs_joinids=…, var_joinids=dataset.query_ids.var_joinids)."
+        )
+    check_whole(ids)
+    if not np.array_equal(ids.var_joinids, of.var_joinids):
+        raise ValueError(
+            "query_ids must have the columns of the dataset, in their order; make another "
+            "ExperimentDataset for others."
+        )
+
+
 def wrapped(joinids: NDArrayJoinId, start: int, stop: int) -> NDArrayJoinId:
     """Return joinids from `start` to `stop`, going on with the first ones behind the last."""
     n_rows = len(joinids)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tiledbsoma_ml._batch.read_ahead import Piece
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._dataset.mini_batches import assembly
 from tiledbsoma_ml._epoch.position import Position
 from tiledbsoma_ml._epoch.progress import Progress, Run
 from tiledbsoma_ml.dataset import ExperimentDataset
@@ -160,7 +161,7 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(
-            self.dataset.assembly(self.dataset.plan.of(part), use_eager_fetch=False).mini_batches(pieces)
+            assembly(self.dataset.plan.of(part), self.dataset.options, in_worker=True).mini_batches(pieces)
             for pieces, part in zip(
                 _by_worker(items, self.num_workers),
                 self.dataset.iterations.parts_of_workers(begin, self.num_workers),

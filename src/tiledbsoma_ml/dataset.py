@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,13 +13,11 @@ import numpy as np
 import tiledbsoma as soma
 import torch
 
-from tiledbsoma_ml._batch.assemble import Assembly, DeviceShuffle
-from tiledbsoma_ml._batch.random_access import random_access_mini_batches
-from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._common import MiniBatch, check_count
 from tiledbsoma_ml._dataset.choose_source import choose_source
-from tiledbsoma_ml._dataset.describe import as_line, as_table, described
+from tiledbsoma_ml._dataset.facts import Facts
 from tiledbsoma_ml._dataset.iterations import Iterations
+from tiledbsoma_ml._dataset.mini_batches import leaves_device_work_to_loader, mini_batches, pieces_of_worker
 from tiledbsoma_ml._dataset.options import (
     DEFAULT_IO_BATCH_SIZE,
     DEFAULT_MEMORY_BUDGET,
@@ -29,16 +25,14 @@ from tiledbsoma_ml._dataset.options import (
     DEFAULT_SHUFFLE_CHUNK_SIZE,
     Options,
     ShuffleMode,
+    warn_of_not_in_use,
 )
-from tiledbsoma_ml._distributed import get_worker_id_and_num
 from tiledbsoma_ml._epoch.progress import Progress
-from tiledbsoma_ml._order.plan import PartPlan, Plan
 from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
-from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_whole
-from tiledbsoma_ml._rows import Padding
-from tiledbsoma_ml._source import RandomAccess, Reader, Source
+from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_other_rows
+from tiledbsoma_ml._source import RandomAccess, Source
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -52,12 +46,8 @@ __all__ = [
     "ShuffleMode",
 ]
 
-_OPTIONS = frozenset(attrs.fields_dict(Options))
-_CHANGEABLE = frozenset({"ranks", "return_sparse_X", "use_eager_fetch"})
-"""Options that neither the order of the epoch depends on, nor what is read."""
 
-
-class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
+class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
     """The cells of a SOMA query as mini-batches `(X, obs)`, in a new random order every epoch.
 
     ```python
@@ -133,25 +123,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         TypeError: If a value has the wrong type.
     """
 
-    batch_size: int
-    device: torch.device | None
-    io_batch_size: Size
-    memory_budget: int
-    mixing: float | None
-    obs_column_names: list[str]
-    padding_column_name: str | None
-    ranks: tuple[int, int] | None
-    return_sparse_X: bool
-    seed: int | None
-    shuffle: bool
-    shuffle_chunk_size: Size
-    shuffle_mode: ShuffleMode
-    shuffle_scope: ShuffleScope
-    tail: Tail
-    use_eager_fetch: bool
-    window_budget: int
-    window_dir: Path | None
-
     def __init__(
         self,
         query: soma.ExperimentAxisQuery | None = None,
@@ -200,10 +171,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
             ranks=ranks,
         )
         has_snapshot = snapshot is not None and snapshot is not False
-        self.not_in_use = options.not_in_use(has_snapshot=has_snapshot)
-        for name, why in self.not_in_use.items():
-            value = getattr(options, name)
-            warnings.warn(f"{name}={value!r} changes nothing here: {why}; leave it out.", stacklevel=2)
+        self.not_in_use = warn_of_not_in_use(options, has_snapshot=has_snapshot)
         chosen, ids = choose_source(
             query,
             layer_name,
@@ -225,90 +193,6 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""
         return self.iterations.n_mini_batches()
-
-    # What it is -------------------------------------------------------------------------------------------
-
-    @property
-    def source(self) -> Source:
-        """Where rows come from."""
-        return self.iterations.source
-
-    @property
-    def query_ids(self) -> QueryIDs:
-        """The rows and columns that are read."""
-        return self.iterations.ids
-
-    @property
-    def options(self) -> Options:
-        """All settings, checked and resolved; each of them is an attribute of the dataset as well."""
-        return self.iterations.options
-
-    @property
-    def plan(self) -> Plan:
-        """In which order rows come and what is read together, with what "auto" stands for.
-
-        That is found out when it is first asked for; a snapshot that it depends on is made.
-        """
-        return self.iterations.plan
-
-    @property
-    def x_locator(self) -> XLocator | None:
-        """Address of the layer; None if `X` is of no experiment, or a snapshot alone was given."""
-        return self.source.locator
-
-    @property
-    def measurement_name(self) -> str | None:
-        """Measurement that `X` is read from; None if `x_locator` is."""
-        return None if self.x_locator is None else self.x_locator.measurement_name
-
-    @property
-    def layer_name(self) -> str | None:
-        """Layer of `X`; None if `x_locator` is."""
-        return None if self.x_locator is None else self.x_locator.layer_name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of mini-batches, as `len` has it, and number of columns of `X`."""
-        return len(self), len(self.query_ids.var_joinids)
-
-    @property
-    def rank(self) -> int:
-        """Number of this process among those that train, as it is known now."""
-        return self.iterations.ranks[0]
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes that train, as it is known now."""
-        return self.iterations.ranks[1]
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an option."""
-        if name in _OPTIONS and "iterations" in self.__dict__:
-            value = getattr(self.options, name)
-            return list(value) if name == "obs_column_names" else value
-        return object.__getattribute__(self, name)  # raises the error of a property that failed, too
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHANGEABLE:
-            self.iterations.options = attrs.evolve(self.options, **{name: value})
-        elif name in _OPTIONS or name in ("query_ids", "source", "x_locator"):
-            raise AttributeError(
-                f"{name} of a dataset cannot be changed, for its order was made with it; make another "
-                f"dataset: ExperimentDataset(…, {name}={value!r})."
-            )
-        else:
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_OPTIONS})
-
-    def __repr__(self) -> str:
-        """Return what it yields and where that is, in a line; nothing is read for it, or written."""
-        return as_line(type(self).__name__, described(self.iterations))
-
-    def _repr_html_(self) -> str:
-        """Return the same as a table, with the settings that are not in use."""
-        return as_table(type(self).__name__, described(self.iterations), self.not_in_use)
 
     # Epochs -----------------------------------------------------------------------------------------------
 
@@ -359,17 +243,7 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
         Raises:
             ValueError: If they have other columns.
         """
-        if not isinstance(query_ids, QueryIDs):
-            raise TypeError(
-                f"query_ids must be QueryIDs, not of type {type(query_ids).__name__}; try "
-                "QueryIDs(obs_joinids=…, var_joinids=dataset.query_ids.var_joinids)."
-            )
-        check_whole(query_ids)
-        if not np.array_equal(query_ids.var_joinids, self.query_ids.var_joinids):
-            raise ValueError(
-                "query_ids must have the columns of the dataset, in their order; make another "
-                "ExperimentDataset for others."
-            )
+        check_other_rows(query_ids, self.query_ids)
         dataset = copy.copy(self)
         dataset.iterations = self.iterations.over(query_ids)
         return dataset
@@ -419,82 +293,19 @@ class ExperimentDataset(torch.utils.data.IterableDataset[MiniBatch]):
     def _epoch(self, progress: Progress) -> Generator[MiniBatch, None, None]:
         part, run = self.iterations.begin(progress)
         try:
-            planned, leaves_device_work = self.plan.of(part), self._leaves_device_work_to_loader
-            reader = self.source.open(planned, self.options.fields, self.iterations.budget)
+            planned, options = self.plan.of(part), self.options
+            leaves_device_work = leaves_device_work_to_loader(options, is_told=self.iterations.is_told)
+            reader = self.source.open(planned, options.fields, self.iterations.budget)
             if leaves_device_work:
-                yield from self._pieces_of_worker(planned, reader)  # type: ignore[misc]
+                yield from pieces_of_worker(planned, reader, options)  # type: ignore[misc]
                 return
-            mini_batches = self._mini_batches(planned, reader)
+            made = mini_batches(planned, reader, options)
             # Whoever leaves closes a reader that reads ahead first: then nobody waits for rows any longer.
             reads_ahead = nullcontext() if isinstance(reader, RandomAccess) else closing(reader)
-            with closing(reader), closing(mini_batches), reads_ahead:
-                for mini_batch in mini_batches:
+            with closing(reader), closing(made), reads_ahead:
+                for mini_batch in made:
                     run.advance()
                     yield mini_batch
             run.end()
         finally:
             run.is_over = True
-
-    def _mini_batches(self, planned: PartPlan, reader: Reader) -> Generator[MiniBatch, None, None]:
-        if self.device is None and isinstance(reader, RandomAccess):
-            yield from random_access_mini_batches(
-                planned.batches(),
-                reader,
-                batch_size=self.batch_size,
-                is_sparse=self.return_sparse_X,
-                padding=self._padding(planned),
-                use_eager_fetch=self.use_eager_fetch,
-            )
-            return
-        with closing(self._pieces(planned, reader)) as pieces:
-            yield from self.assembly(planned, self.use_eager_fetch).mini_batches(pieces)
-
-    def _pieces(self, planned: PartPlan, reader: Reader) -> Generator[Piece, None, None]:
-        return read_ahead(planned.batches(), reader, use_eager_fetch=self.use_eager_fetch)
-
-    def _pieces_of_worker(
-        self, planned: PartPlan, reader: Reader
-    ) -> Generator[tuple[int, Piece], None, None]:
-        """Yield what the training process makes mini-batches of, with the number of this worker."""
-        worker, _ = get_worker_id_and_num()
-        with closing(self._pieces(planned, reader)) as pieces:
-            yield from ((worker, piece) for piece in pieces)
-
-    def assembly(self, planned: PartPlan, use_eager_fetch: bool) -> Assembly:
-        """Return how the mini-batches of a part of an epoch are made of its rows."""
-        return Assembly(
-            batch_size=self.batch_size,
-            is_sparse=self.return_sparse_X,
-            device=self.device,
-            shuffle=self._device_shuffle(planned),
-            padding=self._padding(planned),
-            use_eager_fetch=use_eager_fetch,
-        )
-
-    def _device_shuffle(self, planned: PartPlan) -> DeviceShuffle | None:
-        of_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
-        of_io_batches = self.shuffle_mode is ShuffleMode.GPU_IOBATCH and not planned.permutes
-        if not self.shuffle or not (of_mini_batches or of_io_batches):
-            return None
-        return DeviceShuffle(
-            unit="mini_batch" if of_mini_batches else "io_batch",
-            seed=planned.part.seed,
-            epoch=planned.part.epoch,
-            n_earlier=planned.first_mini_batch,
-        )
-
-    def _padding(self, planned: PartPlan) -> Padding:
-        name = self.padding_column_name
-        found = planned.padding() if name is not None else planned.ids.obs_joinids[:0]
-        return Padding(column_name=name, obs_joinids=found)
-
-    @property
-    def _leaves_device_work_to_loader(self) -> bool:
-        if self.device is None or torch.utils.data.get_worker_info() is None:
-            return False
-        if not self.iterations.is_told:
-            raise RuntimeError(
-                f"device={str(self.device)!r} with workers must be loaded by `experiment_dataloader`, which "
-                "does the device work in the training process; use it in place of `DataLoader`."
-            )
-        return True

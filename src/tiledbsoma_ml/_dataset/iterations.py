@@ -27,7 +27,13 @@ from tiledbsoma_ml._distributed import (
     get_distributed_rank_and_world_size,
     get_worker_id_and_num,
 )
-from tiledbsoma_ml._epoch.agreement import agreed_seed, check_seed_of_all, log_parts
+from tiledbsoma_ml._epoch.agreement import (
+    agreed_seed,
+    check_a_row_each,
+    check_dealt_once,
+    check_seed_of_all,
+    log_parts,
+)
 from tiledbsoma_ml._epoch.position import Position
 from tiledbsoma_ml._epoch.progress import Epochs, Loaded, Progress, Run, Told
 from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
@@ -196,7 +202,7 @@ class Iterations:
         if self._told is not None and in_worker:
             part = self._continued(self._told.begin(), place)
             return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
-        self._check_dealt_once()
+        self._check_ranks()
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         if not in_worker:
@@ -223,7 +229,7 @@ class Iterations:
         Yields:
             Where the epoch begins, and the run of it.
         """
-        self._check_dealt_once()
+        self._check_ranks()
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
         self._agree(num_workers, begin)
@@ -300,29 +306,17 @@ class Iterations:
         total = self._deal(start.earlier).n_mini_batches_of_rank(start.world_size, len(parts))
         return Run(start=start, total=total, loaded=loaded)
 
-    def _check_dealt_once(self) -> None:
-        """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here."""
-        dealer, options = dealt_again_by() or self._dealer, self.options
-        if dealer is not None and options.ranks is None and self.ranks[1] > 1:
-            raise ValueError(
-                f"Accelerate's prepare deals to all {self.ranks[1]} ranks what ExperimentDataset deals to "
-                "them already, so that most rows were lost; make the dataset with ranks=(0, 1), or do not "
-                "prepare its loader."
-            )
-        if dealer == "IterableDatasetShard" and options.shuffle and options.seed is None:
-            raise ValueError(
-                "seed=None must be a number where each rank takes its share of one order, as Accelerate's "
-                "dispatch_batches=False has it; try seed=42."
-            )
+    def _check_ranks(self) -> None:
+        """Raise a ValueError where the ranks cannot iterate, or rows would be dealt to them twice."""
+        options, (_, world_size), n_rows = self.options, self.ranks, len(self.ids.obs_joinids)
+        n_dealt_to = world_size if options.ranks is None else 1
+        check_dealt_once(dealt_again_by() or self._dealer, options.shuffle, options.seed, n_dealt_to)
+        if options.tail == "drop":
+            check_a_row_each(n_rows, world_size)
 
     def _agree(self, num_workers: int, begin: Position) -> None:
         """Make sure that all ranks can iterate, and that they iterate the same."""
-        (_, world_size), options, n_rows = self.ranks, self.options, len(self.ids.obs_joinids)
-        if options.tail == "drop" and 0 < n_rows < world_size:
-            raise ValueError(
-                f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
-                "tail='pad'."
-            )
+        (_, world_size), options = self.ranks, self.options
         if world_size > 1:
             self._seed = agreed_seed(
                 partial(self._shared_by_ranks, begin, max(num_workers, 1)),
@@ -343,11 +337,8 @@ class Iterations:
             self._content = self.source.content
         # At the start of an epoch it is of no account who took part in the one before.
         begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
-        position = {
-            "epoch": begin.epoch,
-            "n_yielded": begin.n_yielded,
-        }  # what is told first where ranks differ
-        state = {**position, **begin.to_dict({**self.identity, **self._content})}
+        first = {"epoch": begin.epoch, "n_yielded": begin.n_yielded}  # told first where ranks differ
+        state = {**first, **begin.to_dict({**self.identity, **self._content})}
         del state["seed"]
         # Each worker's last mini-batch may be smaller there, so that their number counts.
         return state | ({"workers": n_workers} if self.options.shuffle_scope == "partition" else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
@@ -211,6 +212,15 @@ class Options:
         if has_snapshot and self.window_dir is not None:
             found["window_dir"] = "a snapshot is read without windows"
         return found
+
+
+def warn_of_not_in_use(options: Options, *, has_snapshot: bool) -> dict[str, str]:
+    """Return the settings that change nothing here, each with the reason, and warn of each."""
+    found = options.not_in_use(has_snapshot=has_snapshot)
+    for name, why in found.items():
+        value = getattr(options, name)
+        warnings.warn(f"{name}={value!r} changes nothing here: {why}; leave it out.", stacklevel=3)
+    return found
 
 
 def check_size(name: str, value: object, suggestion: int) -> Size:

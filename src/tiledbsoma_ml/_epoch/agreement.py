@@ -79,6 +79,37 @@ def check_seed_of_all(seed: int | None, *, scope: ShuffleScope, world_size: int)
         )
 
 
+def check_dealt_once(dealer: str | None, shuffle: bool, seed: int | None, world_size: int) -> None:
+    """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here.
+
+    Args:
+        dealer: The class of Accelerate that deals rows to ranks, if one does: see `dealt_again_by`.
+        shuffle: Whether rows are shuffled.
+        seed: The seed that was given.
+        world_size: Number of ranks that rows are dealt to here; 1 if this rank reads everything.
+    """
+    if dealer is not None and world_size > 1:
+        raise ValueError(
+            f"Accelerate's prepare deals to all {world_size} ranks what ExperimentDataset deals to "
+            "them already, so that most rows were lost; make the dataset with ranks=(0, 1), or do not "
+            "prepare its loader."
+        )
+    if dealer == "IterableDatasetShard" and shuffle and seed is None:
+        raise ValueError(
+            "seed=None must be a number where each rank takes its share of one order, as Accelerate's "
+            "dispatch_batches=False has it; try seed=42."
+        )
+
+
+def check_a_row_each(n_rows: int, world_size: int) -> None:
+    """Raise a ValueError where there are fewer rows than ranks, and none is to be repeated."""
+    if 0 < n_rows < world_size:
+        raise ValueError(
+            f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
+            "tail='pad'."
+        )
+
+
 def log_parts(world_size: int, n_workers: int) -> None:
     """Tell what shuffling by parts means, where there are several."""
     if world_size * n_workers > 1:
