@@ -29,8 +29,8 @@ from tiledbsoma_ml import (
     _soma_source,
     experiment_dataloader,
 )
-from tiledbsoma_ml import dataset as dataset_module
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._dataset import mini_batches as mini_batches_module
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._order import sizes as order_sizes
 from tiledbsoma_ml._order.plan import Plan
@@ -562,7 +562,7 @@ def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
 def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
     n_tables, n_read, n_windows = 3000, 0, 0
     is_waited_for, is_left = threading.Event(), threading.Event()
-    read_ahead, entries, close = dataset_module.read_ahead, _reader._sparse_entries, Room.close
+    read_ahead, entries, close = mini_batches_module.read_ahead, _reader._sparse_entries, Room.close
 
     def watched(*args: Any, **options: Any) -> Iterator[Any]:
         with closing(read_ahead(*args, **options)) as pieces:
@@ -589,7 +589,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
 
     options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
     with (
-        mock.patch.object(dataset_module, "read_ahead", watched),
+        mock.patch.object(mini_batches_module, "read_ahead", watched),
         mock.patch.object(_reader, "_sparse_entries", slow),
     ):
         mini_batches = iter(dataset_of(large, **options))
