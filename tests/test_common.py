@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledbsoma_ml._common import cache_folder, check_count, check_name, nearest_names, seeded_rng
+from tiledbsoma_ml._common import (
+    cache_folder,
+    check_bool,
+    check_count,
+    check_name,
+    nearest_names,
+    seeded_rng,
+)
 
 
 def draws(rng: np.random.Generator) -> list[int]:
@@ -49,6 +56,17 @@ def test_the_cache_folder_is_where_the_environment_says_or_else_below_the_home_d
     expected = usual if beginning is None else tmp_path / beginning
     assert cache_folder() == expected / "tiledbsoma_ml"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_, np.False_])
+def test_a_bool_of_python_or_numpy_is_a_bool(value: Any) -> None:
+    assert check_bool("shuffle", value) is bool(value)
+
+
+@pytest.mark.parametrize("value", ["no", "False", 0, 1, None, np.int64(1), np.array([True])])
+def test_what_is_no_bool_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^shuffle=.* must be True or False, not a \w+; try shuffle=True\.$"):
+        check_bool("shuffle", value)
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int32(7), np.uint64(2**63)])

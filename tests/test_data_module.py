@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
+from scipy import sparse
 
 from lightning_run import Model, for_the_model
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
-from tiledbsoma_ml import ExperimentDataModule, Snapshot
+from tiledbsoma_ml import ExperimentDataModule, MemorySource, Snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state"),
@@ -251,6 +253,43 @@ def test_a_batch_size_that_is_set_holds_for_all_parts(
         alone = ExperimentDataModule(snapshot=Snapshot.open(tmp_path / "s"), batch_size=16, seed=3)
         alone.batch_size = 40
         np.testing.assert_array_equal(joinids_of(alone.val_dataloader()), joinids_of(data.val_dataloader()))
+
+
+def test_a_setting_that_is_not_in_use_is_told_once_and_at_the_line_of_the_user(
+    store: Store, tmp_path: Path
+) -> None:
+    unused = {"mixing": 0.9, "window_dir": tmp_path, "window_budget": 2**26}
+    with store.query() as query, pytest.warns(UserWarning, match=" changes nothing here: ") as told:
+        data = ExperimentDataModule(query, snapshot=tmp_path / "s", **FIXED_SIZES, **unused)
+    assert [str(warning.message).partition("=")[0] for warning in told] == ["mixing", "window_dir"]
+    assert {warning.filename for warning in told} == {__file__}
+    data.batch_size = 40  # says nothing: a warning is an error
+    assert "window_dir (not in use)" in data._repr_html_()
+
+
+def test_a_column_of_obs_that_is_called_as_the_marks_are_needs_another_name_of_these() -> None:
+    frame = pd.DataFrame({"is_padding": ["mine"] * 10})
+    source = MemorySource(sparse.csr_matrix(np.ones((10, 2), np.float32)), frame)
+    options = {"source": source, "obs_column_names": ["is_padding"], "batch_size": 4}
+    with pytest.raises(ValueError, match=r"padding_column_name='is_padding' must not .* try 'is_repeated'\."):
+        ExperimentDataModule(**options)
+    data = ExperimentDataModule(**options, padding_column_name="is_repeated")
+    [(_, obs)] = data.val_dataloader()
+    assert obs.columns.tolist() == ["is_padding", "soma_joinid", "is_repeated"]
+    assert obs["is_padding"].tolist() == ["mine"]
+    assert obs["is_repeated"].tolist() == [False]
+
+
+def test_repeats_in_training_batches_are_marked_as_well(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        data = make(store, tail="pad", **FIXED_SIZES)
+        for _, obs in data.train_dataloader():
+            counted += obs["soma_joinid"][~obs["is_padding"]].tolist()
+    assert sorted(counted) == data.train_ids.obs_joinids.tolist()
 
 
 # What is refused ------------------------------------------------------------------------------------------

@@ -132,3 +132,9 @@ def test_an_io_batch_size_of_no_rows_is_refused(store: Store) -> None:
         pytest.raises(ValueError, match="io_batch_size=0 must be a positive"),
     ):
         IOBatchIterable([], 0, obs, np.arange(N_VARS), X)
+
+
+@pytest.mark.parametrize("name", ["shuffle", "use_eager_fetch"])
+def test_an_option_that_is_true_or_false_refuses_what_is_neither(store: Store, name: str) -> None:
+    with store.locator.open() as (X, obs), pytest.raises(TypeError, match=f"{name}='no' must be True or"):
+        IOBatchIterable([], 8, obs, np.arange(N_VARS), X, **{name: "no"})

@@ -285,6 +285,13 @@ def test_a_batch_size_that_is_not_a_positive_integer_is_refused(
         MiniBatchIterable([], batch_size)
 
 
+@pytest.mark.parametrize("name", ["use_eager_fetch", "return_sparse_X", "gpu_shuffle"])
+def test_an_option_that_is_true_or_false_refuses_what_is_neither(name: str) -> None:
+    options: dict[str, Any] = {name: "no"}
+    with pytest.raises(TypeError, match=f"{name}='no' must be True or False"):
+        MiniBatchIterable([], 8, **options)
+
+
 def test_shuffling_on_a_device_without_a_device_is_refused() -> None:
     with pytest.raises(ValueError, match=r"device=None .* gpu_shuffle=True; try device='cuda' or 'cpu'"):
         MiniBatchIterable([], 4, gpu_shuffle=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -65,6 +67,23 @@ def cache_folder() -> Path:
     if given.startswith("~"):  # as quotes in a script leave it; platformdirs takes absolute paths only
         return absolute_path(given) / "tiledbsoma_ml"
     return absolute_path(platformdirs.user_cache_path("tiledbsoma_ml", appauthor=False))
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the caller of this package: the innermost line that is not of the package."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Return `value` as a `bool` if it is one, of Python or of NumPy; raise a TypeError if it is not."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name}={value!r} must be True or False, not a {type(value).__name__}; try {name}=True."
+        )
+    return bool(value)
 
 
 def check_count(name: str, value: object, suggestion: int, *, minimum: int = 1) -> int:

@@ -12,7 +12,7 @@ import pandas as pd
 import tiledbsoma as soma
 
 from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
-from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
+from tiledbsoma_ml._common import NDArrayJoinId, check_bool, check_count, seeded_rng
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import Chunks, check_joinids
 from tiledbsoma_ml._rebatch import rebatch_joinids
@@ -55,6 +55,8 @@ class IOBatchIterable(Iterable[IOBatch]):
 
     def __attrs_post_init__(self) -> None:
         check_count("io_batch_size", self.io_batch_size, suggestion=65_536)
+        check_bool("shuffle", self.shuffle)
+        check_bool("use_eager_fetch", self.use_eager_fetch)
 
     def __iter__(self) -> ClosedWhenDropped[IOBatch]:
         reader = SOMAReader(

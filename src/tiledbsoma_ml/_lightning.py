@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -12,6 +13,14 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.utilities import CombinedLoader
 
 _Loader = TypeVar("_Loader")
+
+DATASET_DEFAULTS: Mapping[str, Any] = {
+    "batch_size": 128,
+    "io_batch_size": "auto",
+    "shuffle_chunk_size": "auto",
+    "shuffle_scope": "global",
+}
+"""Options of `ExperimentDataset` for which data modules have defaults of their own."""
 
 LENGTH_WARNING = "Your `IterableDataset` has `__len__` defined"
 """So begins a warning of Lightning that the length of a loader could be inaccurate; that of ours is exact."""

@@ -11,7 +11,7 @@ import torch
 
 from tiledbsoma_ml._batch.assemble import Assembly, DeviceShuffle
 from tiledbsoma_ml._batch.read_ahead import Piece
-from tiledbsoma_ml._common import MiniBatch, check_count
+from tiledbsoma_ml._common import MiniBatch, check_bool, check_count
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._threads import ClosedWhenDropped
@@ -50,6 +50,8 @@ class MiniBatchIterable(Iterable[MiniBatch]):
 
     def __attrs_post_init__(self) -> None:
         check_count("batch_size", self.batch_size, suggestion=128)
+        for name in ("use_eager_fetch", "return_sparse_X", "gpu_shuffle"):
+            check_bool(name, getattr(self, name))
         if self.gpu_shuffle and self.device is None:
             raise ValueError(
                 "device=None must be a device where gpu_shuffle=True; try device='cuda' or 'cpu'."

@@ -23,7 +23,7 @@ from tiledbsoma_ml.snapshot import Snapshot
 try:
     from lightning.pytorch.trainer.states import TrainerFn
 
-    from tiledbsoma_ml._lightning import QueryDataModule
+    from tiledbsoma_ml._lightning import DATASET_DEFAULTS, QueryDataModule
 except ImportError as err:
     raise ImportError(
         "ExperimentDataModule needs Lightning; run `pip install 'tiledbsoma-ml[lightning]'`."
@@ -35,11 +35,10 @@ Transform: TypeAlias = Callable[[Any], Any]
 """Takes a batch and returns a batch."""
 
 PADDING_COLUMN_NAME = "is_padding"
-"""Column of `obs` that is true for rows of evaluation batches that repeat others: not to be counted."""
-
+"""Default name of the column of `obs` that is true for repeats: rows that are not to be counted."""
 
 _SAY_WHAT = ("x_locator", "query_ids", "source")
-"""Options of `ExperimentDataset` that say what is read, beside those that are named here."""
+"""Options of `ExperimentDataset` that say what is read, beside `query`, `layer_name` and `snapshot`."""
 
 
 class ExperimentDataModule(QueryDataModule):
@@ -52,41 +51,47 @@ class ExperimentDataModule(QueryDataModule):
     Trainer(strategy="ddp", devices=2).fit(model, datamodule=data)
     ```
 
-    A batch is `(X, obs)`: `X` a `torch.Tensor` of shape (rows, n_vars), dense or (with
-    `return_sparse_X=True`) `torch.sparse_csr`, which Lightning moves to the device of the model; `obs` a
-    `DataFrame`, which stays where it is. `transform` makes of it what the model takes, labels as tensors
-    above all.
+    A batch is `(X, obs)`. `X` is a `torch.Tensor` of shape (rows, n_vars), dense or (with
+    `return_sparse_X=True`) `torch.sparse_csr`; Lightning moves it to the device of the model. `obs` is a
+    `DataFrame`, which stays where it is. `transform` makes of the batch what the model takes; above all, it
+    makes tensors of the labels.
 
-    The split depends on the query, the sizes and the seed: not on the epoch, the number of ranks or of
-    workers.
+    The split depends on the query, the sizes and the seed. It does not depend on the epoch, nor on the number
+    of ranks or workers.
 
-    - Train: shuffled anew every epoch; every rank has the same number of steps. A checkpoint of Lightning,
-      within an epoch or at its end, holds the place in the order; a resumed run goes on with the next batch.
-    - Validation and test: in the order of the query, rank after rank. So that all ranks have the same number
-      of steps, the last rows are repeated where the ranks do not divide them, and "is_padding" in `obs` is
-      true for those repeats: leave them out, and every row is counted once.
-    - Predict: all rows of the query, in its order, with the same marks. With several ranks, each has a
+    - Train: the rows are shuffled anew every epoch, and every rank has the same number of steps. A checkpoint
+      of Lightning, within an epoch or at its end, holds the place in the order; a resumed run goes on with
+      the next batch.
+    - Validation and test: the rows come in the order of the query, rank after rank. Every rank has the same
+      number of steps: where the ranks do not divide the rows, the last rows are repeated, and "is_padding" in
+      `obs` is true for the repeats. Leave these out, and every row is counted once.
+    - Predict: all rows of the query come in its order, with the same marks. With several ranks, each has a
       contiguous piece, rank after rank.
 
-    In these three, `obs` has "soma_joinid" and "is_padding" beside the columns asked for.
+    In validation, test and predict batches, `obs` has "soma_joinid" and "is_padding" beside the columns that
+    you ask for.
 
     Args:
-        query: As for `ExperimentDataset`, whose options all others are.
+        query: The cells and genes; see `ExperimentDataset`.
         layer_name: Layer of `X`.
-        train_size: Share of the rows.
-        val_size: Share of the rows; 0 for no validation.
-        test_size: Share of the rows; 0 for none. The three sum to 1.
-        seed: Seed of the split and of the order of training batches. Every rank must have the same one.
-        snapshot: See `ExperimentDataset`; the way to take for more than one epoch. It holds the whole query;
-            its parts are read from it.
+        train_size: Share of the rows to train on.
+        val_size: Share of the rows for validation; 0 for no validation.
+        test_size: Share of the rows for the test; 0 for no test. The three shares sum to 1.
+        seed: Seed of the split and of the order of training batches. Every rank must have the same seed.
+        snapshot: See `ExperimentDataset`. Take one if you train for more than one epoch. It holds the whole
+            query, and all parts are read from it.
         batch_size: Rows per batch, on each rank.
-        transform: Takes the batch `(X, obs)`; what it returns goes to the device, and to the model. It runs
-            in the training process, before the batch is moved.
-        device_transform: Takes what `transform` returned, when it is on the device.
-        dataloader_kwargs: For `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict takes one
-            worker at most, because several would mix the order.
-        dataset_options: For `ExperimentDataset`. `shuffle` is that of training batches. `shuffle_chunk_size`
-            and `io_batch_size` are "auto" unless they are given.
+        transform: Takes the batch `(X, obs)`. What it returns goes to the device, and then to the model. It
+            runs in the training process, before the batch is moved.
+        device_transform: Takes what `transform` returned, when that is on the device.
+        dataloader_kwargs: Arguments of `experiment_dataloader`, for instance `{"num_workers": 2}`. Predict
+            uses one worker at most, because several would mix the order.
+        obs_column_names: Columns of `obs` to return.
+        padding_column_name: Name of the column that marks repeats. Choose another name where `obs` has a
+            column of this name that you need. Training batches have the column with `tail="pad"` only.
+        dataset_options: Other options of `ExperimentDataset`. `shuffle` is that of training batches.
+            `shuffle_chunk_size` and `io_batch_size` are "auto" and `shuffle_scope` is "global" unless you
+            set them.
 
     Raises:
         ValueError: If a size breaks its rule, or a part that was asked for is empty.
@@ -100,51 +105,48 @@ class ExperimentDataModule(QueryDataModule):
         train_size: float = 0.8,
         val_size: float = 0.1,
         test_size: float = 0.1,
-        seed: int = 0,
+        seed: int = 42,
         snapshot: Snapshot | str | os.PathLike[str] | bool | None = None,
         batch_size: int = 128,
         transform: Transform | None = None,
         device_transform: Transform | None = None,
         dataloader_kwargs: Mapping[str, Any] | None = None,
         obs_column_names: Sequence[str] = DEFAULT_OBS_COLUMN_NAMES,
+        padding_column_name: str = PADDING_COLUMN_NAME,
         **dataset_options: Any,
     ) -> None:
         super().__init__()
-        seed = check_count("seed", seed, suggestion=0, minimum=0)
-        self._sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-        others = {name: dataset_options.pop(name) for name in _SAY_WHAT if name in dataset_options}
-        self._options = {
+        seed = check_count("seed", seed, suggestion=42, minimum=0)
+        said = {name: dataset_options.pop(name) for name in _SAY_WHAT if name in dataset_options}
+        said |= {"query": query, "layer_name": layer_name, "snapshot": snapshot}
+        options = {
+            **DATASET_DEFAULTS,
+            **dataset_options,
             "obs_column_names": obs_column_names,
             "seed": seed,
             "batch_size": batch_size,
-            "shuffle_chunk_size": "auto",
-            "io_batch_size": "auto",
-            "shuffle_scope": "global",
-            **dataset_options,
         }
-        self._make_datasets(query=query, layer_name=layer_name, snapshot=snapshot, **others)
+        repeats = options.get("tail") == "pad"
+        shuffled = ExperimentDataset(
+            **said, **options, padding_column_name=padding_column_name if repeats else None
+        )
+        self._source, self.query_ids = shuffled.source, shuffled.query_ids
+        in_order = ExperimentDataset(
+            source=self._source, query_ids=self.query_ids, **_in_order(options, padding_column_name)
+        )
+        sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+        self.train_ids, self.val_ids, self.test_ids = _split(self.query_ids, sizes, seed)
+        self._take_parts(shuffled, in_order)
         self._transform = transform
         self._device_transform = device_transform
         self._dataloader_kwargs = dict(dataloader_kwargs or {})
         self._is_resized = False
         self._loaded: dict[str, Any] | None = None
 
-    def _make_datasets(self, **source: Any) -> None:
-        train = ExperimentDataset(**source, **self._options)
-        in_order: dict[str, Any] = {
-            "obs_column_names": list(dict.fromkeys([*self._options["obs_column_names"], "soma_joinid"])),
-            "shuffle": False,
-            "tail": "pad",
-            "padding_column_name": PADDING_COLUMN_NAME,
-        }
-        self._source, self.query_ids = train.source, train.query_ids
-        kept = {name: value for name, value in self._options.items() if name not in OF_SHUFFLING}
-        self._predict = ExperimentDataset(source=self._source, query_ids=self.query_ids, **kept | in_order)
-        self.train_ids, self.val_ids, self.test_ids = _split(
-            self.query_ids, self._sizes, self._options["seed"]
-        )
-        self._train = train.over(self.train_ids)
-        self._val, self._test = self._predict.over(self.val_ids), self._predict.over(self.test_ids)
+    def _take_parts(self, shuffled: ExperimentDataset, in_order: ExperimentDataset) -> None:
+        """Take the parts of the query from a dataset that is shuffled and one that is in its order."""
+        self._train, self._predict = shuffled.over(self.train_ids), in_order
+        self._val, self._test = in_order.over(self.val_ids), in_order.over(self.test_ids)
         self._train_loader: ExperimentDataLoader | None = None
 
     def __repr__(self) -> str:
@@ -175,8 +177,8 @@ class ExperimentDataModule(QueryDataModule):
         if batch_size == self.batch_size:
             return
         epoch = self._train.iterations.upcoming_epoch
-        self._options["batch_size"] = batch_size
-        self._make_datasets(source=self._source, query_ids=self.query_ids)
+        wholes = (self._train.over(self.query_ids), self._predict)
+        self._take_parts(*(whole.with_batch_size(batch_size) for whole in wholes))
         self._train.set_epoch(epoch)
         self._is_resized = True
 
@@ -278,6 +280,18 @@ class ExperimentDataModule(QueryDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return what goes to the model, made on the device; called by Lightning."""
         return batch if self._device_transform is None else self._device_transform(batch)
+
+
+def _in_order(options: Mapping[str, Any], padding_column_name: str) -> dict[str, Any]:
+    """Return the options of evaluation batches, where those of training batches are given."""
+    names = [*options["obs_column_names"], "soma_joinid"]
+    return {
+        **{name: value for name, value in options.items() if name not in OF_SHUFFLING},
+        "obs_column_names": list(dict.fromkeys(names)),
+        "shuffle": False,
+        "tail": "pad",
+        "padding_column_name": padding_column_name,
+    }
 
 
 def _split(ids: QueryIDs, sizes: Mapping[str, float], seed: int) -> tuple[QueryIDs, ...]:

@@ -14,7 +14,7 @@ import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml._common import MiniBatch, check_count
-from tiledbsoma_ml._dataset.choose_source import choose_source
+from tiledbsoma_ml._dataset.choose_source import check_snapshot, choose_source
 from tiledbsoma_ml._dataset.facts import Facts
 from tiledbsoma_ml._dataset.iterations import Iterations
 from tiledbsoma_ml._dataset.mini_batches import leaves_device_work_to_loader, mini_batches, pieces_of_worker
@@ -170,8 +170,8 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
             padding_column_name=padding_column_name,
             ranks=ranks,
         )
-        has_snapshot = snapshot is not None and snapshot is not False
-        self.not_in_use = warn_of_not_in_use(options, has_snapshot=has_snapshot)
+        snapshot = check_snapshot(snapshot)
+        self.not_in_use = warn_of_not_in_use(options, has_snapshot=snapshot is not None)
         chosen, ids = choose_source(
             query,
             layer_name,
@@ -246,6 +246,17 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         check_other_rows(query_ids, self.query_ids)
         dataset = copy.copy(self)
         dataset.iterations = self.iterations.over(query_ids)
+        return dataset
+
+    def with_batch_size(self, batch_size: int) -> ExperimentDataset:
+        """Return a dataset with these rows and all other options, with epochs of its own.
+
+        What "auto" stands for is found out anew, for these rows.
+        """
+        batch_size = check_count("batch_size", batch_size, suggestion=128)
+        dataset = copy.copy(self)
+        options = attrs.evolve(self.options, batch_size=batch_size)
+        dataset.iterations = Iterations(self.source, self.query_ids, options)
         return dataset
 
     def random_split(

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import attrs
+import numpy as np
 import pytest
 import tiledbsoma as soma
+from scipy import sparse
 
 from stores import N_OBS, Store
 from tiledbsoma_ml import ExperimentDataset, QueryIDs
@@ -62,6 +65,59 @@ def test_a_setting_that_is_not_in_use_is_told_in_one_sentence(
     assert name.startswith(f"{parameter}=")
     assert f"<th style='text-align:left'>{parameter} (not in use)</th>" in dataset._repr_html_()
     assert reason in why
+
+
+def test_a_setting_that_is_not_in_use_is_told_at_the_line_of_the_user(store: Store) -> None:
+    ids = QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(4))
+    with pytest.warns(UserWarning, match=" changes nothing here: ") as told:
+        ExperimentDataset(x_locator=store.locator, query_ids=ids, mixing=0.9)
+    assert [warning.filename for warning in told] == [__file__]
+
+
+NO_BOOLS = ("no", 0, 1.0, np.int64(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("shuffle", "return_sparse_X", "use_eager_fetch") for value in NO_BOOLS),
+        *(("snapshot", value) for value in NO_BOOLS[1:]),  # a string is a path
+    ],
+)
+def test_an_option_that_is_true_or_false_refuses_what_is_neither(store: Store, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}={re.escape(repr(value))} must be .*True or False"):
+        make(store, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["return_sparse_X", "use_eager_fetch", "ranks"])
+def test_an_option_that_can_be_changed_is_checked_when_it_is(store: Store, name: str) -> None:
+    dataset = make(store)
+    with pytest.raises(TypeError, match=f"^{name}=0 must be "):
+        setattr(dataset, name, 0)
+    assert getattr(dataset, name) == getattr(make(store), name)
+
+
+def test_bools_of_numpy_are_as_good_as_those_of_python(store: Store) -> None:
+    dataset = make(store, shuffle=np.False_, return_sparse_X=np.True_, snapshot=np.False_, batch_size=8)
+    assert (dataset.shuffle, dataset.return_sparse_X) == (False, True)
+    X, obs = next(iter(dataset))
+    assert sparse.issparse(X)
+    assert obs["soma_joinid"].tolist() == list(range(8))
+
+
+def test_another_batch_size_leaves_rows_and_all_other_options_as_they_are(
+    store: Store, tmp_path: Path
+) -> None:
+    unused = {"window_dir": tmp_path, "window_budget": 2**26}
+    with pytest.warns(UserWarning, match="a snapshot is read without windows"):
+        made = make(store, batch_size=8, seed=3, snapshot=tmp_path / "s", **unused)
+    other = made.with_batch_size(50)  # says nothing again: a warning is an error
+    assert other.options == attrs.evolve(made.options, batch_size=50)
+    assert (other.query_ids, other.not_in_use) == (made.query_ids, made.not_in_use)
+    assert [len(obs) for _, obs in other] == [50] * 6 + [11]
+    assert (made.batch_size, made.iterations.upcoming_epoch) == (8, 0)
+    with pytest.raises(ValueError, match="batch_size=0 must be a positive integer"):
+        made.with_batch_size(0)
 
 
 def test_a_folder_for_windows_is_not_in_use_beside_a_snapshot(store: Store, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._query_ids import QueryIDs, check_query, check_whole
@@ -36,15 +37,25 @@ def choose_source(
         ValueError: If what is read is said in no way or in several, or has no such rows, columns or fields.
         TypeError: If something has the wrong type.
     """
-    from_disk = None if snapshot is False else snapshot
-    of = _said(query, layer_name, x_locator, query_ids, source, fields, may_be_none=from_disk is not None)
+    of = _said(query, layer_name, x_locator, query_ids, source, fields, may_be_none=snapshot is not None)
     ids = query_ids if of is None or query_ids is not None else of.query_ids
-    if from_disk is not None:
+    if snapshot is not None:
         of = SnapshotSource(
-            from_disk, of=of, ids=ids, fields=fields, layer_name=layer_name, memory_bytes=memory_bytes
+            snapshot, of=of, ids=ids, fields=fields, layer_name=layer_name, memory_bytes=memory_bytes
         )
     assert of is not None
     return of, of.query_ids if ids is None else ids
+
+
+def check_snapshot(snapshot: object) -> Snapshot | str | os.PathLike[str] | bool | None:
+    """Return a snapshot or its path, True for a folder of its own, or None where there is to be none."""
+    if snapshot is None or isinstance(snapshot, Snapshot | str | os.PathLike):
+        return snapshot
+    if not isinstance(snapshot, bool | np.bool_):
+        raise TypeError(
+            f"snapshot={snapshot!r} must be a Snapshot, a path, True or False; try snapshot=True."
+        )
+    return True if snapshot else None
 
 
 def _said(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
+from tiledbsoma_ml._common import check_bool
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
 from tiledbsoma_ml._dataset.iterations import Iterations
-from tiledbsoma_ml._dataset.options import Options, ShuffleMode
+from tiledbsoma_ml._dataset.options import Options, ShuffleMode, check_ranks
 from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
@@ -19,8 +22,12 @@ from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.x_locator import XLocator
 
 _OPTIONS = frozenset(attrs.fields_dict(Options))
-_CHANGEABLE = frozenset({"ranks", "return_sparse_X", "use_eager_fetch"})
-"""Options that neither the order of the epoch depends on, nor what is read."""
+_CHANGEABLE: Mapping[str, Callable[[Any], Any]] = {
+    "ranks": check_ranks,
+    "return_sparse_X": partial(check_bool, "return_sparse_X"),
+    "use_eager_fetch": partial(check_bool, "use_eager_fetch"),
+}
+"""Options that neither the order of the epoch depends on, nor what is read, each with its check."""
 
 
 class Facts:
@@ -115,7 +122,7 @@ class Facts:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHANGEABLE:
-            self.iterations.options = attrs.evolve(self.options, **{name: value})
+            self.iterations.options = attrs.evolve(self.options, **{name: _CHANGEABLE[name](value)})
         elif name in _OPTIONS or name in ("query_ids", "source", "x_locator"):
             raise AttributeError(
                 f"{name} of a dataset cannot be changed, for its order was made with it; make another "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from numbers import Real
@@ -15,7 +14,7 @@ import attrs
 import torch
 
 from tiledbsoma_ml._budget import Budget, parse_bytes
-from tiledbsoma_ml._common import absolute_path, check_choice, check_count, check_distinct
+from tiledbsoma_ml._common import absolute_path, check_bool, check_choice, check_count, check_distinct, warn
 from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
@@ -138,13 +137,13 @@ class Options:
             obs_column_names=check_distinct("obs_column_names", obs_column_names),
             batch_size=check_count("batch_size", batch_size, suggestion=128),
             io_batch_size=check_size("io_batch_size", io_batch_size, DEFAULT_IO_BATCH_SIZE),
-            shuffle=bool(shuffle),
+            shuffle=check_bool("shuffle", shuffle),
             shuffle_chunk_size=check_size(
                 "shuffle_chunk_size", shuffle_chunk_size, DEFAULT_SHUFFLE_CHUNK_SIZE
             ),
             seed=check_seed(seed),
-            return_sparse_X=return_sparse_X,
-            use_eager_fetch=use_eager_fetch,
+            return_sparse_X=check_bool("return_sparse_X", return_sparse_X),
+            use_eager_fetch=check_bool("use_eager_fetch", use_eager_fetch),
             shuffle_mode=mode,
             device=choose_device(mode, device) if shuffle or device is not None else None,
             memory_budget=parse_bytes("memory_budget", memory_budget),
@@ -218,8 +217,7 @@ def warn_of_not_in_use(options: Options, *, has_snapshot: bool) -> dict[str, str
     """Return the settings that change nothing here, each with the reason, and warn of each."""
     found = options.not_in_use(has_snapshot=has_snapshot)
     for name, why in found.items():
-        value = getattr(options, name)
-        warnings.warn(f"{name}={value!r} changes nothing here: {why}; leave it out.", stacklevel=3)
+        warn(f"{name}={getattr(options, name)!r} changes nothing here: {why}; leave it out.")
     return found
 
 
@@ -248,9 +246,8 @@ def check_padding(name: str | None, tail: Tail, obs_column_names: Sequence[str])
     if name is not None and tail != "pad":
         raise ValueError(f"padding_column_name={name!r} needs rows that are repeated; add tail='pad'.")
     if name is not None and name in obs_column_names:
-        raise ValueError(
-            f"padding_column_name={name!r} must not be one of obs_column_names; try 'is_padding'."
-        )
+        other = "is_repeated" if name == "is_padding" else "is_padding"
+        raise ValueError(f"padding_column_name={name!r} must not be one of obs_column_names; try {other!r}.")
     return name
 
 

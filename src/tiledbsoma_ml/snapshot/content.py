@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from tiledbsoma_ml._common import warn
 from tiledbsoma_ml.snapshot.files import COUNT, TEXT
 
 SOURCE = "source:"
@@ -146,18 +146,16 @@ def _differences(*compared: tuple[str, Any, Any]) -> list[str]:
 def warn_of_unknown(path: Path, made: Origin, asked: Origin, arrays: Sequence[str]) -> None:
     """Warn that of some arrays it cannot be told whether they were written to since a snapshot was made."""
     if not made.tells_changes and not asked.tells_changes:
-        warnings.warn(
+        warn(
             f"snapshot={str(path)!r} holds {made.uri!r}; whether that changed since cannot be told, because "
             "its `content` is empty; if so, make it again at another path.",
-            stacklevel=2,
         )
     if made.is_source:
         return
     if unknown := [name for name in arrays if name not in made.versions.keys() & asked.versions.keys()]:
         date = datetime.fromtimestamp(made.tiledb_timestamp_ms / 1000, UTC).isoformat(timespec="seconds")
-        warnings.warn(
+        warn(
             f"snapshot={str(path)!r} holds {made.uri!r} as of {date}; whether {', '.join(unknown)} changed "
             "since cannot be told, because TileDB cannot list what was written there; if so, make it again "
             "at another path.",
-            stacklevel=2,
         )

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 ProgressCallback: TypeAlias = Callable[[int, int, float, float], object]
@@ -39,10 +40,10 @@ class Progress:
     """
 
     def __init__(self, progress: bool | ProgressCallback, name: str) -> None:
-        if not (isinstance(progress, bool) or callable(progress)):
+        if not (isinstance(progress, bool | np.bool_) or callable(progress)):
             raise TypeError(f"progress={progress!r} must be True, False or a function; try True.")
         self._name = name
-        self._tell = progress
+        self._tell = bool(progress) if isinstance(progress, np.bool_) else progress
         self._total, self._done, self._new = 0, 0, 0
         self._start = self._last_line = 0.0
         self._bar: Any = None
