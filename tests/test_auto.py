@@ -21,19 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs, workers
-from tiledbsoma_ml import (
-    ExperimentDataset,
-    QueryIDs,
-    _auto,
-    _reader,
-    _soma_source,
-    experiment_dataloader,
-)
-from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
 from tiledbsoma_ml._dataset import mini_batches as mini_batches_module
+from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._dataset import auto as _auto
 from tiledbsoma_ml._device import DeviceRows
 from tiledbsoma_ml._order import sizes as order_sizes
 from tiledbsoma_ml._order.plan import Plan
+from tiledbsoma_ml._soma import reader as _reader
+from tiledbsoma_ml._soma import source as _soma_source
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml._soma.window import Room, Window, preload_kernels
 

@@ -23,16 +23,14 @@ import tiledbsoma as soma
 from test_snapshot import make, write_entries
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X
-from tiledbsoma_ml import (
-    QueryIDs,
-    _snapshot_build,
-    _snapshot_files,
-    _snapshot_format,
-    _snapshot_frames,
-    _snapshot_progress,
-    _snapshot_resume,
-)
+from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml.snapshot import build as _snapshot_build
+from tiledbsoma_ml.snapshot import files as _snapshot_files
+from tiledbsoma_ml.snapshot import format as _snapshot_format
+from tiledbsoma_ml.snapshot import frames as _snapshot_frames
+from tiledbsoma_ml.snapshot import progress as _snapshot_progress
+from tiledbsoma_ml.snapshot import resume as _snapshot_resume
 from tiledbsoma_ml.snapshot.build import _Builder
 from tiledbsoma_ml.snapshot.files import HashedFile
 from tiledbsoma_ml.snapshot.format import MANIFEST
