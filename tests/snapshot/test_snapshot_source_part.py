@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-import tiledbsoma_ml
 from matrix_source import MatrixReader, MatrixSource, matrix_source
-from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_cells, make_obs
-from tiledbsoma_ml import ExperimentDataset, MemorySource, QueryIDs
+from snapshots import ALL_OBS, make, recording
+from stores import N_OBS, N_VARS, Store, expected_X, make_cells, make_obs
+from tiledbsoma_ml import MemorySource, QueryIDs
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.source import SOMASource
 from tiledbsoma_ml.snapshot import Snapshot
-from tiledbsoma_ml.snapshot import build as _snapshot_build
 from tiledbsoma_ml.snapshot.format import MANIFEST
-from tiledbsoma_ml.snapshot.resume import PARTIAL
-from tiledbsoma_ml.snapshot.shards import ShardWriter
-
-ALL_OBS = tuple(name for name in make_obs(np.arange(4)) if name != "soma_joinid")
-
-
-def make(path: Path, source: Any, **options: Any) -> Snapshot:
-    """Make a snapshot of a source, or of several, in shards of one row tile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_snapshot_build, "MIN_SHARD_BYTES", 1)
-        patch.setattr(_snapshot_build, "MIN_SHARDS", 1000)
-        return Snapshot.create(path, source, **{"progress": False, **options})
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "x.snapshot"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +54,7 @@ def test_rows_columns_and_obs_are_those_of_the_source_in_the_order_asked_for(
 def test_a_snapshot_of_a_source_says_what_it_holds_and_can_be_verified(whole: Snapshot) -> None:
     assert whole.shape == (N_OBS, N_VARS)
     assert (whole.layer_name, whole.layer_names) == ("X", ("X",))
-    assert whole.obs_column_names == ALL_OBS
+    assert whole.obs_column_names == tuple(ALL_OBS)
     pd.testing.assert_frame_equal(whole.obs, matrix_source().frame)
     assert whole.var["soma_joinid"].tolist() == list(range(N_VARS))
     [layer] = whole._manifest.layers
@@ -163,17 +143,6 @@ def test_a_snapshot_of_an_anndata_has_its_cells_and_genes(path: Path) -> None:
         make(path.with_name("two"), [source, other])
 
 
-def test_a_dataset_yields_the_same_from_a_source_and_from_a_snapshot_of_it(path: Path) -> None:
-    options: dict[str, Any] = {"batch_size": 20, "shuffle_chunk_size": 8, "io_batch_size": 64, "seed": 3}
-    plain = ExperimentDataset(source=matrix_source(), **options)
-    stored = ExperimentDataset(source=matrix_source(), snapshot=path, **options)
-    joinids = joinids_of(plain)
-    assert joinids.tolist() == joinids_of(stored).tolist() != list(range(N_OBS))
-    Snapshot.open(path).verify()
-    with pytest.raises(ValueError, match=r"content\['version'\] is '1' there, not '2'"):
-        ExperimentDataset(source=matrix_source(content={"version": "2"}), snapshot=path, **options)
-
-
 def test_what_a_layer_of_an_experiment_holds_as_it_is_is_kept_as_of_the_experiment(
     path: Path, store: Store
 ) -> None:
@@ -193,168 +162,12 @@ def test_what_a_layer_of_an_experiment_holds_as_it_is_is_kept_as_of_the_experime
 # Once, and killed -----------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Ends a creation at once, like a kill."""
-
-
-@contextmanager
-def killed_at_shard(number: int) -> Iterator[None]:
-    """Let a creation end before it writes a shard."""
-    write = ShardWriter.write
-
-    def write_until(self: Any, name: str, rows: Any) -> Any:
-        if name == f"shard-{number:05}":
-            raise Killed
-        return write(self, name, rows)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWriter, "write", write_until)
-        with pytest.raises(Killed):
-            yield
-
-
-@contextmanager
-def recording(source: MatrixSource) -> Iterator[list[int]]:
-    """Keep which rows a source is asked for, but for the one that tells the type."""
-    asked: list[int] = []
-    given = MatrixReader.given
-
-    def record(self: Any, rows: Any) -> Any:
-        asked.extend(rows.obs_joinids.tolist() if len(rows) > 1 else [])
-        return given(self, rows)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MatrixReader, "given", record)
-        yield asked
-
-
-def building(path: Path) -> Path:
-    return path.with_name(f".{path.name}.building")
-
-
 def test_a_snapshot_of_a_source_is_made_once_and_then_used(path: Path) -> None:
     make(path, matrix_source())
     source = matrix_source()
     with recording(source) as asked:
         make(path, source)
     assert asked == []
-
-
-def test_a_creation_that_was_killed_is_continued_and_finished_shards_are_not_read_again(path: Path) -> None:
-    with killed_at_shard(3):
-        make(path, matrix_source())
-    assert (building(path) / PARTIAL).is_file()
-    source = matrix_source()
-    with recording(source) as asked:
-        snapshot = make(path, source)
-    assert asked == list(range(192, N_OBS))
-    snapshot.verify()
-    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))
-    assert not building(path).exists()
-
-
-@pytest.mark.parametrize("content", [{"version": "2"}, {}])
-def test_what_was_finished_of_other_content_or_of_unknown_content_is_made_anew(
-    path: Path, content: dict[str, str]
-) -> None:
-    other = matrix_source(content=content if content == {} else None)
-    other.X = other.X * 2
-    with killed_at_shard(3):
-        make(path, other)
-    snapshot = make(path, matrix_source(content=content))
-    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))
-
-
-def test_a_snapshot_of_other_content_is_not_used_and_not_overwritten(path: Path) -> None:
-    snapshot = make(path, matrix_source())
-    snapshot.check_holds(matrix_source(), ["soma_joinid"])
-    for content, difference in (
-        ({"version": "2"}, r"content\['version'\] is '1' there, not '2'"),
-        ({"version": "1", "file": "a"}, r"content\['file'\] is None there, not 'a'"),
-        ({}, r"content\['version'\] is '1' there, not None"),
-    ):
-        with pytest.raises(ValueError, match=f"holds another one .*{difference}.*; choose another path"):
-            make(path, matrix_source(content=content))
-        with pytest.raises(ValueError, match=f"made from the source that is given, but {difference}"):
-            snapshot.check_holds(matrix_source(content=content), ["soma_joinid"])
-    with pytest.raises(ValueError, match=r"obs_column_names='score' must be a column of obs"):
-        snapshot.check_holds(matrix_source(), ["score"])
-    assert Snapshot.open(path).fingerprint == snapshot.fingerprint
-
-
-def test_another_kind_of_source_and_an_experiment_are_told(path: Path, store: Store) -> None:
-    class Other(MatrixSource):
-        pass
-
-    snapshot = make(path, matrix_source())
-    with pytest.raises(ValueError, match="the source is 'source:MatrixSource' there, not 'source:Other'"):
-        snapshot.check_holds(Other(expected_X([0], range(N_VARS)), make_obs(np.arange(1))), ["soma_joinid"])
-    with pytest.raises(ValueError, match="the experiment is 'source:MatrixSource' there, not"):
-        snapshot.check_holds(store.locator, ["soma_joinid"])
-
-
-def test_a_source_that_does_not_tell_its_content_is_used_with_a_warning(path: Path) -> None:
-    snapshot = make(path, matrix_source(content={}))
-    message = "holds 'source:MatrixSource'; whether that changed since cannot be told, because its `content`"
-    with pytest.warns(UserWarning, match=message):
-        make(path, matrix_source(content={}))
-    with pytest.warns(UserWarning, match=message):
-        snapshot.check_holds(matrix_source(content={}), ["soma_joinid"])
-
-
-# Several --------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_several_sources_follow_each_other(path: Path) -> None:
-    sources = [matrix_source(100), matrix_source(0), matrix_source(30, content={"version": "2"})]
-    snapshot = make(path, sources, obs_column_names=["cell_type", "maybe_text"])
-    joinids = [*range(100), *range(30)]
-    assert snapshot.obs_joinids.tolist() == joinids
-    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(joinids, range(N_VARS)))
-    assert snapshot.obs["soma_source"].tolist() == 100 * [0] + 30 * [2]
-    assert snapshot.obs["cell_type"].tolist() == make_obs(np.array(joinids))["cell_type"].tolist()
-    snapshot.verify()
-    with pytest.raises(ValueError, match="must be made from one query to be read as part of one"):
-        snapshot.check_holds(sources[0], ["cell_type"])
-
-
-def test_categories_of_several_sources_are_put_together_however_many_there_are(path: Path) -> None:
-    few, many = (pd.Categorical([f"{name}{k}" for k in range(n)]) for name, n in (("a", 5), ("b", 300)))
-    sources = [MatrixSource(np.eye(len(c), 3), pd.DataFrame({"batch": c})) for c in (few, many)]
-    obs = make(path, sources, obs_column_names=["batch"]).obs
-    assert obs["batch"].tolist() == [*few, *many]
-    assert len(obs["batch"].cat.categories) == 305
-
-
-def test_features_of_several_sources_are_the_same_if_one_column_that_names_them_is(path: Path) -> None:
-    ids, n_cells = [f"ENSG{j}" for j in range(N_VARS)], [f"{j} cells" for j in range(N_VARS)]
-    features = [pd.DataFrame({"index": ids, "note": some}) for some in (n_cells, n_cells[::-1])]
-    snapshot = make(path, [matrix_source(3, features=some) for some in features])
-    assert snapshot.var["note"].tolist() == n_cells
-
-
-def test_sources_that_do_not_fit_together_are_refused(path: Path, store: Store) -> None:
-    first, fewer = matrix_source(3), matrix_source(3)
-    fewer.query_ids = QueryIDs(obs_joinids=range(3), var_joinids=[0, 1])
-    with pytest.raises(
-        ValueError, match=r"on the same columns, but that on 'source:MatrixSource' has 2 other"
-    ):
-        make(path, [first, fewer])
-    doubles = MatrixSource(np.eye(4, N_VARS), make_obs(np.arange(4)))
-    with pytest.raises(ValueError, match=r"layer 'X' must have one type in all queries, but has <f4 in"):
-        make(path, [first, doubles])
-    texts = matrix_source(3)
-    texts.frame = texts.frame.assign(score=["a", "b", "c"])
-    with pytest.raises(ValueError, match="obs_column_names must have one type in all queries, but"):
-        make(path, [first, texts], obs_column_names=["score"])
-    names = [[f"g{j}" for j in range(N_VARS)], [f"g{j + (j == 4)}" for j in range(N_VARS)]]
-    for column in ("feature_id", "index"):
-        named = [matrix_source(3, features=pd.DataFrame({column: some})) for some in names]
-        with pytest.raises(ValueError, match="has 'g5' where the first has 'g4'"):
-            make(path, named)
-    with store.query() as query, pytest.raises(TypeError, match="must hold queries or sources, not some of"):
-        make(path, [query, first])
-    assert not path.exists()
 
 
 # What is not right ----------------------------------------------------------------------------------------
@@ -384,28 +197,6 @@ def test_what_a_source_does_not_have_is_refused_before_anything_is_written(
     with pytest.raises((ValueError, TypeError), match=message):
         make(path, matrix_source(), **options)
     assert not list(path.parent.iterdir())
-
-
-class NoSource:
-    """What has some of what a source has."""
-
-    query_ids = QueryIDs(obs_joinids=[0], var_joinids=[0])
-    row_tile = 1
-    layout = open = obs = check = prepare = None
-
-
-def test_what_is_neither_a_query_nor_a_source_is_refused(path: Path, whole: Snapshot) -> None:
-    for other in (5, whole, MatrixSource, "x.h5ad"):
-        kind = type(other).__name__
-        with pytest.raises(
-            TypeError, match=f"query must be an ExperimentAxisQuery, not of type {kind}; .* Source"
-        ):
-            make(path, other)
-    with pytest.raises(
-        TypeError,
-        match=r"source=NoSource must have all members .* but lacks .*content.*var",
-    ):
-        make(path, NoSource())
 
 
 def shuffled(rows: Rows[CSR_IO_Buffer]) -> Rows[CSR_IO_Buffer]:
@@ -552,23 +343,3 @@ def test_a_source_is_asked_by_one_thread_at_a_time(path: Path, monkeypatch: pyte
     monkeypatch.setattr(MatrixReader, "given", watched)
     make(path, matrix_source(), obs_column_names=ALL_OBS)
     assert set(overlaps) == {0}
-
-
-# The seam -------------------------------------------------------------------------------------------------
-
-KNOW_NO_SOMA = ["build", "check", "content", "disk", "files", "format", "frames", "part", "resume", "shards"]
-
-
-def test_what_builds_a_snapshot_knows_nothing_of_experiments() -> None:
-    of_soma = {
-        "tiledbsoma",
-        *(f"tiledbsoma_ml.{name}" for name in ("_soma.reader", "_soma.versions", "_vfs", "x_locator")),
-    }
-    for name in KNOW_NO_SOMA:
-        text = (Path(tiledbsoma_ml.__file__).parent / "snapshot" / f"{name}.py").read_text()
-        imports = [
-            node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        found = {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-        found |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-        assert not found & of_soma, name

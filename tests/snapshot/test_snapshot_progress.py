@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshots import N_SHARDS, assert_is_right, create_in_folder, make, partial, raising
+from stores import N_OBS, Store
+from tiledbsoma_ml.snapshot import progress as _snapshot_progress
+
+# Killed ---------------------------------------------------------------------------------------------------
+
+
+def test_of_several_processes_one_makes_the_snapshot_and_the_others_wait_and_use_it(
+    store: Store, path: Path, processes: Any
+) -> None:
+    args = (store.locator, path.parent, 0.3, True)
+    makers = [processes.Process(target=create_in_folder, args=args) for _ in range(3)]
+    for process in makers:
+        process.start()
+    for process in makers:
+        process.join()
+    assert [process.exitcode for process in makers] == [0, 0, 0]
+    writers = [line.split()[0] for line in (path.parent / "written.txt").read_text().splitlines()]
+    assert writers == N_SHARDS * [writers[0]]
+    told = [(path.parent / f"{process.pid}.err").read_text() for process in makers]
+    message = f"process {writers[0]} is making it; waiting until it is there"
+    waited = [text for text in told if message in text]
+    assert len(waited) == 2
+    assert_is_right(path)
+
+
+# The disk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_told(
+    store: Store, path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", raising(number))
+    with pytest.raises(
+        OSError, match=r"must be on a disk with locks \(flock\), but: .*; choose .* local"
+    ) as raised:
+        make(path, store)
+    assert raised.value.errno == number
+
+
+def test_a_lock_that_is_taken_away_whenever_it_is_looked_at_is_made_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(file: Any, *args: Any, **options: Any) -> int:
+        descriptor = usual(file, *args, **options)
+        if n_taken_away and str(file).endswith(".x.snapshot.lock"):
+            n_taken_away.pop()
+            Path(file).unlink()
+        return descriptor
+
+    usual, n_taken_away = os.open, [0]
+    monkeypatch.setattr(os, "open", opened)
+    with _snapshot_progress.locked(path, pytest.fail):
+        assert not n_taken_away
+        assert list(path.parent.iterdir()) == [path.with_name(".x.snapshot.lock")]
+
+
+def test_a_lock_of_another_user_and_a_link_are_told(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, mine = path.with_name(f".{path.name}.lock"), path.with_name("mine")
+    mine.write_text("mine")
+    lock.symlink_to(mine)
+    with pytest.raises(
+        OSError, match=r"lock '.*\.x\.snapshot\.lock' is a link, which is not followed; remove"
+    ):
+        make(path, store)
+    lock.unlink()
+    lock.touch()
+    user = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(_snapshot_progress.os, "open", raising(errno.EACCES))
+        patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
+        with pytest.raises(
+            OSError, match=r"lock '.*lock' belongs to the user .*; wait until it is there, or"
+        ):
+            make(path, store)
+    assert mine.read_text() == "mine"
+    make(path, store)
+
+
+# Progress -------------------------------------------------------------------------------------------------
+
+
+def test_a_callback_is_told_rows_done_and_in_all_speed_and_time_left(store: Store, path: Path) -> None:
+    told: list[tuple[int, int, float, float]] = []
+    make(path, store, progress=lambda *args: told.append(args))
+    assert [done for done, *_ in told] == [64, 128, 192, 256, N_OBS]
+    assert {total for _, total, *_ in told} == {N_OBS}
+    assert all(speed > 0 and left >= 0 for *_, speed, left in told)
+    assert told[-1][3] == 0
+
+
+def test_a_continued_creation_starts_where_the_last_one_ended(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial(path, store, monkeypatch)
+    told: list[int] = []
+    make(path, store, progress=lambda done, *_: told.append(done))
+    assert told == [256, N_OBS]
+
+
+def test_lines_on_stderr_tell_how_far_it_is_unless_they_are_unwanted(
+    store: Store, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(path, store)
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(path)
+    make(path, store, progress=True)
+    assert "x.snapshot: 311 of 311 rows, " in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    make(path, store, progress=True)
+    shown = sys.stderr.getvalue()
+    assert "x.snapshot" in shown
+    assert "311/311" in shown
+    assert "rows/s" in shown

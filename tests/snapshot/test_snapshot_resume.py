@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from matrix_source import matrix_source
+from snapshots import (
+    Killed,
+    assert_is_right,
+    building,
+    create_in_folder,
+    killed_at_shard,
+    make,
+    partial,
+    recording,
+)
+from stores import N_OBS, N_VARS, Store, expected_X
+from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml.snapshot import build as _snapshot_build
+from tiledbsoma_ml.snapshot import files as _snapshot_files
+from tiledbsoma_ml.snapshot import format as _snapshot_format
+from tiledbsoma_ml.snapshot import frames as _snapshot_frames
+from tiledbsoma_ml.snapshot import resume as _snapshot_resume
+from tiledbsoma_ml.snapshot.files import HashedFile
+from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.shards import ShardWriter
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let the n-th step of a creation that changes something on the disk, or waits for it, fail."""
+    n_left = [0]
+
+    def counted(function: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            n_left[0] -= 1
+            if n_left[0] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return step
+
+    def arm(n: int) -> None:
+        n_left[0] = n
+
+    monkeypatch.setattr(HashedFile, "write", counted(HashedFile.write))
+    fsync = counted(_snapshot_files.fsync)
+    for module in (_snapshot_build, _snapshot_files):
+        monkeypatch.setattr(module, "fsync", fsync)
+    monkeypatch.setattr(_snapshot_frames, "write_table", counted(_snapshot_frames.write_table))
+    for module in (_snapshot_resume, _snapshot_format):
+        monkeypatch.setattr(module, "write_atomically", counted(_snapshot_files.write_atomically))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    return arm
+
+
+def test_a_creation_that_ends_at_any_step_is_continued_and_ends_right(
+    store: Store, tmp_path: Path, kill_at: Any
+) -> None:
+    rng = random.Random(0)
+    n, n_kills = 1, 0
+    path = tmp_path / "0.snapshot"
+    while True:
+        kill_at(n)
+        try:
+            make(path, store)
+        except Killed:
+            n_kills += 1
+            if path.exists():
+                Snapshot.open(path).verify()
+            if rng.random() < 0.5:  # the next one ends again, later
+                n += rng.randrange(1, 4)
+                continue
+            kill_at(0)
+            make(path, store)
+            assert_is_right(path)
+            path = tmp_path / f"{n_kills}.snapshot"
+            n += rng.randrange(1, 4)
+        else:
+            break
+    assert n_kills > 10
+
+
+def test_finished_shards_are_not_read_again(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = ShardWriter.write
+
+    def recorded(self: Any, name: str, window: Any) -> Any:
+        written.append(name)
+        if len(written) == 4:
+            raise Killed
+        return write(self, name, window)
+
+    monkeypatch.setattr(ShardWriter, "write", recorded)
+    with pytest.raises(Killed):
+        make(path, store)
+    assert not path.exists()
+    names = ["shard-00000.data", "shard-00002.data"]
+    made = [(building(path) / name).stat().st_mtime_ns for name in names]
+    make(path, store)
+    assert written[4:] == ["shard-00003", "shard-00004"]
+    assert [(path / name).stat().st_mtime_ns for name in names] == made
+    assert_is_right(path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "partial", "no partial"])
+def test_a_damaged_part_of_a_creation_is_made_anew(
+    store: Store, path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial(path, store, monkeypatch)
+    file = building(path) / (PARTIAL if "partial" in damage else "shard-00001.indices")
+    content = file.read_bytes()
+    if damage in ("missing", "no partial"):
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        file.write_bytes(content[:7] + bytes([content[7] ^ 1]) + content[8:])
+    make(path, store)
+    assert_is_right(path)
+
+
+def drop_rows(fields: dict[str, Any]) -> None:
+    fields["borders"] = fields["borders"][:-1]
+
+
+def drop_first_border(fields: dict[str, Any]) -> None:
+    fields["borders"] = fields["borders"][1:]
+    fields["shards"]["raw"] = fields["shards"]["raw"][1:]
+
+
+def swap_shards(fields: dict[str, Any]) -> None:
+    shards = fields["shards"]["raw"]
+    for what in ("indptr", "indices", "data"):
+        shards[0][what], shards[1][what] = shards[1][what], shards[0][what]
+
+
+def name_another_file(fields: dict[str, Any]) -> None:
+    fields["shards"]["raw"][0]["data"]["name"] = "../outside"
+
+
+def tell_other_types(fields: dict[str, Any]) -> None:
+    fields["shards"]["raw"][0]["data_dtype"] = "|i1"
+    fields["shards"]["raw"][1]["nnz"] = 10**6
+
+
+def tell_nonsense(fields: dict[str, Any]) -> None:
+    fields["borders"], fields["shards"] = {"0": 1}, [7]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [drop_rows, drop_first_border, swap_shards, name_another_file, tell_other_types, tell_nonsense],
+)
+def test_a_continued_creation_believes_nothing_that_is_not_so(
+    store: Store, path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial(path, store, monkeypatch)
+    fields = json.loads((building(path) / PARTIAL).read_text())
+    del fields["sha256"]
+    change(fields)
+    (building(path) / PARTIAL).write_text(_snapshot_files.sealed(fields))
+    make(path, store)
+    assert_is_right(path)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("indices", 2**15), ("indices", 0), ("indptr", 2**40)])
+def test_a_creation_checks_what_it_wrote(
+    store: Store, path: Path, kind: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ShardWriter.write
+
+    def wrong(self: Any, name: str, window: Any) -> Any:
+        written = write(self, name, window)
+        file = self._folder / f"{name}.{kind}"
+        values = np.fromfile(file, "<u2" if kind == "indices" else "<i8")
+        values[1] = value
+        values.tofile(file)
+        return written | {kind: _snapshot_files.describe_file(file)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", wrong)
+        with pytest.raises(ValueError, match=rf"shard-0000\d\.{kind}.* it is damaged"):
+            make(path, store)
+    assert not path.exists()
+    make(path, store)
+    assert_is_right(path)
+
+
+def test_a_part_of_another_creation_is_discarded(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial(path, store, monkeypatch)
+    make(path, store, [5, 70, 300])
+    assert_is_right(path, [5, 70, 300])
+
+
+def test_creations_that_are_killed_at_random_moments_end_in_a_right_snapshot(
+    store: Store, path: Path, processes: Any
+) -> None:
+    rng = random.Random()
+    n_killed = 0
+    for _ in range(8):
+        process = processes.Process(target=create_in_folder, args=(store.locator, path.parent, 0.15, False))
+        process.start()
+        process.join(rng.uniform(0.5, 1.6))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            n_killed += 1
+        process.join()
+        if path.exists():
+            Snapshot.open(path).verify()
+            break
+    make(path, store)
+    assert_is_right(path)
+    assert n_killed or process.exitcode == 0
+
+
+# Once, and killed -----------------------------------------------------------------------------------------
+
+
+def test_a_creation_that_was_killed_is_continued_and_finished_shards_are_not_read_again(path: Path) -> None:
+    with killed_at_shard(3):
+        make(path, matrix_source())
+    assert (building(path) / PARTIAL).is_file()
+    source = matrix_source()
+    with recording(source) as asked:
+        snapshot = make(path, source)
+    assert asked == list(range(192, N_OBS))
+    snapshot.verify()
+    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))
+    assert not building(path).exists()
+
+
+@pytest.mark.parametrize("content", [{"version": "2"}, {}])
+def test_what_was_finished_of_other_content_or_of_unknown_content_is_made_anew(
+    path: Path, content: dict[str, str]
+) -> None:
+    other = matrix_source(content=content if content == {} else None)
+    other.X = other.X * 2
+    with killed_at_shard(3):
+        make(path, other)
+    snapshot = make(path, matrix_source(content=content))
+    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))

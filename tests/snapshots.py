@@ -1,0 +1,215 @@
+"""Snapshots of the test experiments in several shards, and ways to damage or to interrupt them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiledbsoma as soma
+
+from matrix_source import MatrixReader, MatrixSource
+from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
+from tiledbsoma_ml import QueryIDs
+from tiledbsoma_ml._soma.reader import SOMAReader
+from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml.snapshot import build as _snapshot_build
+from tiledbsoma_ml.snapshot.build import _Builder
+from tiledbsoma_ml.snapshot.files import sealed
+from tiledbsoma_ml.snapshot.format import MANIFEST
+from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.shards import ShardWriter
+from tiledbsoma_ml.x_locator import XLocator
+
+ALL_OBS = [name for name in make_obs(np.arange(4)) if name != "soma_joinid"]
+N_SHARDS = 5  # of all rows, in tiles of 64
+DTYPES = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
+
+
+def make(path: Path, of: Any, obs: Any = None, var: Any = None, **options: Any) -> Snapshot:
+    """Make a snapshot of rows and columns of a store, or of sources, in shards of one row tile."""
+    asked = of.query(obs, var) if isinstance(of, Store) else nullcontext(of)
+    with pytest.MonkeyPatch.context() as patch, asked as query:
+        patch.setattr(_snapshot_build, "MIN_SHARD_BYTES", 1)
+        patch.setattr(_snapshot_build, "MIN_SHARDS", 1000)
+        return Snapshot.create(path, query, **{"progress": False, **options})
+
+
+def read_soma(store: Store, rows: Sequence[int], columns: Sequence[int], names: Sequence[str]) -> Any:
+    """Return rows as the experiment gives them."""
+    with store.locator.open() as (X, obs):
+        ids, columns = (np.asarray(joinids, dtype=np.int64) for joinids in (rows, columns))
+        reader = SOMAReader(X, obs, columns, obs_column_names=names, obs_joinids=ids)
+        [found] = reader.read(ids)
+    return found.X, found.obs
+
+
+def add_array(store: Store, group: str, name: str, values: np.ndarray, dense: bool = False) -> None:
+    """Add an array of this content to `X` or `obsm` of a store."""
+    kind, pa_type = (soma.DenseNDArray if dense else soma.SparseNDArray), pa.from_numpy_dtype(values.dtype)
+    with soma.Experiment.open(store.uri, "w") as experiment:
+        measurement = experiment.ms[MEASUREMENT]
+        collection = measurement[group] if group in measurement else measurement.add_new_collection(group)
+        add = collection.add_new_dense_ndarray if kind is soma.DenseNDArray else None
+        array = (add or collection.add_new_sparse_ndarray)(name, type=pa_type, shape=values.shape)
+        if dense:
+            array.write((), pa.Tensor.from_numpy(values))
+        else:
+            write_entries(array, *values.nonzero(), values[values.nonzero()])
+
+
+def write_entries(array: soma.SparseNDArray, i: np.ndarray, j: np.ndarray, values: np.ndarray) -> None:
+    array.write(
+        pa.table({"soma_dim_0": i.astype(np.int64), "soma_dim_1": j.astype(np.int64), "soma_data": values})
+    )
+
+
+def dense_of(reader: Any, rows: np.ndarray) -> np.ndarray:
+    out = np.empty((len(rows), reader.n_vars), reader.dtype)
+    reader.fill_dense(rows, out)
+    return out
+
+
+def files_of(path: Path) -> list[str]:
+    return sorted(file.name for file in path.iterdir())
+
+
+def with_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a snapshot; its checksum and those of all files are made to fit."""
+    fields = json.loads((path / MANIFEST).read_text())
+    del fields["sha256"]
+    change(fields)
+    for file in all_files(fields):
+        if (path / file["name"]).is_file():
+            file["sha256"] = hashlib.sha256((path / file["name"]).read_bytes()).hexdigest()
+    (path / MANIFEST).write_text(sealed(fields))
+
+
+def all_files(fields: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(fields, dict) and "nbytes" in fields and isinstance(fields["name"], str):
+        yield fields
+    elif isinstance(fields, dict | list):
+        for value in fields.values() if isinstance(fields, dict) else fields:
+            yield from all_files(value)
+
+
+def set_value(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    """Return what sets the last of some keys to a value."""
+    *where, last, value = keys
+
+    def change(fields: Any) -> None:
+        for key in where:
+            fields = fields[key]
+        fields[last] = value
+
+    return change
+
+
+def building(path: Path) -> Path:
+    return path.with_name(f".{path.name}.building")
+
+
+def assert_is_right(path: Path, obs_joinids: Any = range(N_OBS)) -> None:
+    """Check a snapshot, and that nothing is left beside it."""
+    snapshot = Snapshot.open(path)
+    snapshot.verify()
+    X, obs = snapshot[:]
+    np.testing.assert_array_equal(X.toarray(), expected_X(obs_joinids, range(N_VARS)))
+    assert obs["soma_joinid"].tolist() == list(obs_joinids)
+    assert [other.name for other in path.parent.iterdir() if path.name in other.name] == [path.name]
+    assert PARTIAL not in [file.name for file in path.iterdir()]
+
+
+class Killed(BaseException):
+    """Ends a creation at once, like a kill."""
+
+
+def partial(path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Leave a creation with three finished shards."""
+    with monkeypatch.context() as patch:
+        keep = _Builder._keep_partial
+
+        def keep_and_end(self: Any) -> None:
+            keep(self)
+            if len(self._finished["raw"]) == 3:
+                raise Killed
+
+        patch.setattr(_Builder, "_keep_partial", keep_and_end)
+        with pytest.raises(Killed):
+            make(path, store, **options)
+    assert (building(path) / PARTIAL).is_file()
+
+
+def slowly(seconds: float) -> None:
+    """Let creations in this process take time for every shard, and make several."""
+    write = ShardWriter.write
+
+    def slow(self: Any, name: str, window: Any) -> Any:
+        with Path("written.txt").open("a") as file:
+            file.write(f"{os.getpid()} {name}\n")
+        time.sleep(seconds)
+        return write(self, name, window)
+
+    ShardWriter.write = slow  # type: ignore[method-assign]
+
+
+def create_in_folder(locator: XLocator, folder: Path, seconds: float, progress: bool) -> None:
+    """Make x.snapshot in a folder, telling into a file of this process."""
+    os.chdir(folder)
+    sys.stderr = Path(f"{os.getpid()}.err").open("w", buffering=1)  # noqa: SIM115
+    slowly(seconds)
+    _snapshot_build.MIN_SHARD_BYTES, _snapshot_build.MIN_SHARDS = 1, 1000
+    ids = QueryIDs(obs_joinids=np.arange(N_OBS), var_joinids=np.arange(N_VARS))
+    Snapshot.create_from(
+        "x.snapshot", [(locator, ids)], obs_column_names=["soma_joinid"], progress=progress
+    ).verify()
+
+
+def raising(number: int) -> Any:
+    def raise_error(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return raise_error
+
+
+# Once, and killed -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def killed_at_shard(number: int) -> Iterator[None]:
+    """Let a creation end before it writes a shard."""
+    write = ShardWriter.write
+
+    def write_until(self: Any, name: str, rows: Any) -> Any:
+        if name == f"shard-{number:05}":
+            raise Killed
+        return write(self, name, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write_until)
+        with pytest.raises(Killed):
+            yield
+
+
+@contextmanager
+def recording(source: MatrixSource) -> Iterator[list[int]]:
+    """Keep which rows a source is asked for, but for the one that tells the type."""
+    asked: list[int] = []
+    given = MatrixReader.given
+
+    def record(self: Any, rows: Any) -> Any:
+        asked.extend(rows.obs_joinids.tolist() if len(rows) > 1 else [])
+        return given(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MatrixReader, "given", record)
+        yield asked
