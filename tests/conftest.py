@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import tiledbsoma as soma
 from hypothesis import settings
 
-from stores import MEASUREMENT, Store, make_experiment
-from tiledbsoma_ml import XLocator
+from snapshots import ALL_OBS
+from snapshots import make as make_snapshot
+from stores import (
+    MEASUREMENT,
+    Store,
+    make_experiment,
+)
+from tiledbsoma_ml import Snapshot, XLocator
+from tiledbsoma_ml._budget import Budget
+from windows import N_ROWS, TILE, eager_threads
 
 # A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
 # would have nothing to test; TileDB would even call what it takes for a handler.
@@ -47,3 +56,35 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Store]
 def store(make_store: Callable[..., Store]) -> Store:
     """The experiment that most tests read; never written to."""
     return make_store()
+
+
+@pytest.fixture(scope="session")
+def large(make_store: Callable[..., Store]) -> Store:
+    """2,000 rows in tiles of 32."""
+    return make_store(obs_joinids=range(N_ROWS), tile=(TILE, 8))
+
+
+@pytest.fixture(scope="session")
+def dense_store(make_store: Callable[..., Store]) -> Store:
+    return make_store(dense=True)
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every budget so small that a window holds a few hundred rows of these tiny experiments."""
+    monkeypatch.setattr(Budget, "windows", 43_000)
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    before = eager_threads()
+    yield
+    gc.collect()
+    assert eager_threads() <= before
+
+
+@pytest.fixture(scope="session")
+def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """A snapshot of all of the store, in five shards."""
+    path = tmp_path_factory.mktemp("snapshots") / "whole.snapshot"
+    return make_snapshot(path, store, obs_column_names=ALL_OBS)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,17 @@ import pytest
 import torch
 from scipy import sparse
 
+from epochs import SCOPES, batches_of, dataset_of, loader_of
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
-from tiledbsoma_ml import dataloader, experiment_dataloader
+from tiledbsoma_ml import Snapshot, dataloader, experiment_dataloader
 
 # 311 rows over 2 workers are 156 and 155: with 31 rows a mini-batch, 6 and 5 mini-batches.
 UNEVEN = {"batch_size": 31, "io_batch_size": 64, "seed": 4}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* changes nothing here: "),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
 
 
 def without_workers_in_turn(store: Store, epoch: int, **options: Any) -> np.ndarray:
@@ -212,3 +219,95 @@ def test_the_worked_example_of_the_documentation_holds(
 
 def as_it_is(item: Any) -> Any:
     return item
+
+
+# With a DataLoader ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("n_workers", [0, 1, 2, 3])
+def test_a_loader_resumes_in_the_middle_and_at_the_end_of_an_epoch(
+    whole: Snapshot, scope: Any, n_workers: int
+) -> None:
+    loader = loader_of(whole, n_workers, shuffle_scope=scope)
+    expected = [batches_of(loader) for _ in range(3)]
+    n_batches = len(expected[0])
+    assert len(loader) == n_batches
+    loader = loader_of(whole, n_workers, shuffle_scope=scope)
+    states = [loader.state_dict(), *(loader.state_dict() for _ in loader)]
+    for n_yielded in (0, 1, 2, 5, n_batches - 1, n_batches):
+        resumed = loader_of(whole, n_workers, shuffle_scope=scope)
+        resumed.load_state_dict(states[n_yielded])
+        rest = expected[0][n_yielded:] if n_yielded < n_batches else []
+        found = [] if n_yielded == n_batches else batches_of(resumed)
+        assert found == rest
+        assert batches_of(resumed) == expected[1]
+        assert batches_of(resumed) == expected[2]
+        del resumed
+
+
+def test_a_state_that_is_loaded_into_a_loader_with_living_workers_counts(whole: Snapshot) -> None:
+    loader = loader_of(whole, 2)
+    expected = [batches_of(loader) for _ in range(2)]
+    iterator = iter(loader_of(whole, 2))
+    other = loader_of(whole, 2)
+    iterator = iter(other)
+    for _ in range(3):
+        next(iterator)
+    state = other.state_dict()
+    loader.load_state_dict(state)
+    assert batches_of(loader) == expected[0][3:]
+    assert batches_of(loader) == expected[1]
+
+
+def test_in_global_scope_a_loader_resumes_with_another_number_of_workers(whole: Snapshot) -> None:
+    loader = loader_of(whole, 3, shuffle_scope="global")
+    iterator = iter(loader)
+    before = [next(iterator)[1]["soma_joinid"].tolist() for _ in range(4)]
+    for n_workers in (0, 2):
+        resumed = loader_of(whole, n_workers, shuffle_scope="global")
+        resumed.load_state_dict(loader.state_dict())
+        rest = batches_of(resumed)
+        assert sorted(np.concatenate(before + rest).tolist()) == list(range(130))
+        assert sorted(np.concatenate(batches_of(resumed)).tolist()) == list(range(130))
+
+
+# Whose position it is -------------------------------------------------------------------------------------
+
+
+def test_iterators_share_no_workers_unless_they_are_kept_and_the_newest_has_those(whole: Snapshot) -> None:
+    options = {"num_workers": 1, "multiprocessing_context": "fork"}
+    expected = loader_of(whole, 1)
+    first, second = batches_of(expected), batches_of(expected)
+    loader = experiment_dataloader(dataset_of(whole, 130), persistent_workers=False, **options)
+    both = list(zip(loader, loader, strict=True))
+    assert [batches_of(found) for found in zip(*both, strict=True)] == [first, second]
+    loader = experiment_dataloader(dataset_of(whole, 130), **options)
+    old = iter(loader)
+    next(old)
+    assert batches_of(loader) == second
+    with pytest.raises(RuntimeError, match="must be the newest one, but another began since"):
+        next(old)
+    with pytest.raises(RuntimeError, match="must be the newest one"):
+        list(zip(loader, loader, strict=True))
+
+
+def test_mini_batches_out_of_order_are_refused(whole: Snapshot) -> None:
+    with pytest.raises(ValueError, match="in_order=False does not apply to experiment_dataloader, whose"):
+        experiment_dataloader(dataset_of(whole), num_workers=1, in_order=False)
+
+
+# With torchdata -------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_is_named_with_its_cause(whole: Snapshot, tmp_path: Path) -> None:
+    import os
+    import signal
+
+    loader = loader_of(whole, 2, use_eager_fetch=False, batch_size=1)
+    iterator = iter(loader)
+    next(iterator)
+    os.kill(loader._iterator._workers[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"worker 1 of 2 \(process \d+\) died by signal 9"):
+        for _ in iterator:
+            pass

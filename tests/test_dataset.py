@@ -6,19 +6,16 @@ import threading
 from typing import Any
 from unittest import mock
 
-import attrs
 import numpy as np
 import pandas as pd
 import pytest
-import tiledbsoma as soma
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, make_obs
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
-from tiledbsoma_ml._query_ids import Partition
+from tiledbsoma_ml import ExperimentDataset
 from tiledbsoma_ml.dataset import DEFAULT_IO_BATCH_SIZE
 
 # Invariants -----------------------------------------------------------------------------------------------
@@ -328,171 +325,6 @@ def test_reading_ahead_changes_nothing(store: Store) -> None:
 # Bad input ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"batch_size": 0}, ValueError, "batch_size=0 must be a positive integer; try 128."),
-        ({"batch_size": -5}, ValueError, "batch_size=-5 must be a positive integer; try 128."),
-        ({"batch_size": 1.0}, TypeError, "batch_size=1.0 must be a positive integer, not a float; try 128."),
-        ({"batch_size": True}, TypeError, "batch_size=True must be a positive integer, not a bool; try 128."),
-        ({"io_batch_size": 0}, ValueError, "io_batch_size=0 must be a positive integer; try 65536."),
-        (
-            {"io_batch_size": 2.5},
-            TypeError,
-            "io_batch_size=2.5 must be a positive integer, not a float; try 65536.",
-        ),
-        ({"shuffle_chunk_size": -1}, ValueError, "shuffle_chunk_size=-1 must be a positive integer; try 64."),
-        (
-            {"shuffle_chunk_size": False},
-            TypeError,
-            "shuffle_chunk_size=False must be a positive integer, not a bool",
-        ),
-        (
-            {"io_batch_size": 100, "shuffle_chunk_size": 64},
-            ValueError,
-            "io_batch_size=100 must be a multiple of shuffle_chunk_size=64; try 128.",
-        ),
-        ({"seed": -1}, ValueError, "seed=-1 must be an integer of at least 0; try 42."),
-        ({"seed": "42"}, TypeError, "seed='42' must be an integer of at least 0, not a str; try 42."),
-        (
-            {"shuffle_mode": "tpu"},
-            ValueError,
-            "shuffle_mode='tpu' must be one of 'cpu', 'gpu_iobatch', 'gpu_minibatch' or 'gpu'.",
-        ),
-        (
-            {"obs_column_names": ["celltype"]},
-            ValueError,
-            "obs_column_names='celltype' must be a column of obs; did you mean 'cell_type'?",
-        ),
-        (
-            {"obs_column_names": []},
-            ValueError,
-            "obs_column_names=[] must hold at least one name; try ['soma_joinid']",
-        ),
-        (
-            {"obs_column_names": "stage"},
-            TypeError,
-            "obs_column_names='stage' must be a list of names; try ['stage'].",
-        ),
-        (
-            {"obs_column_names": ["stage", "stage"]},
-            ValueError,
-            "obs_column_names=['stage', 'stage'] must differ from each other; name each column once.",
-        ),
-    ],
-)
-def test_a_bad_value_is_refused_in_one_sentence_before_any_data_is_read(
-    store: Store, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with (
-        store.query() as query,
-        mock.patch.object(soma.SparseNDArray, "read", side_effect=AssertionError("X was read")),
-        mock.patch.object(soma.DataFrame, "read", side_effect=AssertionError("obs was read")),
-        pytest.raises(error) as caught,
-    ):
-        ExperimentDataset(query, **options)
-    assert str(caught.value).startswith(message)
-
-
-def test_numpy_integers_are_integers(store: Store) -> None:
-    dataset = store.dataset(batch_size=np.int64(7), seed=np.uint32(3))
-    assert (dataset.batch_size, dataset.seed) == (7, 3)
-
-
-def test_the_io_batch_size_need_not_be_a_multiple_when_not_shuffling(store: Store) -> None:
-    assert joinids_of(store.dataset(shuffle=False, io_batch_size=100)).tolist() == list(range(N_OBS))
-
-
-def test_an_unknown_layer_is_named_with_the_nearest_one(store: Store) -> None:
-    with (
-        store.query() as query,
-        pytest.raises(
-            ValueError,
-            match=r"layer_name='rwa' must be an X layer of measurement 'RNA'; did you mean 'raw'\?",
-        ),
-    ):
-        ExperimentDataset(query, layer_name="rwa")
-
-
-def test_obs_columns_are_checked_for_a_locator_too(store: Store) -> None:
-    with pytest.raises(
-        ValueError, match=r"obs_column_names='stag' must be a column of obs; did you mean 'stage'\?"
-    ):
-        store.dataset(obs_column_names=["stag"])
-
-
-def test_a_query_on_a_closed_experiment_is_refused(store: Store) -> None:
-    with store.query() as query:
-        pass
-    with pytest.raises(ValueError, match=r"the experiment .* must be open; build the dataset inside"):
-        ExperimentDataset(query)
-
-
-def test_what_is_no_query_is_refused(store: Store) -> None:
-    with soma.Experiment.open(store.uri) as experiment:
-        for given_query in (experiment, store.uri):
-            with pytest.raises(
-                TypeError, match=rf"query must be .* not of type {type(given_query).__name__}; try"
-            ):
-                ExperimentDataset(given_query)
-
-
-def test_a_query_of_no_cells_is_told(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    with store.query(obs="cell_type == 'none of them'") as query:
-        dataset = ExperimentDataset(query)
-    assert [record.levelname for record in caplog.records if "selects no cells" in record.message] == [
-        "WARNING"
-    ]
-    assert not list(dataset)
-
-
-def test_printing_says_what_a_dataset_yields(store: Store) -> None:
-    facts = (
-        f"311 rows by 23 columns; source={store.uri!r}, batch_size=16, shuffle_chunk_size=64, "
-        "io_batch_size=65,536, shuffle=shuffle_scope='partition', seed=3, X=dense, obs=soma_joinid, "
-        "rank=0 of 1"
-    )
-    dataset = store.dataset(batch_size=16, seed=3)
-    assert str(dataset) == repr(dataset) == f"<ExperimentDataset: {facts}>"
-    loader = experiment_dataloader(dataset)
-    assert repr(loader) == f"<ExperimentDataLoader: {facts}, num_workers=0>"
-    assert "<td style='text-align:left'>311 rows by 23 columns</td>" in dataset._repr_html_()
-    assert "<th style='text-align:left'>num_workers</th>" in loader._repr_html_()
-
-
-def test_printing_says_what_auto_stands_for_as_soon_as_it_is_known(store: Store) -> None:
-    dataset = store.dataset(batch_size=16, shuffle_chunk_size="auto", io_batch_size="auto")
-    with mock.patch.object(soma.SparseNDArray, "read", side_effect=AssertionError("X was read")):
-        unknown = "auto, which is found out when it is needed"
-        assert f"shuffle_chunk_size={unknown}, io_batch_size={unknown}" in repr(dataset)
-    list(dataset)
-    known = "shuffle_chunk_size=auto: runs of 64 rows, io_batch_size=auto: windows of 311 rows"
-    assert known in repr(dataset)
-
-
-def test_either_a_query_or_a_locator_with_ids_must_be_given(store: Store) -> None:
-    ids = QueryIDs(obs_joinids=[0], var_joinids=[0])
-    with store.query() as query:
-        for given_arguments, listed in [
-            ({}, "not none of them"),
-            ({"query": query, "query_ids": ids}, "not query, query_ids"),
-            (
-                {"query": query, "x_locator": store.locator, "query_ids": ids},
-                "not query, x_locator, query_ids",
-            ),
-            ({"x_locator": store.locator}, "not x_locator"),
-            (
-                {"layer_name": "raw", "x_locator": store.locator, "query_ids": ids},
-                "not layer_name, x_locator, query_ids",
-            ),
-        ]:
-            with pytest.raises(
-                ValueError, match=r"either query .* or both x_locator and query_ids"
-            ) as caught:
-                ExperimentDataset(**given_arguments)
-            assert listed in str(caught.value)
-
-
 @pytest.mark.parametrize("epoch", [-1, 1.5, True, None])
 def test_a_bad_epoch_is_refused(store: Store, epoch: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=f"epoch={epoch} must be an integer of at least 0"):
@@ -503,32 +335,3 @@ def test_a_bad_epoch_is_refused(store: Store, epoch: Any) -> None:
 def test_bad_fractions_are_refused_with_an_example(store: Store, fracs: Any) -> None:
     with pytest.raises(ValueError, match=r"fracs.*try random_split\(0\.8, 0\.2\)"):
         store.dataset().random_split(*fracs)
-
-
-def test_a_part_of_a_query_is_refused(store: Store) -> None:
-    part = QueryIDs(obs_joinids=range(8), var_joinids=range(3)).partitioned(Partition(0, 2, 0, 1))
-    with pytest.raises(
-        ValueError, match=r"query_ids must be the rows of all, and these are the part of Part"
-    ):
-        ExperimentDataset(x_locator=store.locator, query_ids=part)
-    whole = attrs.evolve(part, partition=None)
-    assert len(ExperimentDataset(x_locator=store.locator, query_ids=whole)) == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", []), ("query_ids", None)]
-)
-def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str, value: Any) -> None:
-    dataset = store.dataset(range(8), batch_size=4)
-    with pytest.raises(AttributeError, match=f"{name} of a dataset cannot be changed, .* another dataset"):
-        setattr(dataset, name, value)
-    [first, _] = dataset.random_split(0.5, 0.5)
-    for made in (dataset, first, pickle.loads(pickle.dumps(first))):
-        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
-
-
-def test_the_form_of_x_can_be_changed(store: Store) -> None:
-    dataset = store.dataset(range(8), batch_size=8)
-    dataset.return_sparse_X = True
-    [(X, _)] = dataset
-    assert isinstance(X, sparse.csr_matrix)

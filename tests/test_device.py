@@ -29,12 +29,6 @@ DTYPES = [
     np.float64,
 ]
 
-# torch says once per process that its CSR layout is in beta, and that it does not check it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
-]
-
 
 @pytest.fixture(
     scope="module",

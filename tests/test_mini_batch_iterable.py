@@ -18,12 +18,6 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import IOBatch
 from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 
-# torch says once per process that its CSR layout is in beta, and that it does not check it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
-]
-
 N_VARS = 11
 COLUMNS = ["soma_joinid", "cell_type", "stage", "n_genes"]
 DTYPES = [

@@ -46,7 +46,6 @@ def query_with_repeats(folder: Path, dtype: Any) -> Iterator[tuple[soma.Experime
         yield query, sparse.coo_matrix((values, (i, j)), shape=(N_OBS, N_VARS)).toarray()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])  # which holds sums, and which does not
 def test_all_paths_add_up_what_was_written_to_one_coordinate(tmp_path: Path, dtype: Any) -> None:
     with query_with_repeats(tmp_path, dtype) as (query, expected):

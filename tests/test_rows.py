@@ -16,12 +16,6 @@ from stores import N_VARS, expected_X, make_obs
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import MANY_CATEGORIES, Padding, Rows, concat_obs
 
-# torch says once per process that its CSR layout is in beta, and that it does not check it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
-]
-
 
 def as_matrix(dense: np.ndarray) -> CSR_IO_Buffer:
     csr = sparse.csr_matrix(dense)

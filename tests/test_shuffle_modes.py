@@ -16,12 +16,6 @@ from tiledbsoma_ml import ShuffleMode, experiment_dataloader
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml.dataloader import _by_worker, _in_turn
 
-# torch says once per process that its CSR layout is in beta, and that it does not check it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
-]
-
 cuda = pytest.param(
     "cuda",
     marks=[

@@ -13,7 +13,7 @@ import pytest
 import tiledbsoma as soma
 from scipy import sparse
 
-from stores import N_OBS, Store
+from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs
 from tiledbsoma_ml._dataset.options import OF_SHUFFLING, Options
 
@@ -175,23 +175,195 @@ def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_fir
         assert part.plan == whole
 
 
-def test_printing_tells_the_sizes_of_this_rank_and_does_without_ranks_that_cannot_be(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "batch_size": 16}
-    dataset = make(store, ranks=(1, 4), **auto)
-    assert dataset.plan.is_auto
-    assert "io_batch_size=auto: windows of 77 rows" in repr(dataset)
-    alone = make(store, **auto)
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "rank=unknown" in repr(alone)
-    assert alone.plan.is_auto
-    assert "rank=unknown" in repr(alone)
-
-
 @pytest.mark.parametrize("eager", [False, True])
 def test_reading_ahead_can_be_changed(store: Store, eager: bool) -> None:
     dataset = make(store, use_eager_fetch=not eager)
     dataset.use_eager_fetch = eager
     assert dataset.iterations.budget.use_eager_fetch == eager
+
+
+# Bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0 must be a positive integer; try 128."),
+        ({"batch_size": -5}, ValueError, "batch_size=-5 must be a positive integer; try 128."),
+        ({"batch_size": 1.0}, TypeError, "batch_size=1.0 must be a positive integer, not a float; try 128."),
+        ({"batch_size": True}, TypeError, "batch_size=True must be a positive integer, not a bool; try 128."),
+        ({"io_batch_size": 0}, ValueError, "io_batch_size=0 must be a positive integer; try 65536."),
+        (
+            {"io_batch_size": 2.5},
+            TypeError,
+            "io_batch_size=2.5 must be a positive integer, not a float; try 65536.",
+        ),
+        ({"shuffle_chunk_size": -1}, ValueError, "shuffle_chunk_size=-1 must be a positive integer; try 64."),
+        (
+            {"shuffle_chunk_size": False},
+            TypeError,
+            "shuffle_chunk_size=False must be a positive integer, not a bool",
+        ),
+        (
+            {"io_batch_size": 100, "shuffle_chunk_size": 64},
+            ValueError,
+            "io_batch_size=100 must be a multiple of shuffle_chunk_size=64; try 128.",
+        ),
+        ({"seed": -1}, ValueError, "seed=-1 must be an integer of at least 0; try 42."),
+        ({"seed": "42"}, TypeError, "seed='42' must be an integer of at least 0, not a str; try 42."),
+        (
+            {"shuffle_mode": "tpu"},
+            ValueError,
+            "shuffle_mode='tpu' must be one of 'cpu', 'gpu_iobatch', 'gpu_minibatch' or 'gpu'.",
+        ),
+        (
+            {"obs_column_names": ["celltype"]},
+            ValueError,
+            "obs_column_names='celltype' must be a column of obs; did you mean 'cell_type'?",
+        ),
+        (
+            {"obs_column_names": []},
+            ValueError,
+            "obs_column_names=[] must hold at least one name; try ['soma_joinid']",
+        ),
+        (
+            {"obs_column_names": "stage"},
+            TypeError,
+            "obs_column_names='stage' must be a list of names; try ['stage'].",
+        ),
+        (
+            {"obs_column_names": ["stage", "stage"]},
+            ValueError,
+            "obs_column_names=['stage', 'stage'] must differ from each other; name each column once.",
+        ),
+        ({"memory_budget": 0}, ValueError, "memory_budget=0 must be at least 64 MiB; try '2GiB'."),
+        ({"memory_budget": -1}, ValueError, "memory_budget=-1 must be at least 64 MiB; try '2GiB'."),
+        (
+            {"memory_budget": "63MiB"},
+            ValueError,
+            "memory_budget='63MiB' must be at least 64 MiB; try '2GiB'.",
+        ),
+        (
+            {"memory_budget": True},
+            TypeError,
+            "memory_budget=True must be a number of bytes or a string; try memory_budget='2GiB'.",
+        ),
+        (
+            {"memory_budget": 2.5e9},
+            TypeError,
+            "memory_budget=2500000000.0 must be a number of bytes or a string; try memory_budget='2GiB'.",
+        ),
+        (
+            {"memory_budget": None},
+            TypeError,
+            "memory_budget=None must be a number of bytes or a string; try memory_budget='2GiB'.",
+        ),
+        (
+            {"memory_budget": "2 apples"},
+            ValueError,
+            "memory_budget='2 apples' must be a number of bytes, with a unit or without; try '2GiB'.",
+        ),
+        (
+            {"io_batch_size": "big"},
+            ValueError,
+            "io_batch_size='big' must be a positive integer or 'auto'; try 'auto'.",
+        ),
+        (
+            {"shuffle_chunk_size": "tile"},
+            ValueError,
+            "shuffle_chunk_size='tile' must be a positive integer or 'auto'; try 'auto'.",
+        ),
+        (
+            {"shuffle_chunk_size": "auto", "io_batch_size": 0},
+            ValueError,
+            "io_batch_size=0 must be a positive integer; try 65536.",
+        ),
+        (
+            {"window_dir": "/no/such/folder", "window_budget": "1GiB"},
+            ValueError,
+            "window_dir='/no/such/folder' must be an existing folder; make it, or choose another.",
+        ),
+        (
+            {"window_dir": __file__, "window_budget": "1GiB"},
+            ValueError,
+            f"window_dir={__file__!r} must be an existing folder; make it, or choose another.",
+        ),
+        (
+            {"window_dir": "/"},
+            ValueError,
+            "window_dir='/' needs a limit; add window_budget='64GiB'.",
+        ),
+        (
+            {"window_budget": "64GiB"},
+            ValueError,
+            "window_budget needs a folder on a local disk; add window_dir='/path'.",
+        ),
+        (
+            {"window_dir": "/", "window_budget": "63MiB"},
+            ValueError,
+            "window_budget='63MiB' must be at least 64 MiB; try '2GiB'.",
+        ),
+        (
+            {"window_dir": "/", "window_budget": 1.5},
+            TypeError,
+            "window_budget=1.5 must be a number of bytes or a string; try window_budget='2GiB'.",
+        ),
+        (
+            {"window_dir": "/", "window_budget": "1048576TiB"},
+            ValueError,
+            "window_budget=1073741824.0 GiB must fit into window_dir='/', where ",
+        ),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_sentence_before_any_data_is_read(
+    store: Store, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with (
+        store.query() as query,
+        mock.patch.object(soma.SparseNDArray, "read", side_effect=AssertionError("X was read")),
+        mock.patch.object(soma.DataFrame, "read", side_effect=AssertionError("obs was read")),
+        pytest.raises(error) as caught,
+    ):
+        ExperimentDataset(query, **options)
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith((".", "?"))
+
+
+def test_a_window_budget_above_the_free_space_says_how_much_there_is(store: Store, tmp_path: Path) -> None:
+    with (
+        mock.patch("shutil.disk_usage", return_value=mock.Mock(free=3 * 2**29)),
+        pytest.raises(ValueError, match="window_budget") as caught,
+    ):
+        store.dataset(window_dir=tmp_path, window_budget="2GiB")
+    assert str(caught.value) == (
+        f"window_budget=2.0 GiB must fit into window_dir={str(tmp_path)!r}, where 1.5 GiB are free; "
+        "lower it, or choose another folder."
+    )
+
+
+def test_numpy_integers_are_integers(store: Store) -> None:
+    dataset = store.dataset(batch_size=np.int64(7), seed=np.uint32(3))
+    assert (dataset.batch_size, dataset.seed) == (7, 3)
+
+
+def test_the_io_batch_size_need_not_be_a_multiple_when_not_shuffling(store: Store) -> None:
+    assert joinids_of(store.dataset(shuffle=False, io_batch_size=100)).tolist() == list(range(N_OBS))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", []), ("query_ids", None)]
+)
+def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str, value: Any) -> None:
+    dataset = store.dataset(range(8), batch_size=4)
+    with pytest.raises(AttributeError, match=f"{name} of a dataset cannot be changed, .* another dataset"):
+        setattr(dataset, name, value)
+    [first, _] = dataset.random_split(0.5, 0.5)
+    for made in (dataset, first, pickle.loads(pickle.dumps(first))):
+        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
+
+
+def test_the_form_of_x_can_be_changed(store: Store) -> None:
+    dataset = store.dataset(range(8), batch_size=8)
+    dataset.return_sparse_X = True
+    [(X, _)] = dataset
+    assert isinstance(X, sparse.csr_matrix)

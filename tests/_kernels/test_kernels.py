@@ -1,15 +1,9 @@
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeAlias
 
-import numba
 import numpy as np
 import pytest
 from numba.core.dispatcher import Dispatcher
@@ -17,34 +11,70 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._kernels import csr, window
 from tiledbsoma_ml._kernels.bits import as_bits
-from tiledbsoma_ml._kernels.jit import jit
 
 Arrays: TypeAlias = tuple[NDArray[np.generic], ...]
 
+
 N_ROWS, N_COLS = 400, 900
+
 
 # Entries of a matrix with unique coordinates, in random order, and the same with rows in order.
 _rng = np.random.default_rng(0)
+
+
 ROWS, COLS = np.divmod(_rng.permutation(N_ROWS * N_COLS)[: N_ROWS * N_COLS // 3], N_COLS)
+
+
 DATA = _rng.random(len(ROWS), dtype=np.float32)
+
+
 INDPTR = np.concatenate([[0], np.cumsum(np.bincount(ROWS, minlength=N_ROWS))])
+
+
 BY_ROW = np.argsort(ROWS, kind="stable")
+
+
 BY_ROW_AND_COL = np.lexsort((COLS, ROWS))
+
+
 INDICES = COLS[BY_ROW].astype(np.uint16)
+
 
 # The same entries as a layer gives them, in runs of one row, with counts as values; and what is wanted: four
 # of five rows, and two of three columns in another order.
 DIM_0, DIM_1 = ROWS[BY_ROW] * 5 + 2, COLS[BY_ROW]
+
+
 SORTED_IDS = np.unique(DIM_0)[np.arange(N_ROWS) % 5 != 4]
+
+
 IS_RUN = np.isin(np.unique(DIM_0), SORTED_IDS)
+
+
 STARTS, STOPS = (borders[IS_RUN].astype(np.int32) for borders in (INDPTR[:-1], INDPTR[1:]))
+
+
 RUN_ROWS = np.arange(len(SORTED_IDS), dtype=np.int32)
+
+
 COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1]).astype(np.int32)
+
+
 FIRST_COL, LAST_COL = 50, 800  # those before and after are not wanted, and are nowhere in the table
+
+
 COL_OF[:FIRST_COL] = COL_OF[LAST_COL + 1 :] = -1
+
+
 TABLE = COL_OF[FIRST_COL : LAST_COL + 1].copy()
+
+
 LENGTHS = np.array([(COL_OF[DIM_1[a:b]] >= 0).sum() for a, b in zip(STARTS, STOPS, strict=True)], np.int32)
+
+
 COUNTS = _rng.integers(0, 256, len(DIM_1)).astype(np.float32)
+
+
 WANTED = np.isin(DIM_0, SORTED_IDS) & (COL_OF[DIM_1] >= 0)
 
 
@@ -149,8 +179,13 @@ def dense() -> NDArray[np.float32]:
 
 
 LINES = np.array([7, 0, 399, 7], dtype=np.int32)
+
+
 NONZERO = dense()[LINES] != 0
+
+
 KEPT = NONZERO & (COL_OF >= 0)
+
 
 DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
@@ -210,14 +245,6 @@ def test_runs_are_found_in_any_order_of_rows_and_of_a_row_more_than_once() -> No
     assert found[:, :n_runs].T.tolist() == [[1, 0, 2], [0, 2, 3], [2, 3, 6], [0, 7, 9]]
 
 
-def test_values_are_viewed_as_bits_of_their_width_without_a_copy() -> None:
-    for dtype in (np.bool_, np.int8, np.uint16, np.float32, np.int64, np.float64):
-        values = np.ones(3, dtype=dtype)
-        bits = as_bits(values)
-        assert (bits.dtype.kind, bits.dtype.itemsize) == ("u", values.dtype.itemsize)
-        assert np.shares_memory(bits, values)
-
-
 def test_other_threads_run_while_a_kernel_does() -> None:
     rows = np.broadcast_to(np.int64(0), 100_000_000)  # a tenth of a second of counting, in eight bytes
 
@@ -239,131 +266,6 @@ def test_every_kernel_releases_the_gil_and_leaves_threads_to_the_caller() -> Non
     for kernel in kernels().values():
         assert kernel.targetoptions["nogil"] is True
         assert not kernel.targetoptions.get("parallel", False)
-
-
-COUNT_ONE_ROW = """
-import json, sys, numpy as np
-from tiledbsoma_ml._kernels import csr
-
-csr.count_rows(np.zeros(1, dtype=sys.argv[1]), np.zeros(1, dtype=np.int64))
-stats, dtypes = csr.count_rows.stats, [str(rows.dtype) for rows, _ in csr.count_rows.signatures]
-print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), *dtypes]))
-"""
-
-
-def count_one_row(cache: Path, dtype: str, *, before: str = "") -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", before + COUNT_ONE_ROW, dtype]
-    return subprocess.Popen(command, env=os.environ | {"NUMBA_CACHE_DIR": str(cache)}, stdout=subprocess.PIPE)
-
-
-def hits_misses_and_dtypes(process: subprocess.Popen[bytes]) -> list[int | str]:
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    return json.loads(out)
-
-
-def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path) -> None:
-    assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [0, 1, "uint32"]
-    assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [1, 0, "uint32"]
-
-
-def cut(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def emptied(content: bytes) -> bytes:
-    return b""
-
-
-def flipped(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("pattern", ["*.nbi", "*.nbc"])
-@pytest.mark.parametrize("damage", [cut, emptied, flipped])
-def test_what_is_damaged_on_disk_is_compiled_anew(
-    pattern: str, damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-
-    def hits_and_misses() -> tuple[int, int]:
-        compiled = jit(add_one)
-        assert compiled(2) == 3
-        stats = compiled.stats  # type: ignore[attr-defined]
-        return sum(stats.cache_hits.values()), sum(stats.cache_misses.values())
-
-    assert hits_and_misses() == (0, 1)
-    [path] = tmp_path.rglob(pattern)
-    path.write_bytes(damage(path.read_bytes()))
-    assert hits_and_misses() == (0, 1)
-    assert hits_and_misses() == (1, 0)
-
-
-def add_one(number: int) -> int:
-    return number + 1
-
-
-MEET = """
-import pathlib, time
-from numba.core.caching import IndexDataCacheFile as File
-from tiledbsoma_ml._kernels import csr
-
-def touch_and_wait(mine, other, seconds):
-    pathlib.Path({folder!r}, mine).touch()
-    end = time.monotonic() + seconds
-    while not pathlib.Path({folder!r}, other).exists() and time.monotonic() < end:
-        time.sleep(0.01)
-
-def save_index(self, overloads, save=File._save_index):
-    touch_and_wait("first has read the index", "second has written the index", 3)
-    save(self, overloads)
-
-def save_data(self, name, data, save=File._save_data):
-    touch_and_wait("second has written the index", "first is done", 30)
-    save(self, name, data)
-"""
-FIRST = "File._save_index = save_index\n"
-SECOND = 'touch_and_wait("second is there", "first has read the index", 60)\nFile._save_data = save_data\n'
-
-
-def test_processes_that_compile_at_once_keep_each_what_it_compiled(tmp_path: Path) -> None:
-    meet = MEET.format(folder=str(tmp_path))
-    second = count_one_row(tmp_path, "uint32", before=meet + SECOND)
-    while not (tmp_path / "second is there").exists():
-        assert second.poll() is None
-    hits_misses_and_dtypes(count_one_row(tmp_path, "int64", before=meet + FIRST))
-    (tmp_path / "first is done").touch()
-    hits_misses_and_dtypes(second)
-    for dtype in ("uint32", "int64"):
-        assert hits_misses_and_dtypes(count_one_row(tmp_path, dtype)) == [1, 0, dtype]
-
-
-COMPILE_AND_FORK = """
-import os, signal, sys, threading, time, numpy as np
-from numba.core.compiler_lock import global_compiler_lock
-from tiledbsoma_ml._kernels import csr
-
-def compile_for_a_while():
-    with global_compiler_lock:
-        started.set()
-        time.sleep(0.2)
-
-started = threading.Event()
-compiling = threading.Thread(target=compile_for_a_while)
-compiling.start()
-started.wait()
-if not os.fork():
-    signal.alarm(1_000)
-    csr.count_rows(np.zeros(1, dtype=np.uint32), np.zeros(1, dtype=np.int64))
-    os._exit(0)
-compiling.join()
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
-def test_a_process_forked_while_a_thread_compiles_compiles_too() -> None:
-    subprocess.run([sys.executable, "-c", COMPILE_AND_FORK], check=True)
 
 
 def test_every_kernel_is_kept_on_disk() -> None:

@@ -360,3 +360,56 @@ def test_what_one_reads_together_is_said_by_the_plan() -> None:
     sevens = {"shuffle_chunk_size": 7, "io_batch_size": "auto", "layout": Layout(64, 1.0, 250)}
     assert planned(**sevens)[:2] == (7, 252)
     assert planned(**sevens, scope="global")[:2] == (7, 250)
+
+
+# Resuming -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=1000)
+@given(
+    n_rows=st.integers(1, 20_000),
+    batch_size=st.integers(1, 200),
+    chunk=st.sampled_from([1, 7, 64, "auto", None]),
+    n_chunks=st.integers(1, 50),
+    scope=st.sampled_from(["partition", "global"]),
+    place=st.sampled_from([Partition(0, 1, 0, 1), Partition(1, 2, 2, 3), Partition(2, 3, 0, 2)]),
+    share=st.floats(0, 1),
+    epoch=st.integers(0, 2),
+)
+def test_skipping_leaves_the_rest_of_a_part_as_it_was(
+    n_rows: int,
+    batch_size: int,
+    chunk: Any,
+    n_chunks: int,
+    scope: Any,
+    place: Partition,
+    share: float,
+    epoch: int,
+) -> None:
+    size = chunk if isinstance(chunk, int) else 16
+    plan = Plan(
+        shuffle_chunk_size=chunk,
+        io_batch_size=n_chunks * size,
+        batch_size=batch_size,
+        permutes=chunk is not None,
+        layout=Layout(64, 10.0) if chunk == "auto" else None,
+        scope=scope,
+    )
+    ids = QueryIDs(obs_joinids=np.arange(n_rows) * 2, var_joinids=[0])
+
+    def rows(skip: int) -> list[int]:
+        part = EpochPart(ids=ids, place=place, seed=1, epoch=epoch, skip=skip)
+        return np.concatenate([np.empty(0, np.int64), *plan.batches_of(part)]).tolist()
+
+    whole = rows(0)
+    skip = round(share * -(-len(whole) // batch_size))
+    assert rows(skip) == whole[skip * batch_size :]
+
+
+def test_a_plan_of_many_ranks_and_workers_over_many_rows_is_that_of_its_part() -> None:
+    ids = QueryIDs(obs_joinids=np.arange(200_000), var_joinids=[0])
+    plan = Plan(shuffle_chunk_size=64, io_batch_size=2048, batch_size=128, permutes=True, scope="global")
+    places = [Partition(rank, 64, worker, 8) for rank, worker in product(range(64), range(8))]
+    parts = [EpochPart(ids=ids, place=place, seed=1, epoch=2) for place in places]
+    rows = np.concatenate([row for part in parts for row in plan.batches_of(part)])
+    assert len(rows) == len(np.unique(rows)) == 200_000

@@ -7,72 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy import sparse
 
-from stores import make_obs
+from memory_cells import (
+    BACKED,
+    BUDGET,
+    DTYPES,
+    KINDS,
+    N_OBS,
+    N_VARS,
+    joinids,
+    make_adata,
+    make_table,
+    make_X,
+    read,
+)
 from tiledbsoma_ml import QueryIDs
-from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._source import Fields, RandomAccess
 from tiledbsoma_ml.memory import MemorySource
-from tiledbsoma_ml.memory.backed import _runs
 from tiledbsoma_ml.testing import check_source
 
-N_OBS, N_VARS = 90, 17
-DTYPES = [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 DTYPES += [np.float32, np.float64]
-BUDGET = Budget(2**28)
-
-
-def make_X(n_obs: int = N_OBS, n_vars: int = N_VARS, dtype: Any = np.float32) -> NDArray[Any]:
-    """Return values that tell where they belong, and zeros; the last row and column are empty."""
-    i, j = np.arange(n_obs)[:, None], np.arange(n_vars)[None, :]
-    X = np.where((3 * i + 2 * j) % 5 < 2, n_vars * i + j + 1, 0).astype(dtype)
-    X[-1:], X[:, -1:] = 0, 0
-    return X
-
-
-def make_table(n_obs: int = N_OBS) -> pd.DataFrame:
-    obs = make_obs(np.arange(n_obs)).drop(columns="soma_joinid")
-    return obs.set_index(pd.Index([f"cell{i}" for i in range(n_obs)], name="cell_id"))
-
-
-def make_adata(X: Any) -> anndata.AnnData:
-    obs = make_table(X.shape[0]).drop(columns=["taken_at", "maybe_text"])  # anndata cannot write them
-    return anndata.AnnData(X, obs=obs, var=pd.DataFrame(index=[f"gene{j}" for j in range(X.shape[1])]))
-
-
-@pytest.fixture(scope="session")
-def backed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], anndata.AnnData]:
-    """Return an AnnData of a matrix, which stays on disk."""
-
-    def make(X: Any) -> anndata.AnnData:
-        path = tmp_path_factory.mktemp("backed") / "cells.h5ad"
-        make_adata(X).write_h5ad(path)
-        return anndata.read_h5ad(path, backed="r")
-
-    return make
-
-
-KINDS: dict[str, Callable[[NDArray[Any]], Any]] = {
-    "csr_matrix": sparse.csr_matrix,
-    "csr_array": sparse.csr_array,
-    "csc_matrix": sparse.csc_matrix,
-    "coo_array": sparse.coo_array,
-    "C": np.ascontiguousarray,
-    "Fortran": np.asfortranarray,
-}
-BACKED: dict[str, Callable[[NDArray[Any]], Any]] = {
-    "on disk, CSR": sparse.csr_matrix,
-    "on disk, CSC": sparse.csc_matrix,
-    "on disk, dense": np.ascontiguousarray,
-}
 
 
 @pytest.fixture(scope="module", params=[*KINDS, *BACKED])
@@ -83,16 +43,6 @@ def make_source(request: pytest.FixtureRequest, backed: Any) -> Callable[[], Mem
         return lambda: MemorySource(KINDS[kind](X), make_table())
     adata = backed(BACKED[kind](X))
     return lambda: MemorySource.from_anndata(adata)
-
-
-def read(source: MemorySource, rows: Any, columns: Any, names: Any = ("soma_joinid",)) -> Any:
-    """Return dense X and obs of rows by joinid, as `read` gives them."""
-    ids = QueryIDs(obs_joinids=source.query_ids.obs_joinids, var_joinids=columns)
-    reader = source.open(ids, Fields(obs_column_names=names), BUDGET)
-    pieces = list(reader.read(np.asarray(rows, dtype=np.int64)))
-    reader.close()
-    X = [piece.X.slice_tonumpy(slice(None)) for piece in pieces]
-    return np.concatenate(X), pd.concat([piece.obs for piece in pieces], ignore_index=True)
 
 
 # Promises -------------------------------------------------------------------------------------------------
@@ -162,122 +112,6 @@ def test_rows_and_columns_are_those_of_scipy_and_pandas(
     np.testing.assert_array_equal(out, X[rows][:, columns])
 
 
-@given(entries=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(1, 9)), max_size=40))
-def test_entries_in_any_order_are_sorted_and_added_up_without_a_change_to_the_matrix(
-    entries: list[tuple[int, int, int]],
-) -> None:
-    i, j, d = np.array(entries, dtype=np.int64).reshape(-1, 3).T
-    order = np.argsort(i, kind="stable")
-    indptr = np.searchsorted(i[order], np.arange(6))
-    X = sparse.csr_matrix((d[order].astype(np.int32), j[order].astype(np.int32), indptr), shape=(5, 6))
-    before = [array.copy() for array in (X.data, X.indices, X.indptr)]
-    found, _ = read(MemorySource(X, make_table(5)), np.arange(5), np.arange(6))
-    expected = np.zeros((5, 6), dtype=np.int32)
-    np.add.at(expected, (i, j), d)
-    np.testing.assert_array_equal(found, expected)
-    for array, copied in zip((X.data, X.indices, X.indptr), before, strict=True):
-        np.testing.assert_array_equal(array, copied)
-
-
-# Memory ---------------------------------------------------------------------------------------------------
-
-
-def test_a_matrix_that_is_in_order_is_not_copied() -> None:
-    X, dense = sparse.csr_matrix(make_X()), make_X()
-    assert np.shares_memory(MemorySource(X, make_table())._X._values, X.data)
-    assert np.shares_memory(MemorySource(X, make_table())._X._columns, X.indices)
-    assert np.shares_memory(MemorySource(dense, make_table())._X._X, dense)
-
-
-@pytest.mark.parametrize("kind", ["csr_matrix", "C", "Fortran"])
-def test_nothing_that_is_handed_out_is_a_view(kind: str) -> None:
-    X = KINDS[kind](make_X())
-    source = MemorySource(X, make_table())
-    ids = source.query_ids
-    reader: Any = source.open(ids, Fields(obs_column_names=["n_genes"]), BUDGET)
-    rows = ids.obs_joinids
-    out = np.empty((N_OBS, N_VARS), np.float32)
-    reader.fill_dense(rows, out)
-    for piece in reader.read(rows):
-        piece.X.data[...] = 0
-    reader.csr(rows).data[...] = 0
-    out[...] = -1
-    whole = X.toarray() if sparse.issparse(X) else X
-    np.testing.assert_array_equal(whole, make_X())
-
-
-def test_a_matrix_that_is_changed_meanwhile_is_told() -> None:
-    X = sparse.csr_matrix(make_X())
-    source = MemorySource(X, make_table())
-    reader: Any = source.open(source.query_ids, Fields(obs_column_names=["n_genes"]), BUDGET)
-    X.indices[...] = 2**31 - 1
-    for use in (
-        lambda: list(reader.read(np.arange(3))),
-        lambda: reader.csr(np.arange(3)),
-        lambda: reader.fill_dense(np.arange(3), np.empty((3, N_VARS), np.float32)),
-    ):
-        with pytest.raises(ValueError, match="must stay as it is"):
-            use()
-
-
-def test_many_rows_come_in_pieces() -> None:
-    source = MemorySource(sparse.csr_matrix(np.eye(10_000, 3)), make_table(10_000))
-    reader = source.open(source.query_ids, Fields(obs_column_names=["n_genes"]), BUDGET)
-    sizes = [len(piece) for piece in reader.read(source.query_ids.obs_joinids)]
-    assert len(sizes) > 1
-    assert sum(sizes) == 10_000
-
-
-# obs and var ----------------------------------------------------------------------------------------------
-
-
-def test_columns_of_obs_keep_types_and_categories() -> None:
-    source = MemorySource(make_X(), make_table())
-    rows = np.array([5, 2, 5])
-    names = make_table().columns.tolist()
-    expected = make_table().iloc[rows].reset_index(drop=True)
-    pd.testing.assert_frame_equal(source.obs(rows, names), expected)
-    assert source.obs(rows, ["cell_type"])["cell_type"].cat.categories.tolist()[-1] == "unseen"
-
-
-@pytest.mark.parametrize(("name", "known"), [("cell_id", "cell_id"), (None, "index"), ("n_genes", "")])
-def test_the_index_is_a_column_under_its_name(name: str | None, known: str) -> None:
-    obs = make_table()
-    obs.index.name = name
-    source = MemorySource(make_X(), obs)
-    if known:
-        assert source.obs(np.array([3, 1]), [known])[known].tolist() == ["cell3", "cell1"]
-    else:  # a column has that name
-        assert source.obs(np.array([3, 1]), ["n_genes"])["n_genes"].tolist() == [3, 1]
-
-
-def test_joinids_are_those_of_obs_and_var_or_count_from_0() -> None:
-    obs, ids = make_table(), np.arange(N_OBS)[::-1] * 3
-    obs["soma_joinid"] = pd.array(ids, dtype="Int64")
-    var = pd.DataFrame({"symbol": [f"s{j}" for j in range(N_VARS)]}, index=np.arange(N_VARS) + 7)
-    var.index.name = "soma_joinid"
-    source = MemorySource(make_X(), obs, var)
-    assert source.query_ids == QueryIDs(obs_joinids=ids, var_joinids=np.arange(N_VARS) + 7)
-    X, table = read(source, [3, 0], [8], ["n_genes", "soma_joinid"])
-    assert table["n_genes"].tolist() == [N_OBS - 2, N_OBS - 1]
-    assert table["soma_joinid"].dtype == np.int64
-    np.testing.assert_array_equal(X, make_X()[[N_OBS - 2, N_OBS - 1]][:, [1]])
-    found = source.var(np.array([9, 8]))
-    assert found.columns.tolist() == ["soma_joinid", "symbol"]
-    assert found["symbol"].tolist() == ["s2", "s1"]
-    plain = MemorySource(make_X(), make_table())
-    assert plain.query_ids == QueryIDs(obs_joinids=np.arange(N_OBS), var_joinids=np.arange(N_VARS))
-    assert plain.var(np.array([4])).columns.tolist() == ["soma_joinid"]
-
-
-def test_what_is_added_to_obs_later_is_not_seen() -> None:
-    obs = make_table()
-    source = MemorySource(make_X(), obs)
-    obs["later"] = 1
-    with pytest.raises(ValueError, match="must be a column of obs"):
-        source.obs(np.array([0]), ["later"])
-
-
 # AnnData --------------------------------------------------------------------------------------------------
 
 
@@ -310,58 +144,7 @@ def test_content_tells_what_differs() -> None:
     assert MemorySource(X, obs).content["X"] != dense
 
 
-def test_what_is_on_disk_is_read_where_it_is_and_known_by_its_address_and_date(backed: Any) -> None:
-    adata = backed(sparse.csr_matrix(make_X()))
-    source = MemorySource.from_anndata(adata)
-    adata.file.close()
-    copied = pickle.loads(pickle.dumps(source))
-    X, _ = read(copied, [7, 1, 7], [2, 1])
-    np.testing.assert_array_equal(X, make_X()[[7, 1, 7]][:, [2, 1]])
-    assert str(adata.filename) in source.content["X"]
-    with h5py.File(adata.filename, "r+") as file:
-        file["X/data"][:] = 5
-    assert copied.content == source.content
-    with pytest.raises(ValueError, match="must stay as it is, but has changed"):
-        read(copied, [7], [2])
-    changed = MemorySource.from_anndata(anndata.read_h5ad(adata.filename, backed="r"))
-    assert changed.content != source.content
-
-
-def test_rows_on_disk_are_told_of_in_tiles_and_rows_in_memory_are_not(backed: Any) -> None:
-    X = make_X()
-    ids = MemorySource(X, make_table()).query_ids
-    for kind in (sparse.csr_matrix, np.asarray):
-        assert MemorySource(kind(X), make_table()).layout(ids, BUDGET).row_tile == 1
-        layout = MemorySource.from_anndata(backed(kind(X))).layout(ids, BUDGET)
-        assert layout.row_tile == 64  # the power of two next to all 90 rows, which take less than a MiB
-        assert 48 < layout.bytes_per_row < 48 + N_VARS * 6
-
-
-def test_requests_have_all_rows_and_no_large_gaps() -> None:
-    rows = np.array([1, 2, 3, 500, 501, 100_000, 100_001, 100_002])
-    runs = list(_runs(rows, np.full(len(rows), 1000)))
-    assert runs == [(1, 3), (500, 501), (100_000, 100_002)]
-    assert list(_runs(rows, np.full(len(rows), 1))) == [(1, 100_002)]
-    large = list(_runs(np.arange(100), np.full(100, 2**21)))
-    assert max(last - first + 1 for first, last in large) == 8
-    assert [row for first, last in large for row in range(first, last + 1)] == list(range(100))
-
-
-def test_a_damaged_file_is_told(backed: Any) -> None:
-    adata = backed(sparse.csr_matrix(make_X()))
-    adata.file.close()
-    with h5py.File(adata.filename, "r+") as file:
-        file["X/indptr"][5] = 10**6
-    source = MemorySource.from_anndata(anndata.read_h5ad(adata.filename, backed="r"))
-    with pytest.raises(ValueError, match="must have an indptr that ascends"):
-        read(source, [0], [0])
-
-
 # What is refused ------------------------------------------------------------------------------------------
-
-
-def joinids(frame: pd.DataFrame, values: Any) -> pd.DataFrame:
-    return frame.assign(soma_joinid=values)
 
 
 @pytest.mark.parametrize(
@@ -412,37 +195,6 @@ def joinids(frame: pd.DataFrame, values: Any) -> pd.DataFrame:
 def test_what_is_no_source_is_told_in_a_sentence(kind: Any, match: str, make: Any) -> None:
     with pytest.raises(kind, match=re.escape(match)):
         make()
-
-
-def broken(**arrays: Any) -> sparse.csr_matrix:
-    X = sparse.csr_matrix(make_X())
-    for name, values in arrays.items():
-        setattr(X, name, values)
-    return X
-
-
-@pytest.mark.parametrize(
-    "X",
-    [
-        broken(indices=np.full(sparse.csr_matrix(make_X()).nnz, N_VARS, dtype=np.int32)),
-        broken(indices=np.full(sparse.csr_matrix(make_X()).nnz, -1, dtype=np.int32)),
-        broken(indptr=sparse.csr_matrix(make_X()).indptr[::-1].copy()),
-        broken(data=np.ones(3, np.float32)),
-    ],
-)
-def test_a_matrix_whose_arrays_contradict_each_other_is_refused(X: Any) -> None:
-    with pytest.raises(ValueError, match=r"see X.check_format\(\)"):
-        MemorySource(X, make_table())
-
-
-def test_a_file_that_may_change_is_refused(backed: Any) -> None:
-    adata = backed(make_X())
-    adata.file.close()
-    with (
-        h5py.File(adata.filename, "r+") as file,
-        pytest.raises(ValueError, match="open for reading only, mode 'r' and not 'r\\+'"),
-    ):
-        MemorySource(file["X"], make_table())
 
 
 def test_names_rows_and_columns_that_are_not_there_are_told() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from snapshots import ALL_OBS, make
 from stores import Store
 from tiledbsoma_ml.snapshot import Snapshot
 
@@ -17,12 +16,6 @@ from tiledbsoma_ml.snapshot import Snapshot
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("snapshots")
-
-
-@pytest.fixture(scope="session")
-def whole(store: Store, folder: Path) -> Snapshot:
-    """All of the store, in five shards."""
-    return make(folder / "whole.snapshot", store, obs_column_names=ALL_OBS)
 
 
 @pytest.fixture

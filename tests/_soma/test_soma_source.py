@@ -1,0 +1,190 @@
+"""Rows of an experiment that wait for room, and what happens if one leaves early or reading fails."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import tiledbsoma as soma
+
+from stores import N_OBS, Store, joinids_of
+from tiledbsoma_ml import QueryIDs, experiment_dataloader
+from tiledbsoma_ml import dataset as dataset_module
+from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._soma import reader as _reader
+from tiledbsoma_ml._soma import source as _soma_source
+from tiledbsoma_ml._soma.source import SOMASource
+from tiledbsoma_ml._soma.window import Room, Window, preload_kernels
+from windows import LONG, N_ROWS, TILE, dataset_of
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Make rooms tiny, so that a window waits until the one before is given out; set when one has to."""
+    event = threading.Event()
+
+    class TinyRoom(Room):
+        def __init__(self, n_bytes: float) -> None:
+            super().__init__(1)
+
+        def _has_room(self, window: Window, n_bytes: int) -> bool:
+            answer = super()._has_room(window, n_bytes)
+            if not answer:
+                event.set()
+            return answer
+
+    monkeypatch.setattr(_soma_source, "Room", TinyRoom)
+    return event
+
+
+in_memory_or_files = pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
+
+
+def windows_in(in_files: bool, folder: Path) -> dict[str, Any]:
+    """Return options of windows of 300 rows."""
+    files = {"window_dir": folder, "window_budget": "64MiB"} if in_files else {}
+    return {"io_batch_size": 300, "batch_size": 20, **files}
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@in_memory_or_files
+def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
+    large: Store, tmp_path: Path, waits: threading.Event, in_files: bool
+) -> None:
+    mini_batches = []
+    for mini_batch in dataset_of(large, **windows_in(in_files, tmp_path)):
+        if not mini_batches:
+            assert waits.wait(LONG)  # the second window is waiting: only now go on
+        mini_batches.append(mini_batch)
+    assert sorted(joinids_of(mini_batches)) == list(range(N_ROWS))
+    expected = dataset_of(large, io_batch_size=300, batch_size=20)
+    np.testing.assert_array_equal(joinids_of(mini_batches), joinids_of(expected))
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@in_memory_or_files
+@pytest.mark.parametrize("through_loader", [False, True])
+def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
+    large: Store, tmp_path: Path, waits: threading.Event, in_files: bool, through_loader: bool
+) -> None:
+    dataset = dataset_of(large, **windows_in(in_files, tmp_path))
+    mini_batches = iter(experiment_dataloader(dataset) if through_loader else dataset)
+    next(mini_batches)
+    assert waits.wait(LONG)
+    del mini_batches
+    gc.collect()
+    waits.clear()
+    assert sorted(joinids_of(dataset)) == list(range(N_ROWS))  # and the next epoch is as if nothing had been
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
+    n_tables, n_read, n_windows = 3000, 0, 0
+    is_waited_for, is_left = threading.Event(), threading.Event()
+    read_ahead, entries, close = dataset_module.read_ahead, _reader._sparse_entries, Room.close
+
+    def watched(*args: Any, **options: Any) -> Iterator[Any]:
+        with closing(read_ahead(*args, **options)) as pieces:
+            for rows, is_last in pieces:
+                yield rows, is_last
+                if is_last:
+                    is_waited_for.set()
+
+    def slow(*args: Any) -> Iterator[Any]:
+        nonlocal n_read, n_windows
+        n_windows += 1
+        if n_windows == 1:
+            yield from entries(*args)
+            return
+        one_entry = [column[:1] for column in next(entries(*args))]
+        assert is_left.wait(LONG)
+        for _ in range(n_tables):
+            n_read += 1
+            yield one_entry
+
+    def leave(self: Room) -> None:
+        close(self)
+        is_left.set()
+
+    options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
+    with (
+        mock.patch.object(dataset_module, "read_ahead", watched),
+        mock.patch.object(_reader, "_sparse_entries", slow),
+    ):
+        mini_batches = iter(dataset_of(large, **options))
+        for _ in range(300 // 20):
+            next(mini_batches)
+        assert is_waited_for.wait(LONG)
+        with mock.patch.object(Room, "close", leave):
+            mini_batches.close()
+    assert n_read < n_tables
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_error_of_the_consumer_while_the_reader_waits_for_room_is_the_one_that_is_seen(
+    large: Store, tmp_path: Path, waits: threading.Event
+) -> None:
+    def train() -> None:
+        for _ in dataset_of(large, **windows_in(False, tmp_path)):
+            assert waits.wait(LONG)
+            raise ZeroDivisionError("in the training step")
+
+    with pytest.raises(ZeroDivisionError, match="in the training step") as caught:
+        train()
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("eager", [False, True])
+@in_memory_or_files
+def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded_with_its_cause(
+    large: Store, tmp_path: Path, in_files: bool, eager: bool
+) -> None:
+    dataset = dataset_of(
+        large, use_eager_fetch=eager, **windows_in(in_files, tmp_path), shuffle_chunk_size=20
+    )
+    preload_kernels().join()  # it adds to a window of its own
+    add, n_added = Window.add, []
+
+    def fail_later(self: Window, *table: np.ndarray) -> None:
+        if self not in n_added:
+            n_added.append(self)
+        if len(n_added) == 3:
+            raise OSError("the disk is gone") from KeyError("the cause")
+        add(self, *table)
+
+    yielded: list[Any] = []
+    with (
+        mock.patch.object(Window, "add", fail_later),
+        pytest.raises(OSError, match="the disk is gone") as caught,
+    ):
+        yielded.extend(iter(dataset))
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert len(joinids_of(yielded)) == 600
+    assert sorted(joinids_of(dataset)) == list(range(N_ROWS))
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_error_of_the_storage_while_an_epoch_is_read_surfaces(make_store: Callable[..., Store]) -> None:
+    own = make_store(obs_joinids=range(N_ROWS), tile=(TILE, 8))
+    mini_batches = iter(dataset_of(own, io_batch_size=64, batch_size=20, use_eager_fetch=False))
+    next(mini_batches)
+    for file in Path(own.uri).glob("ms/RNA/X/raw/__fragments/*/*.tdb"):
+        file.unlink()
+    with pytest.raises(soma.SOMAError):
+        joinids_of(mini_batches)
+
+
+def test_the_layout_of_an_experiment_is_that_of_the_rows_and_columns_that_are_asked_for(store: Store) -> None:
+    few, all_columns = (QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(n)) for n in (1, 20))
+    source = SOMASource(store.locator, all_columns)
+    before = source.layout(all_columns, Budget(2**30))
+    assert source.layout(few, Budget(2**30)).bytes_per_row < before.bytes_per_row
+    assert source.layout(all_columns, Budget(2**30)) == before
