@@ -13,7 +13,7 @@ NEWEST_TESTS := $(addprefix tests/,test_package.py test_x_locator.py test_snapsh
 SLOW_TESTS := auto benchmarks budget cli context data_module dataloader demo distributed docs epoch_counter h5ad kernels \
   memory_source memory_dataset notebooks package ranks ray_train realdata resume s3 scvi scvi_models scvi_realdata \
   shared_array shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset snapshot_source_part \
-  source_dataset testing threads torchrun window x_locator
+  source_dataset sources reading tables threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null

@@ -15,9 +15,7 @@ from tiledbsoma_ml._soma.blocks import Extents, Pages
 from tiledbsoma_ml._soma.window import Columns, Window
 
 UNSIGNED = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
-
 SIGNED = [np.dtype(t) for t in (np.int8, np.int16, np.int32, np.int64)]
-
 FLOATS = [np.dtype(t) for t in (np.float32, np.float64)]
 
 Table = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]

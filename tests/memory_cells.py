@@ -18,7 +18,6 @@ from tiledbsoma_ml._source import Fields
 from tiledbsoma_ml.memory import MemorySource
 
 N_OBS, N_VARS = 90, 17
-
 DTYPES = [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
 
 BUDGET = Budget(2**28)
@@ -50,8 +49,6 @@ KINDS: dict[str, Callable[[NDArray[Any]], Any]] = {
     "C": np.ascontiguousarray,
     "Fortran": np.asfortranarray,
 }
-
-
 BACKED: dict[str, Callable[[NDArray[Any]], Any]] = {
     "on disk, CSR": sparse.csr_matrix,
     "on disk, CSC": sparse.csc_matrix,

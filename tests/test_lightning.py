@@ -28,10 +28,7 @@ from stores import N_VARS, Store, joinids_of
 
 
 N_ROWS = 310  # 248 train, 31 validation and 31 test rows: 124 of two ranks, and 16 with one row that fills up
-
-
 STEPS = 8  # of 16 rows of 124
-
 
 Uninterrupted: TypeAlias = tuple[Path, list[dict[str, Any]]]
 

@@ -104,6 +104,26 @@ def test_imports_are_found() -> None:
     assert "snapshot.source" in set(imported_by("data_module")), "a folder is all of its modules"
 
 
+# Each module has its tests --------------------------------------------------------------------------------
+
+# What has no file of its own, and why.
+TESTED_ELSEWHERE = {
+    "_kernels.csr": "_kernels/test_kernels.py has all loops over entries, of one matrix",
+    "_kernels.window": "_kernels/test_kernels.py has all loops over entries, of one matrix",
+    "_cli": "test_cli.py calls the commands as users do",
+    "_ingest": "_ingest/test_h5ad.py ingests files",
+    "_scvi": "test_scvi.py and _scvi/test_scvi_models.py look at what scvi-tools gets",
+}
+
+
+@pytest.mark.parametrize("module", LAYOUT)
+def test_a_module_has_its_tests_in_the_same_folder(module: str) -> None:
+    folder, _, name = module.rpartition(".")
+    names = {f"test_{name.lstrip('_')}.py", f"test_{folder.lstrip('_')}_{name.lstrip('_')}.py"}
+    found = [file for file in names if (ROOT / "tests" / folder / file).is_file()]
+    assert len(found) == 1 or (not found and {module, folder} & set(TESTED_ELSEWHERE))
+
+
 # Importing ------------------------------------------------------------------------------------------------
 
 WHAT_AN_IMPORT_DOES = """

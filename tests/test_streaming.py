@@ -34,8 +34,6 @@ options_of_reading = st.fixed_dictionaries(
         "mixing": st.none() | st.sampled_from([0.8, 0.95, 1]),
     }
 )
-
-
 modes = st.sampled_from(
     [{}, {"device": "cpu"}, {"device": "cpu", "shuffle_mode": "gpu_minibatch"}]
 ) | st.just({"device": "cpu", "shuffle_mode": "gpu_iobatch"})

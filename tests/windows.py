@@ -17,7 +17,6 @@ from tiledbsoma_ml._soma.window import Window
 LONG = 1_000  # seconds; only a failure waits as long
 
 AUTO = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
-
 N_ROWS, TILE = 2000, 32
 
 

@@ -94,11 +94,7 @@ def save_data(self, name, data, save=File._save_data):
     touch_and_wait("second has written the index", "first is done", 30)
     save(self, name, data)
 """
-
-
 FIRST = "File._save_index = save_index\n"
-
-
 SECOND = 'touch_and_wait("second is there", "first has read the index", 60)\nFile._save_data = save_data\n'
 
 

@@ -14,67 +14,30 @@ from tiledbsoma_ml._kernels.bits import as_bits
 
 Arrays: TypeAlias = tuple[NDArray[np.generic], ...]
 
-
 N_ROWS, N_COLS = 400, 900
-
 
 # Entries of a matrix with unique coordinates, in random order, and the same with rows in order.
 _rng = np.random.default_rng(0)
-
-
 ROWS, COLS = np.divmod(_rng.permutation(N_ROWS * N_COLS)[: N_ROWS * N_COLS // 3], N_COLS)
-
-
 DATA = _rng.random(len(ROWS), dtype=np.float32)
-
-
 INDPTR = np.concatenate([[0], np.cumsum(np.bincount(ROWS, minlength=N_ROWS))])
-
-
 BY_ROW = np.argsort(ROWS, kind="stable")
-
-
 BY_ROW_AND_COL = np.lexsort((COLS, ROWS))
-
-
 INDICES = COLS[BY_ROW].astype(np.uint16)
-
 
 # The same entries as a layer gives them, in runs of one row, with counts as values; and what is wanted: four
 # of five rows, and two of three columns in another order.
 DIM_0, DIM_1 = ROWS[BY_ROW] * 5 + 2, COLS[BY_ROW]
-
-
 SORTED_IDS = np.unique(DIM_0)[np.arange(N_ROWS) % 5 != 4]
-
-
 IS_RUN = np.isin(np.unique(DIM_0), SORTED_IDS)
-
-
 STARTS, STOPS = (borders[IS_RUN].astype(np.int32) for borders in (INDPTR[:-1], INDPTR[1:]))
-
-
 RUN_ROWS = np.arange(len(SORTED_IDS), dtype=np.int32)
-
-
 COL_OF = np.where(np.arange(N_COLS) % 3 == 0, -1, np.arange(N_COLS)[::-1]).astype(np.int32)
-
-
 FIRST_COL, LAST_COL = 50, 800  # those before and after are not wanted, and are nowhere in the table
-
-
 COL_OF[:FIRST_COL] = COL_OF[LAST_COL + 1 :] = -1
-
-
 TABLE = COL_OF[FIRST_COL : LAST_COL + 1].copy()
-
-
 LENGTHS = np.array([(COL_OF[DIM_1[a:b]] >= 0).sum() for a, b in zip(STARTS, STOPS, strict=True)], np.int32)
-
-
 COUNTS = _rng.integers(0, 256, len(DIM_1)).astype(np.float32)
-
-
 WANTED = np.isin(DIM_0, SORTED_IDS) & (COL_OF[DIM_1] >= 0)
 
 
@@ -179,13 +142,8 @@ def dense() -> NDArray[np.float32]:
 
 
 LINES = np.array([7, 0, 399, 7], dtype=np.int32)
-
-
 NONZERO = dense()[LINES] != 0
-
-
 KEPT = NONZERO & (COL_OF >= 0)
-
 
 DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
