@@ -28,7 +28,7 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 
 test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
 	$(BIN)/pytest -m "not ray" --numprocesses auto --dist worksteal
-	$(BIN)/pytest -m ray  # a cluster of processes: nothing else beside it
+	$(BIN)/pytest -m ray tests/test_ray_train.py  # a cluster of processes: nothing else beside it
 
 test-fast: $(VENV)/test.installed  ## Run the tests that are quick, while you work: below two minutes on two cores
 	$(BIN)/pytest --numprocesses auto --dist worksteal $(SLOW_TESTS:%=--ignore-glob='*/test_%.py')

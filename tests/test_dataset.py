@@ -39,7 +39,7 @@ def all_mini_batches(dataset: ExperimentDataset, world_size: int, n_workers: int
     return lists
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     n_rows=st.integers(0, N_OBS),
     batch_size=st.integers(1, 80),
@@ -88,7 +88,7 @@ def test_every_row_comes_once_with_its_own_values_in_equal_batches_for_every_ran
 
 
 @given(n_rows=st.integers(2, N_OBS), seed=st.integers(0, 1000), chunk_size=st.sampled_from([1, 3, 16]))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_the_same_seed_gives_the_same_epochs_and_another_epoch_another_order(
     store: Store, n_rows: int, seed: int, chunk_size: int
 ) -> None:

@@ -95,7 +95,7 @@ io_batch_sizes = st.lists(st.integers(0, 14), max_size=6)
 @example(sizes=[1, 1, 1, 1, 1], batch_size=4)
 @example(sizes=[12, 12], batch_size=3)
 @example(sizes=[], batch_size=3)
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_dense_sparse_and_on_a_device_read_ahead_or_not_are_the_same_rows_in_order(
     device: str, sizes: list[int], batch_size: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_dense_sparse_and_on_a_device_read_ahead_or_not_are_the_same_rows_in_ord
 @in_every_form
 @pytest.mark.parametrize("device", [None, "cpu", cuda])
 @given(sizes=io_batch_sizes, batch_size=st.integers(1, 20))
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_every_mini_batch_is_full_but_the_last_and_none_is_empty(
     device: str | None, sparse_X: bool, sizes: list[int], batch_size: int
 ) -> None:
@@ -202,7 +202,7 @@ def test_categoricals_keep_all_categories_and_their_order_across_io_batches(batc
     sparse_X=st.booleans(),
     eager=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_mode_iobatch_permutes_the_rows_of_each_io_batch_by_the_next_draw(
     device: str, sizes: list[int], batch_size: int, seed: int, epoch: int, sparse_X: bool, eager: bool
 ) -> None:
@@ -232,7 +232,7 @@ def test_mode_iobatch_permutes_the_rows_of_each_io_batch_by_the_next_draw(
     sparse_X=st.booleans(),
     eager=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_mode_minibatch_cuts_in_order_and_then_permutes_each_mini_batch_by_the_next_draw(
     device: str, sizes: list[int], batch_size: int, seed: int, epoch: int, sparse_X: bool, eager: bool
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tiledbsoma as soma
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairs import COLUMNS, all_ids, assert_same_batches, pair
@@ -19,6 +19,7 @@ from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_data
 pytestmark = pytest.mark.filterwarnings("ignore:.* changes nothing here: ")
 
 
+@settings(max_examples=30)
 @given(
     rows=st.lists(st.integers(0, N_OBS - 1), unique=True, max_size=60).map(sorted),
     columns=st.lists(st.integers(0, N_VARS - 1), unique=True, min_size=1, max_size=N_VARS),

@@ -39,7 +39,7 @@ modes = st.sampled_from(
 ) | st.just({"device": "cpu", "shuffle_mode": "gpu_iobatch"})
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     options=options_of_reading,
     mode=modes,

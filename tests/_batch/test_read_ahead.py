@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -70,6 +70,7 @@ def no_thread_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("eager", [False, True])
+@settings(max_examples=25)
 @given(lengths=chunk_lengths, io_batch_size=st.integers(1, 30))
 def test_each_batch_holds_the_rows_of_its_joinids_in_their_order(
     eager: bool, lengths: list[int], io_batch_size: int

@@ -365,7 +365,7 @@ def test_what_one_reads_together_is_said_by_the_plan() -> None:
 # Resuming -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000)
+@settings(max_examples=200)
 @given(
     n_rows=st.integers(1, 20_000),
     batch_size=st.integers(1, 200),

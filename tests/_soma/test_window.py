@@ -56,7 +56,7 @@ def test_the_parts_put_together_are_the_rows_in_the_order_asked_for_with_every_b
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(layer=layers(), n_parts=st.integers(1, 12), data=st.data())
 def test_dense_blocks_give_what_their_entries_that_are_not_zero_give(
     layer: Layer, n_parts: int, data: st.DataObject
