@@ -108,9 +108,12 @@ def assert_same_bits(found: NDArray[Any], expected: NDArray[Any]) -> None:
     np.testing.assert_array_equal(as_bits(found), as_bits(expected))
 
 
-def store_in(folder: Path | None) -> Pages | Extents:
+def store_in(folder: Path | None, **sizes: int) -> Pages | Extents:
     """Return where rows wait: in memory, or in a file whose extents hold a few of them."""
-    return Pages() if folder is None else Extents(folder, 2**10)
+    return Pages(**sizes) if folder is None else Extents(folder, 2**10)
+
+
+SMALL_PAGES = {"page_bytes": 2**12, "slab_bytes": 2**14}
 
 
 def rows_of_counts(n_rows: int, first: int = 0) -> Layer:

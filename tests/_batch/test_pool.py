@@ -18,13 +18,13 @@ def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
-@pytest.fixture(autouse=True)
-def small_arrays_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pool, "SMALL", 1)
+def make_pool(max_bytes: int) -> Pool:
+    """Return a pool that keeps small arrays as well."""
+    return Pool(max_bytes, small_bytes=1)
 
 
 def test_memory_that_nobody_holds_is_used_again_for_what_fits() -> None:
-    pool = Pool(2**20)
+    pool = make_pool(2**20)
     first = pool.empty((64, 100), FLOAT)
     place = address(first)
     del first
@@ -65,7 +65,7 @@ def test_memory_that_nobody_holds_is_used_again_for_what_fits() -> None:
     ],
 )
 def test_memory_that_somebody_still_looks_into_is_never_given_out(hold: object) -> None:
-    pool = Pool(2**20)
+    pool = make_pool(2**20)
     X = pool.empty(SHAPE, FLOAT)
     X[:] = 7
     place, held = address(X), hold(X)  # type: ignore[operator]
@@ -80,7 +80,7 @@ def test_memory_that_somebody_still_looks_into_is_never_given_out(hold: object) 
 
 
 def test_what_is_pickled_or_in_a_cycle_has_memory_of_its_own() -> None:
-    pool = Pool(2**20)
+    pool = make_pool(2**20)
     X = pool.empty(SHAPE, FLOAT)
     X[:] = 7
     cycle: list[object] = [X]
@@ -93,7 +93,7 @@ def test_what_is_pickled_or_in_a_cycle_has_memory_of_its_own() -> None:
 
 
 def test_no_more_bytes_are_kept_than_asked_for_whatever_the_number_of_arrays() -> None:
-    pool = Pool(2**20)
+    pool = make_pool(2**20)
     for n in (2**18, 2**16, 2**17, 2**18 + 1, 2**19):  # 1 MiB, and a quarter, half, more and twice of it
         held = [pool.empty(n, FLOAT) for _ in range(4)]
         del held
@@ -102,14 +102,14 @@ def test_no_more_bytes_are_kept_than_asked_for_whatever_the_number_of_arrays() -
 
 
 def test_memory_comes_back_also_after_its_pool_is_gone() -> None:
-    X = Pool(2**20).empty(SHAPE, FLOAT)
+    X = make_pool(2**20).empty(SHAPE, FLOAT)
     X[:] = 7
     gc.collect()
     assert (X == 7).all()
 
 
 def test_threads_never_share_memory() -> None:
-    pool = Pool(2**16)
+    pool = make_pool(2**16)
 
     def fill(number: int) -> None:
         for k in range(200):
@@ -123,6 +123,6 @@ def test_threads_never_share_memory() -> None:
 
 
 def test_arrays_without_rows_or_columns_are_given_out() -> None:
-    pool = Pool(2**20)
+    pool = make_pool(2**20)
     for shape in ((0, 5), (5, 0), (0, 0), 0):
         assert pool.empty(shape, FLOAT).size == 0

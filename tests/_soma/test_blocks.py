@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from layer_tables import (
+    SMALL_PAGES,
     assert_same_bits,
     put_together,
     random_layer,
@@ -31,10 +32,10 @@ from tiledbsoma_ml._soma.window import Window
 
 
 class CountedPages(Pages):
-    """Pages that tell how often each was taken, and how many are out."""
+    """Small pages that tell how often each was taken, and how many are out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(**SMALL_PAGES)
         self.times_taken: Counter[int] = Counter()
         self.out: dict[int, NDArray[np.uint8]] = {}
 
@@ -61,11 +62,10 @@ def test_a_page_that_was_given_back_is_used_again() -> None:
 
 
 def test_pages_that_are_out_at_once_have_no_byte_in_common() -> None:
-    pages = Pages()
-    n_pages = 2 * Pages.SLAB // Pages.SIZE + 1
-    starts = sorted(page.ctypes.data for page in [pages.take() for _ in range(n_pages)])
-    assert (np.diff(starts) >= Pages.SIZE).all()
-    assert {len(pages.take()) for _ in range(3)} == {Pages.SIZE}
+    pages = Pages(page_bytes=2**10, slab_bytes=2**13)
+    starts = sorted(page.ctypes.data for page in [pages.take() for _ in range(17)])  # of three slabs
+    assert (np.diff(starts) >= 2**10).all()
+    assert {len(pages.take()) for _ in range(3)} == {pages.page_bytes} == {2**10}
 
 
 def test_a_page_is_never_handed_to_two_threads_at_once() -> None:
@@ -90,32 +90,29 @@ def test_a_page_is_never_handed_to_two_threads_at_once() -> None:
 
 
 def test_a_window_gives_its_pages_back_part_by_part_and_the_next_one_uses_them() -> None:
-    with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
-        pages = CountedPages()
-        parts = iter(random_layer(0).filled(n_parts=6, store=pages))
-        n_out = [len(pages.out)] + [len(pages.out) for _ in parts]
-        assert n_out == sorted(n_out, reverse=True)
-        assert len(set(n_out)) == len(n_out)
-        assert n_out[-1] == 0
-        n_pages = len(pages.times_taken)
-        for seed in (0, 0):
-            assert list(random_layer(seed).filled(n_parts=6, store=pages))
-        slab = Pages.SLAB // Pages.SIZE
-    assert len(pages.times_taken) <= -(-n_pages // slab) * slab
+    pages = CountedPages()
+    parts = iter(random_layer(0).filled(n_parts=6, store=pages))
+    n_out = [len(pages.out)] + [len(pages.out) for _ in parts]
+    assert n_out == sorted(n_out, reverse=True)
+    assert len(set(n_out)) == len(n_out)
+    assert n_out[-1] == 0
+    n_pages = len(pages.times_taken)
+    for seed in (0, 0):
+        assert list(random_layer(seed).filled(n_parts=6, store=pages))
+    assert len(pages.times_taken) <= -(-n_pages // 4) * 4  # a slab is of four
     assert max(pages.times_taken.values()) > 1
 
 
 def test_a_window_that_is_filled_while_another_is_given_out_leaves_its_rows_alone() -> None:
     first, other = random_layer(1), random_layer(2)
-    with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
-        pages = CountedPages()
-        parts, later = iter(first.filled(n_parts=5, store=pages)), other.window(n_parts=5, store=pages)
-        given_out = []
-        for table in other.tables:
-            given_out.append(next(parts))
-            later.add(*table)
-        assert_same_bits(put_together(given_out), first.dense())
-        assert_same_bits(put_together(list(later)), other.dense())
+    pages = CountedPages()
+    parts, later = iter(first.filled(n_parts=5, store=pages)), other.window(n_parts=5, store=pages)
+    given_out = []
+    for table in other.tables:
+        given_out.append(next(parts))
+        later.add(*table)
+    assert_same_bits(put_together(given_out), first.dense())
+    assert_same_bits(put_together(list(later)), other.dense())
 
 
 # Files ----------------------------------------------------------------------------------------------------

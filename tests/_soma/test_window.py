@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from layer_tables import (
     FLOATS,
     SIGNED,
+    SMALL_PAGES,
     UNSIGNED,
     Layer,
     Table,
@@ -33,7 +33,6 @@ from layer_tables import (
 from tiledbsoma_ml._batch.read_ahead import read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.blocks import Pages
 from tiledbsoma_ml._soma.window import Columns, Room, Window
 
 LONG = 60  # seconds; only a failure waits as long
@@ -85,9 +84,8 @@ def test_rows_that_fill_many_pages_come_out_as_they_went_in(
     folder: Path, seed: int, n_parts: int, in_files: bool, n_tables: int
 ) -> None:
     layer = random_layer(seed, n_tables=n_tables)
-    with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**14):
-        window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
-        assert_same_bits(put_together(list(window)), layer.dense())
+    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None, **SMALL_PAGES))
+    assert_same_bits(put_together(list(window)), layer.dense())
 
 
 @settings(max_examples=100)
@@ -269,7 +267,7 @@ class WindowReader:
     """Rows of `rows_of_counts`, read into windows that share pages and a room."""
 
     def __init__(self, **options: Any) -> None:
-        self._options = {"store": Pages(), **options}
+        self._options = options
 
     def close(self) -> None:
         self._options["room"].close()
@@ -302,10 +300,10 @@ def test_windows_that_are_filled_while_those_before_are_given_out_never_block_ea
     rng = np.random.default_rng(sum(sizes))
     batches = np.split(rng.permutation(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
     room = WatchedRoom(limit)
-    reader = WindowReader(n_parts=n_parts, room=room, store=store_in(folder if in_files else None))
-    with mock.patch.multiple(Pages, SIZE=2**12, SLAB=2**13):
-        read = read_ahead(iter(batches), reader, use_eager_fetch=True)
-        found = [rows.X.slice_tonumpy(slice(None)) for rows, _ in read]
+    store = store_in(folder if in_files else None, page_bytes=2**12, slab_bytes=2**13)
+    reader = WindowReader(n_parts=n_parts, room=room, store=store)
+    read = read_ahead(iter(batches), reader, use_eager_fetch=True)
+    found = [rows.X.slice_tonumpy(slice(None)) for rows, _ in read]
     rows = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
     expected = WindowReader.table(rows)[2].reshape(-1, 4)
     np.testing.assert_array_equal(np.concatenate([*found, np.empty((0, 4), np.float32)]), expected)

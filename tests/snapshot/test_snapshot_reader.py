@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from snapshots import ALL_OBS, make, read_soma
 from stores import N_OBS, N_VARS, Store, expected_X
-from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml.snapshot.reader import READ_ROWS
 
 # The same rows as from SOMA -------------------------------------------------------------------------------
 
@@ -52,13 +52,10 @@ def test_rows_columns_and_obs_are_those_of_the_experiment_in_the_order_asked_for
     pd.testing.assert_frame_equal(reader.obs(ids), obs)
 
 
-def test_a_reader_gives_out_many_rows_in_several_pieces(
-    whole: Snapshot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tiledbsoma_ml.snapshot.reader.READ_ROWS", 100)
-    rows = np.random.default_rng(0).permutation(N_OBS)
+def test_a_reader_gives_out_many_rows_in_several_pieces(whole: Snapshot) -> None:
+    rows = np.random.default_rng(0).integers(0, N_OBS, 2 * READ_ROWS + 11)
     pieces = list(whole.reader(None, None, ["soma_joinid"]).read(rows))
-    assert [len(piece) for piece in pieces] == [100, 100, 100, 11]
+    assert [len(piece) for piece in pieces] == [READ_ROWS, READ_ROWS, 11]
     found = Rows.concat(pieces)
     assert found.obs["soma_joinid"].tolist() == found.obs_joinids.tolist() == rows.tolist()
     np.testing.assert_array_equal(found.X.slice_tonumpy(slice(None)), expected_X(rows, range(N_VARS)))
@@ -77,12 +74,11 @@ def test_scattered_joinids_are_found_also_where_they_are_far_apart(make_store: A
             reader.rows(np.array([5, missing]))
 
 
-def test_threads_may_read_from_one_reader_at_once(whole: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pool, "SMALL", 1)
+def test_threads_may_read_from_one_reader_at_once(whole: Snapshot) -> None:
     reader = whole.reader(None, None, ["soma_joinid"])
 
     def read(seed: int) -> None:
-        rows = np.random.default_rng(seed).integers(0, N_OBS, 3000)
+        rows = np.random.default_rng(seed).integers(0, N_OBS, 10_000)  # which memory is kept for
         X, found = reader.csr(rows), reader.rows(rows)
         expected = expected_X(rows, range(N_VARS))
         np.testing.assert_array_equal(X.toarray(), expected)
@@ -90,7 +86,7 @@ def test_threads_may_read_from_one_reader_at_once(whole: Snapshot, monkeypatch: 
         assert found.obs["soma_joinid"].tolist() == rows.tolist()
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(read, range(64)))
+        list(pool.map(read, range(24)))
 
 
 # What is asked for and is not there -----------------------------------------------------------------------

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SMALL_BYTES = 2**17
+"""Memory of smaller arrays is fast to get."""
+
 
 class Pool:
     """Gives out arrays in memory that was given out before and that nobody holds any longer.
@@ -22,13 +25,12 @@ class Pool:
 
     Args:
         max_bytes: So much memory that nobody holds is kept at most; what came back first goes first.
+        small_bytes: Arrays below so many bytes have memory of their own.
     """
 
-    SMALL = 2**17
-    """Arrays below so many bytes have memory of their own, which is fast to get."""
-
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, small_bytes: int = SMALL_BYTES) -> None:
         self._max_bytes = max_bytes
+        self._small_bytes = small_bytes
         self._free: list[NDArray[np.uint8]] = []  # only touched with the lock
         self._lock = threading.Lock()
         self._returned: deque[NDArray[np.uint8]] = deque()  # by finalizers, which may run at any point
@@ -36,7 +38,7 @@ class Pool:
     def empty(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array of any content that nobody else holds."""
         n_bytes = math.prod((shape,) if isinstance(shape, int) else shape) * dtype.itemsize
-        if n_bytes < self.SMALL:
+        if n_bytes < self._small_bytes:
             return np.empty(shape, dtype)
         memory = self._take(n_bytes)
         # Not a view of `memory`: views of views would refer to that, and SciPy copies what is a small part.

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 _Ints: TypeAlias = NDArray[np.int32]
 
+PAGE_BYTES, SLAB_BYTES = 2**18, 2**25
+
 _ALIGNMENT = 8
 """Arrays start at multiples of so many bytes."""
 
@@ -63,12 +65,17 @@ class Pages:
     Memory that is new to a process is slow to write to at first, and memory that is freed in pieces of many
     sizes is not all of use again. New pages are cut from slabs so large that NumPy asks for huge pages of the
     operating system.
+
+    Args:
+        page_bytes: Size of a page.
+        slab_bytes: Size of a slab, a multiple of it.
+
+    Attributes:
+        page_bytes: Size of a page.
     """
 
-    SIZE = 2**18
-    SLAB = 2**25
-
-    def __init__(self) -> None:
+    def __init__(self, *, page_bytes: int = PAGE_BYTES, slab_bytes: int = SLAB_BYTES) -> None:
+        self.page_bytes, self._slab_bytes = page_bytes, slab_bytes
         self._free: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
@@ -78,8 +85,9 @@ class Pages:
     def take(self) -> NDArray[np.uint8]:
         with self._lock:
             if not self._free:
-                slab = np.empty(self.SLAB, dtype=np.uint8)
-                self._free = [slab[start : start + self.SIZE] for start in range(0, self.SLAB, self.SIZE)]
+                slab = np.empty(self._slab_bytes, dtype=np.uint8)
+                starts = range(0, self._slab_bytes, self.page_bytes)
+                self._free = [slab[start : start + self.page_bytes] for start in starts]
             return self._free.pop()
 
     def give_back(self, page: NDArray[np.uint8]) -> None:
@@ -102,7 +110,7 @@ class _Paged:
             n_entries = (self._n_free - 16) // (block.cols.itemsize + block.values.itemsize)
             if n_entries < min(len(block.cols), 256):
                 self._filled.append((self._pages.take(), []))
-                self._n_free = Pages.SIZE
+                self._n_free = self._pages.page_bytes
             elif n_entries < len(block.cols):
                 piece, block = block.cut(n_entries)
                 self._put_whole(piece)
@@ -125,7 +133,7 @@ class _Paged:
         page, blocks = self._filled[-1]
         kept = []
         for array in (block.cols, block.values):
-            start = Pages.SIZE - self._n_free
+            start = self._pages.page_bytes - self._n_free
             kept.append(page[start : start + array.nbytes].view(array.dtype))
             kept[-1][:] = array
             self._n_free -= array.nbytes + -array.nbytes % _ALIGNMENT
