@@ -21,7 +21,6 @@ from stores import (
     make_experiment,
 )
 from tiledbsoma_ml import Snapshot, XLocator
-from tiledbsoma_ml._budget import Budget
 from windows import N_ROWS, TILE, eager_threads
 
 # A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
@@ -67,12 +66,6 @@ def large(make_store: Callable[..., Store]) -> Store:
 @pytest.fixture(scope="session")
 def dense_store(make_store: Callable[..., Store]) -> Store:
     return make_store(dense=True)
-
-
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every budget so small that a window holds a few hundred rows of these tiny experiments."""
-    monkeypatch.setattr(Budget, "windows", 43_000)
 
 
 @pytest.fixture

@@ -22,26 +22,28 @@ from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml.snapshot import Snapshot
-from tiledbsoma_ml.snapshot import build as _snapshot_build
-from tiledbsoma_ml.snapshot.build import _Builder
+from tiledbsoma_ml.snapshot.build import ShardSizes
 from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.format import MANIFEST
+from tiledbsoma_ml.snapshot.parts import located
 from tiledbsoma_ml.snapshot.resume import PARTIAL
 from tiledbsoma_ml.snapshot.shards import ShardWriter
 from tiledbsoma_ml.x_locator import XLocator
 
 ALL_OBS = [name for name in make_obs(np.arange(4)) if name != "soma_joinid"]
+OF_ONE_TILE = ShardSizes(min_bytes=1, min_number=1000)
 N_SHARDS = 5  # of all rows, in tiles of 64
 DTYPES = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 
 
-def make(path: Path, of: Any, obs: Any = None, var: Any = None, **options: Any) -> Snapshot:
+def make(
+    path: Path, of: Any, obs: Any = None, var: Any = None, *, layer_name: str | None = None, **options: Any
+) -> Snapshot:
     """Make a snapshot of rows and columns of a store, or of sources, in shards of one row tile."""
     asked = of.query(obs, var) if isinstance(of, Store) else nullcontext(of)
-    with pytest.MonkeyPatch.context() as patch, asked as query:
-        patch.setattr(_snapshot_build, "MIN_SHARD_BYTES", 1)
-        patch.setattr(_snapshot_build, "MIN_SHARDS", 1000)
-        return Snapshot.create(path, query, **{"progress": False, **options})
+    defaults = {"obs_column_names": ["soma_joinid"], "progress": False, "shards": OF_ONE_TILE}
+    with asked as query:
+        return Snapshot.create_from(path, located(query, layer_name), **{**defaults, **options})
 
 
 def read_soma(store: Store, rows: Sequence[int], columns: Sequence[int], names: Sequence[str]) -> Any:
@@ -133,19 +135,20 @@ class Killed(BaseException):
     """Ends a creation at once, like a kill."""
 
 
-def partial(path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+def ending_at(n_rows: int) -> Callable[..., None]:
+    """Return a callback for progress that ends a creation once so many rows are done."""
+
+    def end(done: int, *_: Any) -> None:
+        if done >= n_rows:
+            raise Killed
+
+    return end
+
+
+def partial(path: Path, of: Any, n_rows: int = 3 * 64, **options: Any) -> None:
     """Leave a creation with three finished shards."""
-    with monkeypatch.context() as patch:
-        keep = _Builder._keep_partial
-
-        def keep_and_end(self: Any) -> None:
-            keep(self)
-            if len(self._finished["raw"]) == 3:
-                raise Killed
-
-        patch.setattr(_Builder, "_keep_partial", keep_and_end)
-        with pytest.raises(Killed):
-            make(path, store, **options)
+    with pytest.raises(Killed):
+        make(path, of, progress=ending_at(n_rows), **options)
     assert (building(path) / PARTIAL).is_file()
 
 
@@ -167,10 +170,13 @@ def create_in_folder(locator: XLocator, folder: Path, seconds: float, progress: 
     os.chdir(folder)
     sys.stderr = Path(f"{os.getpid()}.err").open("w", buffering=1)  # noqa: SIM115
     slowly(seconds)
-    _snapshot_build.MIN_SHARD_BYTES, _snapshot_build.MIN_SHARDS = 1, 1000
     ids = QueryIDs(obs_joinids=np.arange(N_OBS), var_joinids=np.arange(N_VARS))
     Snapshot.create_from(
-        "x.snapshot", [(locator, ids)], obs_column_names=["soma_joinid"], progress=progress
+        "x.snapshot",
+        [(locator, ids)],
+        obs_column_names=["soma_joinid"],
+        progress=progress,
+        shards=OF_ONE_TILE,
     ).verify()
 
 
@@ -182,22 +188,6 @@ def raising(number: int) -> Any:
 
 
 # Once, and killed -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def killed_at_shard(number: int) -> Iterator[None]:
-    """Let a creation end before it writes a shard."""
-    write = ShardWriter.write
-
-    def write_until(self: Any, name: str, rows: Any) -> Any:
-        if name == f"shard-{number:05}":
-            raise Killed
-        return write(self, name, rows)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWriter, "write", write_until)
-        with pytest.raises(Killed):
-            yield
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -15,10 +14,8 @@ from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
-from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._dataset import auto as _auto
 from tiledbsoma_ml._device import DeviceRows
-from windows import AUTO, N_ROWS, dataset_of, window_lengths
+from windows import AUTO, N_ROWS, SMALL, dataset_of, window_lengths
 
 # Every row once, with its own values ----------------------------------------------------------------------
 
@@ -44,7 +41,7 @@ modes = st.sampled_from(
     options=options_of_reading,
     mode=modes,
     in_files=st.booleans(),
-    window_bytes=st.integers(2_000, 60_000),
+    windows_bytes=st.integers(8_000, 60_000),
     n_rows=st.integers(0, N_OBS),
     scattered=st.booleans(),
 )
@@ -54,7 +51,7 @@ def test_every_row_comes_once_with_its_own_values_in_a_new_order_every_epoch(
     options: dict[str, Any],
     mode: dict[str, Any],
     in_files: bool,
-    window_bytes: int,
+    windows_bytes: int,
     n_rows: int,
     scattered: bool,
 ) -> None:
@@ -63,14 +60,12 @@ def test_every_row_comes_once_with_its_own_values_in_a_new_order_every_epoch(
     rows = (
         np.sort(np.random.default_rng(n_rows).permutation(N_OBS)[:n_rows]) if scattered else np.arange(n_rows)
     )
-    with (
-        mock.patch.object(Budget, "windows", window_bytes),
-        mock.patch.object(_auto, "_check_holds_a_tile"),
-    ):
-        dataset = store.dataset(rows, **options, **mode, **files, seed=5)
-        same = store.dataset(rows, **options, **mode, **files, seed=5)
-        epochs = [list(dataset) for _ in range(2)]
-        again = joinids_of(same)
+    dataset, same = (
+        dataset_of(store, rows, windows_bytes=windows_bytes, **options, **mode, **files, seed=5)
+        for _ in range(2)
+    )
+    epochs = [list(dataset) for _ in range(2)]
+    again = joinids_of(same)
     assert all(len(epoch) == len(dataset) for epoch in epochs)
     assert all(len(obs) == options["batch_size"] for epoch in epochs for _, obs in epoch[:-1])
     first, second = map(joinids_of, epochs)
@@ -85,18 +80,17 @@ def test_every_row_comes_once_with_its_own_values_in_a_new_order_every_epoch(
         assert first.tolist() == rows.tolist()
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_obs_columns_of_every_type_stay_with_their_rows(large: Store) -> None:
     columns = [*reversed(make_obs(np.arange(1)).columns)]
-    for _, obs in dataset_of(large, obs_column_names=columns):
+    for _, obs in dataset_of(large, windows_bytes=SMALL, obs_column_names=columns):
         pd.testing.assert_frame_equal(obs, make_obs(obs["soma_joinid"].to_numpy())[columns])
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_a_query_with_a_filter_and_some_columns_is_read_right(large: Store) -> None:
     with large.query(obs="cell_type == 'T cell'", var=[3, 7, 20]) as query:
-        dataset = ExperimentDataset(query, batch_size=32, seed=3, **AUTO)
-        rows = query.obs_joinids().to_numpy()
+        ids = QueryIDs.create(query)
+    rows = ids.obs_joinids
+    dataset = dataset_of(large, rows, ids.var_joinids, windows_bytes=SMALL, seed=3, return_sparse_X=False)
     expected = {
         i: [(1000 * i + j + 1) * ((3 * i + j) % 5 == 0 and i % 7 != 3) for j in (3, 7, 20)] for i in rows
     }
@@ -106,9 +100,8 @@ def test_a_query_with_a_filter_and_some_columns_is_read_right(large: Store) -> N
     assert found == expected
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_parts_of_a_split_keep_the_options_and_together_are_the_query(large: Store) -> None:
-    parts = dataset_of(large).random_split(0.7, 0.2, 0.1, seed=2)
+    parts = dataset_of(large, windows_bytes=SMALL).random_split(0.7, 0.2, 0.1, seed=2)
     ids = [joinids_of(part) for part in parts]
     assert [len(part) for part in parts] == [-(-len(of_part) // 32) for of_part in ids]
     assert sorted(np.concatenate(ids)) == list(range(N_ROWS))
@@ -165,10 +158,9 @@ def test_windows_in_files_need_few_open_files(large: Store, tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_a_window_in_files_may_be_larger_than_the_memory(large: Store, tmp_path: Path) -> None:
-    in_files = dataset_of(large, window_dir=str(tmp_path), window_budget="64MiB")
-    assert len(window_lengths(dataset_of(large))) > 3
+    in_files = dataset_of(large, windows_bytes=SMALL, window_dir=str(tmp_path), window_budget="64MiB")
+    assert len(window_lengths(dataset_of(large, windows_bytes=SMALL))) > 3
     assert window_lengths(in_files) == [N_ROWS]
 
 
@@ -182,9 +174,11 @@ def test_the_device_does_not_change_the_order_of_windows_in_memory(
         np.testing.assert_array_equal(joinids_of(on_device), joinids_of(on_cpu))
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_the_device_does_not_change_the_order_where_a_window_holds_a_part_of_the_query(large: Store) -> None:
-    on_cpu, on_device = dataset_of(large), dataset_of(large, shuffle_mode="gpu_iobatch", device="cpu")
+    on_cpu, on_device = (
+        dataset_of(large, windows_bytes=SMALL),
+        dataset_of(large, windows_bytes=SMALL, shuffle_mode="gpu_iobatch", device="cpu"),
+    )
     np.testing.assert_array_equal(joinids_of(on_device), joinids_of(on_cpu))
 
 
@@ -215,14 +209,13 @@ def test_windows_in_files_go_to_the_device_in_parts(
 # Workers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_workers_read_within_windows_of_their_own_and_yield_every_row_once(
     large: Store, tmp_path: Path, device: str | None
 ) -> None:
     files = {} if device else {"window_dir": tmp_path, "window_budget": "64MiB"}
     mode = {"shuffle_mode": "gpu_iobatch", "device": device} if device else {}
-    dataset = dataset_of(large, batch_size=64, **files, **mode)
+    dataset = dataset_of(large, windows_bytes=SMALL, batch_size=64, **files, **mode)
     loader = experiment_dataloader(dataset, **workers(2))
     epochs = [list(loader) for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [len(loader)] * 2 == [32, 32]
@@ -230,7 +223,7 @@ def test_workers_read_within_windows_of_their_own_and_yield_every_row_once(
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(N_ROWS))
     assert orders[0].tolist() != orders[1].tolist()
 
-    in_process = dataset_of(large, batch_size=64, **files, **mode)
+    in_process = dataset_of(large, windows_bytes=SMALL, batch_size=64, **files, **mode)
     halves = []
     for rows in np.split(np.arange(N_ROWS), 2):
         half = QueryIDs(obs_joinids=rows, var_joinids=range(N_VARS))

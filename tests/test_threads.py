@@ -37,7 +37,7 @@ SITUATIONS = """
 import json, os, signal, sys, threading, time
 from stores import Store
 from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator
-from tiledbsoma_ml._soma import source as _soma_source
+from tiledbsoma_ml._soma.source import SOMASource
 from tiledbsoma_ml._soma.window import Room, preload_kernels
 import tiledbsoma
 
@@ -49,8 +49,9 @@ class Recorded(Room):
 def begin():
     global iterator
     with tiledbsoma.Experiment.open(sys.argv[1]) as experiment, experiment.axis_query("RNA") as query:
-        dataset = ExperimentDataset(query, io_batch_size=64, seed=0)
-    iterator = iter(dataset)
+        locator, ids = XLocator.create(experiment, "RNA"), QueryIDs.create(query)
+    source = SOMASource(locator, ids, make_room=Recorded)
+    iterator = iter(ExperimentDataset(source=source, io_batch_size=64, seed=0))
     next(iterator)
     while not rooms[-1]._changed._waiters:
         time.sleep(0.01)
@@ -87,7 +88,7 @@ situations = {
     "a thread goes on": (lambda: iterate_in_a_thread(False), 0),
     "a daemon thread goes on": (lambda: iterate_in_a_thread(True), 0),
 }
-_soma_source.Room, rooms, pids = Recorded, [], {}
+rooms, pids = [], {}
 preload_kernels().join()
 for name, (situation, expected) in situations.items():
     pids[name] = os.fork()

@@ -3,25 +3,114 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
+import attrs
 import numpy as np
 
-from stores import Store, joinids_of
-from tiledbsoma_ml import ExperimentDataset
+from stores import N_VARS, Store, joinids_of
+from tiledbsoma_ml import ExperimentDataset, Fields, Layout, QueryIDs
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._order.plan import Plan
+from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.reader import SOMAReader
-from tiledbsoma_ml._soma.window import Window
+from tiledbsoma_ml._soma.source import SOMASource
+from tiledbsoma_ml._soma.window import Room
 
 LONG = 1_000  # seconds; only a failure waits as long
 
 AUTO = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
 N_ROWS, TILE = 2000, 32
 
+SMALL = 43_000
+"""Bytes of windows that hold a few hundred rows of these tiny experiments."""
 
-def dataset_of(store: Store, rows: Any = range(N_ROWS), **options: Any) -> ExperimentDataset:
-    return store.dataset(rows, **{"batch_size": 32, "seed": 1, "return_sparse_X": True, **AUTO, **options})
+
+@attrs.frozen
+class WindowsBudget(Budget):
+    """A budget of which so many bytes are left for windows."""
+
+    windows_bytes: int = 0
+
+    @property
+    def windows(self) -> int:
+        return self.windows_bytes
+
+
+class Windowed(SOMASource):
+    """A query on an experiment that tells which windows it was read in.
+
+    Args:
+        store: The experiment.
+        ids: The query.
+        windows_bytes: Bytes of windows, whatever the budget; those of the budget if None.
+        row_bytes: Bytes that a row is said to take up; a sample tells if None.
+        make_room: What makes the room of windows.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        ids: QueryIDs,
+        *,
+        windows_bytes: int | None = None,
+        row_bytes: int | None = None,
+        make_room: Callable[[float], Room] = Room,
+    ) -> None:
+        super().__init__(store.locator, ids, make_room=make_room)
+        self.windows_bytes, self.row_bytes = windows_bytes, row_bytes
+        self.lengths: list[int] = []
+
+    def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
+        budget = self.changed(budget)
+        layout = super().layout(ids, budget)
+        if self.row_bytes is None:
+            return layout
+        n_rows = int(budget.share_of_windows().planned_bytes / self.row_bytes)
+        return attrs.evolve(layout, bytes_per_row=self.row_bytes, window_rows=n_rows)
+
+    def open(self, ids: Any, fields: Fields, budget: Budget) -> Any:
+        return Watched(super().open(ids, fields, self.changed(budget)), self.lengths)
+
+    def changed(self, budget: Budget) -> Budget:
+        if self.windows_bytes is None:
+            return budget
+        return WindowsBudget(**attrs.asdict(budget, recurse=False), windows_bytes=self.windows_bytes)
+
+
+class Watched:
+    """A reader that keeps how many rows are read together."""
+
+    def __init__(self, reader: SOMAReader, lengths: list[int]) -> None:
+        self.reader, self.lengths = reader, lengths
+
+    def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
+        self.lengths.append(len(obs_joinids))
+        return self.reader.read(obs_joinids)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+def dataset_of(
+    store: Store,
+    rows: Sequence[int] | np.ndarray = range(N_ROWS),
+    var_joinids: Sequence[int] = range(N_VARS),
+    *,
+    windows_bytes: int | None = None,
+    row_bytes: int | None = None,
+    make_room: Callable[[float], Room] = Room,
+    **options: Any,
+) -> ExperimentDataset:
+    """Return a dataset of a `Windowed` source: sparse, with sizes that are "auto" unless given."""
+    ids = QueryIDs(obs_joinids=rows, var_joinids=var_joinids)
+    source = Windowed(store, ids, windows_bytes=windows_bytes, row_bytes=row_bytes, make_room=make_room)
+    defaults = {"batch_size": 32, "seed": 1, "return_sparse_X": True, **AUTO}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* changes nothing here: ")
+        return ExperimentDataset(source=source, **{**defaults, **options})
 
 
 def plan(dataset: ExperimentDataset) -> Plan:
@@ -30,18 +119,11 @@ def plan(dataset: ExperimentDataset) -> Plan:
 
 
 def window_lengths(dataset: ExperimentDataset) -> list[int]:
-    """Return how many rows are read together, window after window."""
-    plan(dataset)  # which reads a sample
-    lengths = []
-    read_window = SOMAReader.read_window
-
-    def spy(self: SOMAReader, obs_joinids: np.ndarray) -> Window:
-        lengths.append(len(obs_joinids))
-        return read_window(self, obs_joinids)
-
-    with mock.patch.object(SOMAReader, "read_window", spy):
-        joinids_of(dataset)
-    return lengths
+    """Return how many rows of an epoch are read together, window after window."""
+    assert isinstance(dataset.source, Windowed)
+    dataset.source.lengths.clear()
+    joinids_of(dataset)
+    return [*dataset.source.lengths]
 
 
 def eager_threads() -> set[threading.Thread]:

@@ -15,11 +15,9 @@ import tiledbsoma as soma
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._order import sizes as order_sizes
-from tiledbsoma_ml._soma import reader as _reader
 from tiledbsoma_ml._soma import source as _soma_source
-from windows import AUTO, N_ROWS, TILE, dataset_of, plan, window_lengths
+from windows import AUTO, N_ROWS, SMALL, TILE, dataset_of, plan, window_lengths
 
 # What is read together ------------------------------------------------------------------------------------
 
@@ -31,11 +29,11 @@ def test_where_the_window_holds_the_query_it_is_read_at_once(large: Store) -> No
 
 @pytest.mark.parametrize("scattered", [False, True])
 def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
-    large: Store, scattered: bool, monkeypatch: pytest.MonkeyPatch
+    large: Store, scattered: bool
 ) -> None:
-    monkeypatch.setattr(Budget, "windows", 25_000 if scattered else 120_000)
+    windows_bytes = 25_000 if scattered else 120_000
     rows = np.flatnonzero(np.random.default_rng(0).random(N_ROWS) < 0.3) if scattered else np.arange(N_ROWS)
-    dataset = dataset_of(large, rows, batch_size=4, mixing=0.8)
+    dataset = dataset_of(large, rows, windows_bytes=windows_bytes, batch_size=4, mixing=0.8)
     plan(dataset)  # which reads a sample
     tiles = []
     read = soma.SparseNDArray.read
@@ -56,10 +54,9 @@ def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
 def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_chunk(
     large: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Budget, "windows", 160_000)
     # The store is small: say that 15 chunks mix well enough.
     monkeypatch.setattr(order_sizes, "predicted_mixing", lambda n_chunks, _: min(1.0, n_chunks / 15))
-    dataset = dataset_of(large, batch_size=4, mixing=1.0)
+    dataset = dataset_of(large, windows_bytes=160_000, batch_size=4, mixing=1.0)
     sizes = dataset.plan.sizes(dataset.query_ids)
     lengths = window_lengths(dataset)
     assert 2 * sizes.first_window_rows == sizes.window_rows == N_ROWS / 2
@@ -68,12 +65,10 @@ def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_ch
     assert len(lengths) == 3
 
 
-@pytest.mark.usefixtures("small_windows")
-def test_a_larger_budget_makes_larger_windows(large: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = [len(window_lengths(dataset_of(large)))]
-    for n_bytes in (80_000, 160_000):
-        monkeypatch.setattr(Budget, "windows", n_bytes)
-        lengths.append(len(window_lengths(dataset_of(large))))
+def test_a_larger_budget_makes_larger_windows(large: Store) -> None:
+    lengths = [
+        len(window_lengths(dataset_of(large, windows_bytes=n_bytes))) for n_bytes in (SMALL, 80_000, 160_000)
+    ]
     assert lengths == sorted(lengths, reverse=True)
     assert len(set(lengths)) == 3
 
@@ -84,30 +79,29 @@ def test_dense_mini_batches_are_paid_for_from_the_budget(large: Store) -> None:
     assert budgets[0] - budgets[1] == 3 * 32 * N_VARS * 4
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_rows_that_take_up_more_bytes_make_smaller_windows(large: Store) -> None:
-    few, all_columns = large.dataset(range(N_ROWS), [0], **AUTO), large.dataset(range(N_ROWS), **AUTO)
+    few, all_columns = (
+        dataset_of(large, var_joinids=columns, windows_bytes=SMALL) for columns in ([0], range(N_VARS))
+    )
     rows = [d.plan.sizes(d.query_ids).window_rows for d in (few, all_columns)]
     assert rows[0] > rows[1]
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_a_better_mixing_takes_shorter_runs(large: Store) -> None:
     runs = [
         d.plan.sizes(d.query_ids).run_length
-        for d in (dataset_of(large, mixing=mixing) for mixing in (0.8, 0.9, 1))
+        for d in (dataset_of(large, windows_bytes=SMALL, mixing=mixing) for mixing in (0.8, 0.9, 1))
     ]
     assert runs[0] > runs[1] > runs[2] == 1
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_one_size_may_be_auto_and_the_other_a_number(large: Store) -> None:
-    only_window = dataset_of(large, shuffle_chunk_size=4)
+    only_window = dataset_of(large, windows_bytes=SMALL, shuffle_chunk_size=4)
     orders = joinids_of(only_window)
     runs = np.sort(orders[: window_lengths(only_window)[0]]).reshape(-1, 4)
     assert (runs[:, 0] % 4 == 0).all()
     assert (np.diff(runs) == 1).all()
-    only_chunk = dataset_of(large, io_batch_size=100)
+    only_chunk = dataset_of(large, windows_bytes=SMALL, io_batch_size=100)
     run = only_chunk.plan.sizes(only_chunk.query_ids).run_length
     lengths = window_lengths(only_chunk)
     assert max(lengths) < 100 + run
@@ -131,9 +125,8 @@ def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     return lines
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_the_log_says_what_auto_stands_for(large: Store, log: Callable[[], list[str]]) -> None:
-    dataset = dataset_of(large, mixing=0.9)
+    dataset = dataset_of(large, windows_bytes=SMALL, mixing=0.9)
     sizes = dataset.plan.sizes(dataset.query_ids)
     [line] = log()
     found = re.fullmatch(
@@ -187,11 +180,10 @@ def test_nothing_is_measured_for_a_log_that_nobody_reads(large: Store) -> None:
         plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64))
 
 
-@pytest.mark.usefixtures("small_windows")
 def test_the_log_says_the_runs_that_were_asked_for_where_the_window_alone_is_auto(
     large: Store, log: Callable[[], list[str]]
 ) -> None:
-    plan(dataset_of(large, shuffle_chunk_size=4, batch_size=8))
+    plan(dataset_of(large, windows_bytes=SMALL, shuffle_chunk_size=4, batch_size=8))
     [line] = log()
     assert line.startswith("runs of 4 rows in windows of ")
 
@@ -226,14 +218,16 @@ def test_every_mixing_from_0_8_to_1_is_accepted(large: Store, mixing: float | No
     assert dataset_of(large, mixing=mixing).plan.mixing == mixing
 
 
-@pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize(
     "options", [{"shuffle_chunk_size": "auto"}, {"io_batch_size": "auto"}, AUTO], ids=str
 )
 def test_auto_on_a_dense_layer_reads_whole_tiles_as_on_a_sparse_one(
     dense_store: Store, options: dict[str, Any]
 ) -> None:
-    dataset = dense_store.dataset(batch_size=40, seed=1, **options)
+    sizes = {"shuffle_chunk_size": 64, "io_batch_size": 65_536, **options}
+    dataset = dataset_of(
+        dense_store, range(N_OBS), windows_bytes=SMALL, batch_size=40, return_sparse_X=False, **sizes
+    )
     assert dataset.plan.layout is not None
     assert dataset.plan.layout.row_tile == 64
     batches = list(dataset)
@@ -259,11 +253,11 @@ def in_one_tile(make_store: Callable[..., Store]) -> Store:
     return make_store(tile=(3_000_000, 8))
 
 
-@pytest.fixture
-def in_huge_tiles(in_one_tile: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The tile of this layer takes up hundreds of MiB."""
-    monkeypatch.setattr(_reader, "BYTES_PER_JOINID", 2**20)
-    return in_one_tile
+def in_huge_tiles(store: Store, **options: Any) -> ExperimentDataset:
+    """Return a dataset of a layer whose one tile is said to take up hundreds of MiB."""
+    return dataset_of(
+        store, range(N_OBS), row_bytes=2**20, **{"batch_size": 1, "return_sparse_X": False, **options}
+    )
 
 
 BUDGET_SENTENCE = (
@@ -275,25 +269,25 @@ BUDGET_SENTENCE = (
 def refused_budget(store: Store, **options: Any) -> tuple[int, int]:
     """Return the MiB that were given, and that are said to be needed."""
     with pytest.raises(ValueError, match="memory_budget") as caught:
-        plan(store.dataset(**{**AUTO, **options}))
+        plan(in_huge_tiles(store, **options))
     found = re.fullmatch(BUDGET_SENTENCE, str(caught.value))
     assert found is not None, caught.value
     return int(found[1]), int(found[2])
 
 
-def test_a_budget_that_does_not_hold_a_tile_says_what_is_needed(in_huge_tiles: Store) -> None:
-    given_mib, needed_mib = refused_budget(in_huge_tiles, memory_budget="128MiB")
+def test_a_budget_that_does_not_hold_a_tile_says_what_is_needed(in_one_tile: Store) -> None:
+    given_mib, needed_mib = refused_budget(in_one_tile, memory_budget="128MiB")
     assert given_mib == 128
     assert 256 < needed_mib < 1024
-    assert refused_budget(in_huge_tiles, memory_budget="64MiB")[0] == 64
-    assert in_huge_tiles.dataset(batch_size=100, **AUTO, memory_budget="1GiB").plan.is_auto
+    assert refused_budget(in_one_tile, memory_budget="64MiB")[0] == 64
+    assert in_huge_tiles(in_one_tile, batch_size=100, memory_budget="1GiB").plan.is_auto
 
 
-def test_sparse_mini_batches_are_not_offered_where_they_are_sparse_already(in_huge_tiles: Store) -> None:
+def test_sparse_mini_batches_are_not_offered_where_they_are_sparse_already(in_one_tile: Store) -> None:
     with pytest.raises(
         ValueError, match=r"^memory_budget=128 MiB must hold one tile of .* buffers, \d+ MiB; raise it\.$"
     ):
-        plan(in_huge_tiles.dataset(**AUTO, memory_budget="128MiB", return_sparse_X=True))
+        plan(in_huge_tiles(in_one_tile, memory_budget="128MiB", return_sparse_X=True))
 
 
 def test_a_budget_that_does_not_hold_three_dense_mini_batches_is_refused(store: Store) -> None:
@@ -302,24 +296,25 @@ def test_a_budget_that_does_not_hold_three_dense_mini_batches_is_refused(store: 
     assert store.dataset(**AUTO, memory_budget="256MiB", batch_size=10**6, return_sparse_X=True).plan
 
 
-def test_a_tile_that_does_not_fit_is_no_matter_where_the_window_is_a_number(in_huge_tiles: Store) -> None:
-    for sizes in ({}, {"shuffle_chunk_size": "auto"}):
-        dataset = in_huge_tiles.dataset(batch_size=50, memory_budget="64MiB", **sizes)
+def test_a_tile_that_does_not_fit_is_no_matter_where_the_window_is_a_number(in_one_tile: Store) -> None:
+    for chunk in (64, "auto"):
+        sizes = {"shuffle_chunk_size": chunk, "io_batch_size": 65_536}
+        dataset = in_huge_tiles(in_one_tile, batch_size=50, memory_budget="64MiB", **sizes)
         assert sorted(joinids_of(dataset)) == list(range(N_OBS))
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_the_budget_that_is_said_to_be_needed_is_enough(in_huge_tiles: Store, device: str | None) -> None:
-    _, needed_mib = refused_budget(in_huge_tiles, memory_budget="256MiB", device=device)
-    assert in_huge_tiles.dataset(**AUTO, memory_budget=f"{needed_mib}MiB", device=device).plan.is_auto
+def test_the_budget_that_is_said_to_be_needed_is_enough(in_one_tile: Store, device: str | None) -> None:
+    _, needed_mib = refused_budget(in_one_tile, memory_budget="256MiB", device=device)
+    assert in_huge_tiles(in_one_tile, memory_budget=f"{needed_mib}MiB", device=device).plan.is_auto
 
 
 def test_a_window_budget_that_does_not_hold_a_tile_is_what_is_named(
-    in_huge_tiles: Store, tmp_path: Path
+    in_one_tile: Store, tmp_path: Path
 ) -> None:
     files = {"window_dir": tmp_path, "window_budget": "64MiB"}
     with pytest.raises(ValueError, match=r"^window_budget"):
-        plan(in_huge_tiles.dataset(**AUTO, memory_budget="2GiB", **files))
+        plan(in_huge_tiles(in_one_tile, memory_budget="2GiB", **files))
 
 
 def test_a_tile_larger_than_the_layer_takes_up_no_more_than_its_rows(in_one_tile: Store) -> None:

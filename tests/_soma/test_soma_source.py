@@ -19,29 +19,34 @@ from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml import dataset as dataset_module
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._soma import reader as _reader
-from tiledbsoma_ml._soma import source as _soma_source
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import Room, Window, preload_kernels
+from tiledbsoma_ml._soma.window import Room, Window
 from windows import LONG, N_ROWS, TILE, dataset_of
 
 
+class TinyRoom(Room):
+    """So tiny that a window waits until the one before is given out."""
+
+    def __init__(self, has_to_wait: threading.Event) -> None:
+        super().__init__(1)
+        self.has_to_wait = has_to_wait
+
+    def _has_room(self, window: Window, n_bytes: int) -> bool:
+        answer = super()._has_room(window, n_bytes)
+        if not answer:
+            self.has_to_wait.set()
+        return answer
+
+
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Make rooms tiny, so that a window waits until the one before is given out; set when one has to."""
-    event = threading.Event()
+def waits() -> threading.Event:
+    """Set when a window of `tiny_rooms` has to wait."""
+    return threading.Event()
 
-    class TinyRoom(Room):
-        def __init__(self, n_bytes: float) -> None:
-            super().__init__(1)
 
-        def _has_room(self, window: Window, n_bytes: int) -> bool:
-            answer = super()._has_room(window, n_bytes)
-            if not answer:
-                event.set()
-            return answer
-
-    monkeypatch.setattr(_soma_source, "Room", TinyRoom)
-    return event
+@pytest.fixture
+def tiny_rooms(waits: threading.Event) -> dict[str, Any]:
+    return {"make_room": lambda _: TinyRoom(waits)}
 
 
 in_memory_or_files = pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
@@ -56,10 +61,10 @@ def windows_in(in_files: bool, folder: Path) -> dict[str, Any]:
 @pytest.mark.usefixtures("no_thread_left")
 @in_memory_or_files
 def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
-    large: Store, tmp_path: Path, waits: threading.Event, in_files: bool
+    large: Store, tmp_path: Path, waits: threading.Event, tiny_rooms: Any, in_files: bool
 ) -> None:
     mini_batches = []
-    for mini_batch in dataset_of(large, **windows_in(in_files, tmp_path)):
+    for mini_batch in dataset_of(large, **windows_in(in_files, tmp_path), **tiny_rooms):
         if not mini_batches:
             assert waits.wait(LONG)  # the second window is waiting: only now go on
         mini_batches.append(mini_batch)
@@ -72,9 +77,14 @@ def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
 @in_memory_or_files
 @pytest.mark.parametrize("through_loader", [False, True])
 def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
-    large: Store, tmp_path: Path, waits: threading.Event, in_files: bool, through_loader: bool
+    large: Store,
+    tmp_path: Path,
+    waits: threading.Event,
+    tiny_rooms: Any,
+    in_files: bool,
+    through_loader: bool,
 ) -> None:
-    dataset = dataset_of(large, **windows_in(in_files, tmp_path))
+    dataset = dataset_of(large, **windows_in(in_files, tmp_path), **tiny_rooms)
     mini_batches = iter(experiment_dataloader(dataset) if through_loader else dataset)
     next(mini_batches)
     assert waits.wait(LONG)
@@ -129,10 +139,10 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
 
 @pytest.mark.usefixtures("no_thread_left")
 def test_an_error_of_the_consumer_while_the_reader_waits_for_room_is_the_one_that_is_seen(
-    large: Store, tmp_path: Path, waits: threading.Event
+    large: Store, tmp_path: Path, waits: threading.Event, tiny_rooms: Any
 ) -> None:
     def train() -> None:
-        for _ in dataset_of(large, **windows_in(False, tmp_path)):
+        for _ in dataset_of(large, **windows_in(False, tmp_path), **tiny_rooms):
             assert waits.wait(LONG)
             raise ZeroDivisionError("in the training step")
 
@@ -150,19 +160,16 @@ def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded
     dataset = dataset_of(
         large, use_eager_fetch=eager, **windows_in(in_files, tmp_path), shuffle_chunk_size=20
     )
-    preload_kernels().join()  # it adds to a window of its own
-    add, n_added = Window.add, []
+    read = soma.SparseNDArray.read
 
-    def fail_later(self: Window, *table: np.ndarray) -> None:
-        if self not in n_added:
-            n_added.append(self)
-        if len(n_added) == 3:
+    def fail_later(*args: Any) -> Any:
+        if len(dataset.source.lengths) == 3:
             raise OSError("the disk is gone") from KeyError("the cause")
-        add(self, *table)
+        return read(*args)
 
     yielded: list[Any] = []
     with (
-        mock.patch.object(Window, "add", fail_later),
+        mock.patch.object(soma.SparseNDArray, "read", fail_later),
         pytest.raises(OSError, match="the disk is gone") as caught,
     ):
         yielded.extend(iter(dataset))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -11,26 +13,27 @@ import pytest
 import tiledbsoma as soma
 
 import tiledbsoma_ml
-from snapshots import N_SHARDS, assert_is_right, building, make, partial, write_entries
+from snapshots import N_SHARDS, assert_is_right, building, ending_at, make, partial, raising, write_entries
 from stores import MEASUREMENT, N_VARS, Store, expected_X
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot import build as _snapshot_build
 from tiledbsoma_ml.snapshot import progress as _snapshot_progress
+from tiledbsoma_ml.snapshot.build import create
 from tiledbsoma_ml.snapshot.format import MANIFEST
+from tiledbsoma_ml.snapshot.parts import located, part_of
+from tiledbsoma_ml.snapshot.progress import Progress
 from tiledbsoma_ml.snapshot.resume import PARTIAL
+from windows import WindowsBudget
 
 # Once -----------------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_is_made_once_and_then_used(
-    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_is_made_once_and_then_used(store: Store, path: Path) -> None:
     made = make(path, store)
     assert_is_right(path)
     inode, modified = path.stat().st_ino, (path / MANIFEST).stat().st_mtime_ns
-    monkeypatch.setattr(_snapshot_build, "_Builder", None)
-    again = make(path, store)  # at another timestamp: the experiment was opened anew
+    again = make(path, store, progress=ending_at(0))  # at another timestamp: the experiment was opened anew
     assert again.fingerprint == made.fingerprint
     assert (path.stat().st_ino, (path / MANIFEST).stat().st_mtime_ns) == (inode, modified)
 
@@ -150,12 +153,15 @@ def test_shards_are_whole_tiles_unless_one_is_larger() -> None:
     assert _snapshot_build._shard_borders(tiles[:0], 20) == []
 
 
-def test_a_small_budget_makes_small_shards(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_budget_makes_small_shards(store: Store, path: Path) -> None:
     make(path, store)
     assert len(Snapshot.open(path)._manifest.layers[0].shards) == N_SHARDS
     shutil.rmtree(path)
-    monkeypatch.setattr(_snapshot_build.Budget, "windows", 4 * 1000)
-    make(path, store, memory_budget="64MiB")
+    with store.query() as query:
+        parts = [part_of(*of) for of in located(query, None)]
+    budget = WindowsBudget(2**26, windows_bytes=4 * 1000)
+    names: dict[str, Any] = {"obs_column_names": ["soma_joinid"], "layers": [], "obsm": []}
+    create(path, parts, **names, budget=budget, progress=Progress(False, ""))
     assert len(Snapshot.open(path)._manifest.layers[0].shards) > 2 * N_SHARDS
     assert_is_right(path)
 
@@ -184,7 +190,7 @@ def test_what_another_user_put_in_the_way_is_not_used_and_no_link_is_followed(
     ):
         make(path, store)
     building(path).unlink()
-    partial(path, store, monkeypatch)
+    partial(path, store)
     user = os.geteuid()
     with monkeypatch.context() as patch:
         patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
@@ -203,7 +209,7 @@ def test_a_snapshot_on_a_disk_that_cannot_be_written_to_is_used(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(path, store)
-    monkeypatch.setattr(_snapshot_build, "locked", None)
+    monkeypatch.setattr(fcntl, "flock", raising(errno.EROFS))
     make(path, store)
 
 

@@ -105,10 +105,8 @@ def test_a_callback_is_told_rows_done_and_in_all_speed_and_time_left(store: Stor
     assert told[-1][3] == 0
 
 
-def test_a_continued_creation_starts_where_the_last_one_ended(
-    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial(path, store, monkeypatch)
+def test_a_continued_creation_starts_where_the_last_one_ended(store: Store, path: Path) -> None:
+    partial(path, store)
     told: list[int] = []
     make(path, store, progress=lambda done, *_: told.append(done))
     assert told == [256, N_OBS]

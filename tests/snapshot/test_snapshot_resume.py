@@ -17,7 +17,6 @@ from snapshots import (
     assert_is_right,
     building,
     create_in_folder,
-    killed_at_shard,
     make,
     partial,
     recording,
@@ -90,35 +89,19 @@ def test_a_creation_that_ends_at_any_step_is_continued_and_ends_right(
     assert n_kills > 10
 
 
-def test_finished_shards_are_not_read_again(
-    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[str] = []
-    write = ShardWriter.write
-
-    def recorded(self: Any, name: str, window: Any) -> Any:
-        written.append(name)
-        if len(written) == 4:
-            raise Killed
-        return write(self, name, window)
-
-    monkeypatch.setattr(ShardWriter, "write", recorded)
-    with pytest.raises(Killed):
-        make(path, store)
+def test_finished_shards_are_left_as_they_are(store: Store, path: Path) -> None:
+    partial(path, store)
     assert not path.exists()
     names = ["shard-00000.data", "shard-00002.data"]
     made = [(building(path) / name).stat().st_mtime_ns for name in names]
     make(path, store)
-    assert written[4:] == ["shard-00003", "shard-00004"]
     assert [(path / name).stat().st_mtime_ns for name in names] == made
     assert_is_right(path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "partial", "no partial"])
-def test_a_damaged_part_of_a_creation_is_made_anew(
-    store: Store, path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial(path, store, monkeypatch)
+def test_a_damaged_part_of_a_creation_is_made_anew(store: Store, path: Path, damage: str) -> None:
+    partial(path, store)
     file = building(path) / (PARTIAL if "partial" in damage else "shard-00001.indices")
     content = file.read_bytes()
     if damage in ("missing", "no partial"):
@@ -163,10 +146,8 @@ def tell_nonsense(fields: dict[str, Any]) -> None:
     "change",
     [drop_rows, drop_first_border, swap_shards, name_another_file, tell_other_types, tell_nonsense],
 )
-def test_a_continued_creation_believes_nothing_that_is_not_so(
-    store: Store, path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial(path, store, monkeypatch)
+def test_a_continued_creation_believes_nothing_that_is_not_so(store: Store, path: Path, change: Any) -> None:
+    partial(path, store)
     fields = json.loads((building(path) / PARTIAL).read_text())
     del fields["sha256"]
     change(fields)
@@ -198,10 +179,8 @@ def test_a_creation_checks_what_it_wrote(
     assert_is_right(path)
 
 
-def test_a_part_of_another_creation_is_discarded(
-    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial(path, store, monkeypatch)
+def test_a_part_of_another_creation_is_discarded(store: Store, path: Path) -> None:
+    partial(path, store)
     make(path, store, [5, 70, 300])
     assert_is_right(path, [5, 70, 300])
 
@@ -231,9 +210,7 @@ def test_creations_that_are_killed_at_random_moments_end_in_a_right_snapshot(
 
 
 def test_a_creation_that_was_killed_is_continued_and_finished_shards_are_not_read_again(path: Path) -> None:
-    with killed_at_shard(3):
-        make(path, matrix_source())
-    assert (building(path) / PARTIAL).is_file()
+    partial(path, matrix_source())
     source = matrix_source()
     with recording(source) as asked:
         snapshot = make(path, source)
@@ -249,7 +226,6 @@ def test_what_was_finished_of_other_content_or_of_unknown_content_is_made_anew(
 ) -> None:
     other = matrix_source(content=content if content == {} else None)
     other.X = other.X * 2
-    with killed_at_shard(3):
-        make(path, other)
+    partial(path, other)
     snapshot = make(path, matrix_source(content=content))
     np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 
@@ -29,14 +29,18 @@ class SOMASource(Source):
     Args:
         locator: Address of the layer of `X`.
         ids: Rows and columns.
+        make_room: What makes the room of an iterator, from its size in bytes.
 
     Attributes:
         locator: Address of the layer of `X`.
     """
 
-    def __init__(self, locator: XLocator, ids: QueryIDs) -> None:
+    def __init__(
+        self, locator: XLocator, ids: QueryIDs, *, make_room: Callable[[float], Room] = Room
+    ) -> None:
         self.locator: XLocator = locator
         self.query_ids = ids
+        self._make_room = make_room
         self._types: dict[tuple[str, ...], ObsTypes] = {}
         preload_kernels()
 
@@ -120,7 +124,7 @@ class SOMASource(Source):
                 obs_types=self._types[fields.obs_column_names],
                 n_parts=windows.n_parts,
                 use_eager_fetch=budget.use_eager_fetch,
-                room=Room(windows.n_bytes),
+                room=self._make_room(windows.n_bytes),
                 store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
                 opened=opened,
             )

@@ -16,6 +16,7 @@ from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
+import attrs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,8 +43,23 @@ from tiledbsoma_ml.snapshot.progress import Progress, check_own_folder, locked
 from tiledbsoma_ml.snapshot.resume import PARTIAL, Finished, keep_partial, shard_name, take_over
 from tiledbsoma_ml.snapshot.shards import ShardWriter
 
-MIN_SHARD_BYTES, MAX_SHARD_BYTES, MIN_SHARDS = 2**25, 2**29, 8
-"""A snapshot has at least so many shards of such a size."""
+
+@attrs.frozen(kw_only=True)
+class ShardSizes:
+    """How a snapshot is cut into shards: into so many at least, as long as they are not too small.
+
+    Attributes:
+        min_bytes: A shard has at least about so many bytes, unless there are no more.
+        max_bytes: And at most about so many, unless a tile has more.
+        min_number: Number of shards from which on they become larger.
+    """
+
+    min_bytes: int = 2**25
+    max_bytes: int = 2**29
+    min_number: int = 8
+
+
+DEFAULT_SHARDS = ShardSizes()
 
 
 def create(
@@ -55,6 +71,7 @@ def create(
     obsm: Sequence[str],
     budget: Budget,
     progress: Progress,
+    shards: ShardSizes = DEFAULT_SHARDS,
 ) -> None:
     """Make a snapshot at a path, unless it is there already.
 
@@ -66,6 +83,7 @@ def create(
         obsm: Arrays of `obsm`.
         budget: The memory that this may take.
         progress: Callback for progress.
+        shards: Sizes of its shards.
 
     Raises:
         ValueError: If a name does not exist, parts do not fit together, or there is something else.
@@ -76,7 +94,7 @@ def create(
         return
     with locked(path, progress.say):
         if not is_there(path, content):
-            _Builder(path, parts, content, budget, progress).build()
+            _Builder(path, parts, content, budget, progress, shards).build()
 
 
 def is_there(path: Path, content: Content) -> bool:
@@ -140,7 +158,13 @@ class _Builder:
     """
 
     def __init__(
-        self, path: Path, parts: Sequence[Part], content: Content, budget: Budget, progress: Progress
+        self,
+        path: Path,
+        parts: Sequence[Part],
+        content: Content,
+        budget: Budget,
+        progress: Progress,
+        shards: ShardSizes,
     ) -> None:
         self._path = path
         self._folder = path.with_name(f".{path.name}.building")
@@ -148,6 +172,7 @@ class _Builder:
         self._content = content
         self._budget = budget
         self._progress = progress
+        self._shards = shards
         self._stored: dict[str, list[StoredLayer]] = {}
         self._bytes_per_row: dict[str, float] = {}
         self._borders: list[int] = []
@@ -242,11 +267,12 @@ class _Builder:
         """Return the borders of shards: whole tiles of rows, unless one is too large for the budget."""
         first_layer = self._content.layer_names[0]
         bytes_per_row = self._bytes_per_row[first_layer]
-        size = max(bytes_per_row * self._content.n_obs / MIN_SHARDS, MIN_SHARD_BYTES)
+        sizes = self._shards
+        size = max(bytes_per_row * self._content.n_obs / sizes.min_number, sizes.min_bytes)
         borders = [0]
         for part, stored in zip(self._parts, self._stored[first_layer], strict=True):
             tile = stored.row_tile
-            n_bytes = min(max(min(size, MAX_SHARD_BYTES), tile * bytes_per_row), self._budget.windows / 4)
+            n_bytes = min(max(min(size, sizes.max_bytes), tile * bytes_per_row), self._budget.windows / 4)
             found = _shard_borders(part.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
             first = borders[-1]
             borders += [first + border for border in found]

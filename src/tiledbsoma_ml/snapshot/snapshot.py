@@ -16,7 +16,7 @@ from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._source import Source
-from tiledbsoma_ml.snapshot.build import create
+from tiledbsoma_ml.snapshot.build import DEFAULT_SHARDS, ShardSizes, create
 from tiledbsoma_ml.snapshot.check import verify
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
 from tiledbsoma_ml.snapshot.mapped import Mapped
@@ -111,6 +111,7 @@ class Snapshot:
         obsm: Sequence[str] = (),
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
+        shards: ShardSizes = DEFAULT_SHARDS,
     ) -> Snapshot:
         """Do what `create` does, for queries given as an address, or a `Source`, and joinids."""
         whole = absolute_path(path)
@@ -124,6 +125,7 @@ class Snapshot:
             obsm=obsm,
             budget=Budget(parse_bytes("memory_budget", memory_budget), is_remote),
             progress=Progress(progress, whole.name),
+            shards=shards,
         )
         return cls.open(whole)
 
