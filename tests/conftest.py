@@ -18,10 +18,11 @@ from snapshots import make as make_snapshot
 from stores import (
     MEASUREMENT,
     Store,
+    eager_threads,
     make_experiment,
 )
 from tiledbsoma_ml import Snapshot, XLocator
-from windows import N_ROWS, TILE, eager_threads
+from windows import N_ROWS, TILE
 
 # A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
 # would have nothing to test; TileDB would even call what it takes for a handler.

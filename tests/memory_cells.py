@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+import stores
 from stores import make_obs
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml._budget import Budget
@@ -18,7 +19,7 @@ from tiledbsoma_ml._source import Fields
 from tiledbsoma_ml.memory import MemorySource
 
 N_OBS, N_VARS = 90, 17
-DTYPES = [np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+DTYPES = ["bool", *stores.DTYPES]
 
 BUDGET = Budget(2**28)
 

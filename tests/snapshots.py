@@ -33,7 +33,6 @@ from tiledbsoma_ml.x_locator import XLocator
 ALL_OBS = [name for name in make_obs(np.arange(4)) if name != "soma_joinid"]
 OF_ONE_TILE = ShardSizes(min_bytes=1, min_number=1000)
 N_SHARDS = 5  # of all rows, in tiles of 64
-DTYPES = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 
 
 def make(

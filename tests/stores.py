@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, context
 
 N_OBS, N_VARS = 311, 23
 MEASUREMENT = "RNA"
+
+DTYPES = [f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)] + ["float32", "float64"]
+"""All types that a layer may have."""
 
 
 def expected_X(obs_joinids: Sequence[int], var_joinids: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
@@ -191,3 +195,8 @@ def joinids_of(mini_batches: Any) -> np.ndarray:
         )
         np.testing.assert_array_equal(dense.reshape(-1, n_vars), expected_X(ids[-1], range(n_vars)))
     return np.concatenate(ids)
+
+
+def eager_threads() -> set[threading.Thread]:
+    """Return the threads that read ahead."""
+    return {thread for thread in threading.enumerate() if "EagerIterator" in thread.name}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from stores import expected_X, make_obs
+from stores import DTYPES, expected_X, make_obs
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import IOBatch
@@ -20,18 +19,6 @@ from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 
 N_VARS = 11
 COLUMNS = ["soma_joinid", "cell_type", "stage", "n_genes"]
-DTYPES = [
-    np.int8,
-    np.int16,
-    np.int32,
-    np.int64,
-    np.uint8,
-    np.uint16,
-    np.uint32,
-    np.uint64,
-    np.float32,
-    np.float64,
-]
 cuda = pytest.param(
     "cuda",
     marks=[
@@ -341,17 +328,6 @@ def test_making_mini_batches_leaves_io_batches_fit_to_be_used_again(sparse_X: bo
 
 
 # Threads and errors ---------------------------------------------------------------------------------------
-
-
-def eager_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if "EagerIterator" in thread.name}
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    before = eager_threads()
-    yield
-    assert eager_threads() <= before
 
 
 @pytest.mark.usefixtures("no_thread_left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -124,7 +123,3 @@ def window_lengths(dataset: ExperimentDataset) -> list[int]:
     dataset.source.lengths.clear()
     joinids_of(dataset)
     return [*dataset.source.lengths]
-
-
-def eager_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if "EagerIterator" in thread.name}

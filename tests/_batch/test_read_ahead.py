@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from stores import N_VARS, expected_X, make_obs
+from stores import N_VARS, eager_threads, expected_X, make_obs
 from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import id_batches
@@ -56,17 +56,6 @@ class MemoryReader:
         csr = sparse.csr_matrix(expected_X(obs_joinids, range(N_VARS)))
         matrix = CSR_IO_Buffer.from_pjd(csr.indptr, csr.indices, csr.data, csr.shape)
         return Rows(obs_joinids=obs_joinids, X=matrix, obs=make_obs(obs_joinids))
-
-
-def eager_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if "EagerIterator" in thread.name}
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    before = eager_threads()
-    yield
-    assert eager_threads() <= before
 
 
 @pytest.mark.parametrize("eager", [False, True])

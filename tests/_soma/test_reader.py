@@ -16,24 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
-from stores import N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
+from stores import DTYPES, N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
 from tiledbsoma_ml import XLocator
 from tiledbsoma_ml._soma import reader as _reader
 from tiledbsoma_ml._soma.blocks import Extents
 from tiledbsoma_ml._soma.reader import SOMAReader
-
-DTYPES = [
-    np.int8,
-    np.uint8,
-    np.int16,
-    np.uint16,
-    np.int32,
-    np.uint32,
-    np.int64,
-    np.uint64,
-    np.float32,
-    np.float64,
-]
 
 
 def read(

@@ -32,8 +32,6 @@ from tiledbsoma_ml._source import Fields, RandomAccess
 from tiledbsoma_ml.memory import MemorySource
 from tiledbsoma_ml.testing import check_source
 
-DTYPES += [np.float32, np.float64]
-
 
 @pytest.fixture(scope="module", params=[*KINDS, *BACKED])
 def make_source(request: pytest.FixtureRequest, backed: Any) -> Callable[[], MemorySource]:

@@ -9,8 +9,8 @@ import tiledbsoma as soma
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshots import DTYPES, dense_of, make, write_entries
-from stores import MEASUREMENT, expected_X
+from snapshots import dense_of, make, write_entries
+from stores import DTYPES, MEASUREMENT, expected_X
 from tiledbsoma_ml.snapshot import shards as _snapshot_shards
 
 
