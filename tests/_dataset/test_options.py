@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import attrs
 import numpy as np
 import pytest
 import tiledbsoma as soma
-from scipy import sparse
 
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs
@@ -21,18 +18,6 @@ from tiledbsoma_ml._dataset.options import OF_SHUFFLING, Options
 def make(store: Store, **options: Any) -> ExperimentDataset:
     ids = QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(4))
     return ExperimentDataset(x_locator=store.locator, query_ids=ids, **options)
-
-
-def test_every_option_is_an_attribute_of_the_dataset_and_of_copies_of_it(store: Store) -> None:
-    made = make(store, batch_size=8, mixing=0.9, shuffle_chunk_size="auto", memory_budget="1GiB", seed=3)
-    assert (made.memory_budget, made.mixing, made.window_dir, made.window_budget) == (2**30, 0.9, None, 0)
-    for dataset in (made, copy.copy(made), pickle.loads(pickle.dumps(made)), made.random_split(0.5, 0.5)[0]):
-        for name, value in attrs.asdict(made.options, recurse=False).items():
-            found = getattr(dataset, name)
-            assert (tuple(found) if name == "obs_column_names" else found) == value
-            assert name in dir(dataset)
-    with pytest.raises(AttributeError, match="'ExperimentDataset' object has no attribute 'batchsize'"):
-        made.batchsize  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -173,16 +158,6 @@ def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_fir
     assert whole.layout is not None
     for part in make(store, **auto).random_split(0.02, 0.98, seed=1):
         assert part.plan == whole
-
-
-@pytest.mark.parametrize("eager", [False, True])
-def test_reading_ahead_can_be_changed(store: Store, eager: bool) -> None:
-    dataset = make(store, use_eager_fetch=not eager)
-    dataset.use_eager_fetch = eager
-    assert dataset.iterations.budget.use_eager_fetch == eager
-
-
-# Bad input ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -348,22 +323,3 @@ def test_numpy_integers_are_integers(store: Store) -> None:
 
 def test_the_io_batch_size_need_not_be_a_multiple_when_not_shuffling(store: Store) -> None:
     assert joinids_of(store.dataset(shuffle=False, io_batch_size=100)).tolist() == list(range(N_OBS))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("batch_size", 3), ("shuffle", False), ("obs_column_names", []), ("query_ids", None)]
-)
-def test_what_the_order_was_made_with_cannot_be_changed(store: Store, name: str, value: Any) -> None:
-    dataset = store.dataset(range(8), batch_size=4)
-    with pytest.raises(AttributeError, match=f"{name} of a dataset cannot be changed, .* another dataset"):
-        setattr(dataset, name, value)
-    [first, _] = dataset.random_split(0.5, 0.5)
-    for made in (dataset, first, pickle.loads(pickle.dumps(first))):
-        assert (made.batch_size, made.shuffle, made.obs_column_names) == (4, True, ["soma_joinid"])
-
-
-def test_the_form_of_x_can_be_changed(store: Store) -> None:
-    dataset = store.dataset(range(8), batch_size=8)
-    dataset.return_sparse_X = True
-    [(X, _)] = dataset
-    assert isinstance(X, sparse.csr_matrix)

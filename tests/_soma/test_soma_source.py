@@ -5,20 +5,19 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
-from tiledbsoma_ml import dataset as dataset_module
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._soma import reader as _reader
 from tiledbsoma_ml._soma.source import SOMASource
 from tiledbsoma_ml._soma.window import Room, Window
 from windows import LONG, N_ROWS, TILE, dataset_of
@@ -96,44 +95,37 @@ def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
 
 @pytest.mark.usefixtures("no_thread_left")
 def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Store, tmp_path: Path) -> None:
-    n_tables, n_read, n_windows = 3000, 0, 0
-    is_waited_for, is_left = threading.Event(), threading.Event()
-    read_ahead, entries, close = dataset_module.read_ahead, _reader._sparse_entries, Room.close
+    n_tables, n_read = 3000, 0
+    is_read, is_left = threading.Event(), threading.Event()
+    read = soma.SparseNDArray.read
 
-    def watched(*args: Any, **options: Any) -> Iterator[Any]:
-        with closing(read_ahead(*args, **options)) as pieces:
-            for rows, is_last in pieces:
-                yield rows, is_last
-                if is_last:
-                    is_waited_for.set()
+    class TellingRoom(Room):
+        def close(self) -> None:
+            super().close()
+            is_left.set()
 
-    def slow(*args: Any) -> Iterator[Any]:
-        nonlocal n_read, n_windows
-        n_windows += 1
-        if n_windows == 1:
-            yield from entries(*args)
-            return
-        one_entry = [column[:1] for column in next(entries(*args))]
+    def slowly(array: soma.SparseNDArray, coords: Any) -> Any:
+        found = read(array, coords)
+        if len(dataset.source.lengths) == 1:
+            return found
+        return SimpleNamespace(tables=lambda: one_entry_at_a_time(next(iter(found.tables()))))
+
+    def one_entry_at_a_time(table: pa.Table) -> Iterator[pa.Table]:
+        nonlocal n_read
+        is_read.set()
         assert is_left.wait(LONG)
         for _ in range(n_tables):
             n_read += 1
-            yield one_entry
-
-    def leave(self: Room) -> None:
-        close(self)
-        is_left.set()
+            yield table.slice(0, 1)
 
     options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
-    with (
-        mock.patch.object(dataset_module, "read_ahead", watched),
-        mock.patch.object(_reader, "_sparse_entries", slow),
-    ):
-        mini_batches = iter(dataset_of(large, **options))
+    dataset = dataset_of(large, make_room=TellingRoom, **options)
+    with mock.patch.object(soma.SparseNDArray, "read", slowly):
+        mini_batches = iter(dataset)
         for _ in range(300 // 20):
             next(mini_batches)
-        assert is_waited_for.wait(LONG)
-        with mock.patch.object(Room, "close", leave):
-            mini_batches.close()
+        assert is_read.wait(LONG)
+        mini_batches.close()
     assert n_read < n_tables
 
 
@@ -162,10 +154,10 @@ def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded
     )
     read = soma.SparseNDArray.read
 
-    def fail_later(*args: Any) -> Any:
+    def fail_later(array: soma.SparseNDArray, coords: Any) -> Any:
         if len(dataset.source.lengths) == 3:
             raise OSError("the disk is gone") from KeyError("the cause")
-        return read(*args)
+        return read(array, coords)
 
     yielded: list[Any] = []
     with (

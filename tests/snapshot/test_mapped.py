@@ -17,7 +17,7 @@ from tiledbsoma_ml.snapshot.format import MANIFEST
 
 def test_a_snapshot_is_opened_without_reading_data(copied: Path) -> None:
     for path in copied.iterdir():
-        if path.name != MANIFEST:
+        if path.name != MANIFEST and path.suffix != ".indptr":  # of which the ends are looked at
             path.write_bytes(b"x" * path.stat().st_size)  # no data that could be read
     opened = Snapshot.open(copied)
     assert opened.shape == (N_OBS, N_VARS)
