@@ -60,7 +60,7 @@ class Windowed(SOMASource):
     ) -> None:
         super().__init__(store.locator, ids, make_room=make_room)
         self.windows_bytes, self.row_bytes = windows_bytes, row_bytes
-        self.lengths: list[int] = []
+        self.asked: list[np.ndarray] = []
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
         budget = self.changed(budget)
@@ -71,7 +71,7 @@ class Windowed(SOMASource):
         return attrs.evolve(layout, bytes_per_row=self.row_bytes, window_rows=n_rows)
 
     def open(self, ids: Any, fields: Fields, budget: Budget) -> Any:
-        return Watched(super().open(ids, fields, self.changed(budget)), self.lengths)
+        return Watched(super().open(ids, fields, self.changed(budget)), self.asked)
 
     def changed(self, budget: Budget) -> Budget:
         if self.windows_bytes is None:
@@ -80,13 +80,13 @@ class Windowed(SOMASource):
 
 
 class Watched:
-    """A reader that keeps how many rows are read together."""
+    """A reader that keeps which rows are read together."""
 
-    def __init__(self, reader: SOMAReader, lengths: list[int]) -> None:
-        self.reader, self.lengths = reader, lengths
+    def __init__(self, reader: SOMAReader, asked: list[np.ndarray]) -> None:
+        self.reader, self.asked = reader, asked
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
-        self.lengths.append(len(obs_joinids))
+        self.asked.append(obs_joinids)
         return self.reader.read(obs_joinids)
 
     def close(self) -> None:
@@ -120,6 +120,6 @@ def plan(dataset: ExperimentDataset) -> Plan:
 def window_lengths(dataset: ExperimentDataset) -> list[int]:
     """Return how many rows of an epoch are read together, window after window."""
     assert isinstance(dataset.source, Windowed)
-    dataset.source.lengths.clear()
+    dataset.source.asked.clear()
     joinids_of(dataset)
-    return [*dataset.source.lengths]
+    return [len(obs_joinids) for obs_joinids in dataset.source.asked]

@@ -16,7 +16,6 @@ import tiledbsoma as soma
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
 from tiledbsoma_ml import ExperimentDataset
 from tiledbsoma_ml._order import sizes as order_sizes
-from tiledbsoma_ml._soma import source as _soma_source
 from windows import AUTO, N_ROWS, SMALL, TILE, dataset_of, plan, window_lengths
 
 # What is read together ------------------------------------------------------------------------------------
@@ -176,8 +175,9 @@ def test_sizes_that_are_cheap_or_do_not_matter_are_not_worth_a_line(
 
 
 def test_nothing_is_measured_for_a_log_that_nobody_reads(large: Store) -> None:
-    with mock.patch.object(_soma_source, "row_tile", side_effect=AssertionError("the layer was opened")):
-        plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64))
+    dataset = dataset_of(large, shuffle_chunk_size=2, io_batch_size=64)
+    with mock.patch.object(soma.Experiment, "open", side_effect=AssertionError("it was opened")):
+        plan(dataset)
 
 
 def test_the_log_says_the_runs_that_were_asked_for_where_the_window_alone_is_auto(

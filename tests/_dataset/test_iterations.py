@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from matrix_source import MatrixSource, matrix_source
-from stores import N_OBS, Store, joinids_of
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
+from stores import N_OBS, N_VARS, Store, joinids_of
+from tiledbsoma_ml import ExperimentDataset, Layout, QueryIDs, experiment_dataloader
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._soma.source import SOMASource
 
 
@@ -26,17 +27,22 @@ def test_other_rows_of_a_dataset_have_its_columns() -> None:
         dataset.over(QueryIDs(obs_joinids=[8, 3], var_joinids=ids.var_joinids[::-1]))
 
 
-def test_forked_workers_find_out_nothing_that_is_known(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+class FoundOutHere(SOMASource):
+    """A source whose layout only this process may ask for."""
+
+    pid = os.getpid()
+
+    def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
+        assert os.getpid() == self.pid, "found out again"
+        return super().layout(ids, budget)
+
+
+def test_forked_workers_find_out_nothing_that_is_known(store: Store) -> None:
+    ids = QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(N_VARS))
     options = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "batch_size": 16}
-    dataset = store.dataset(obs_column_names=["soma_joinid", "maybe_int"], **options)
+    columns = ["soma_joinid", "maybe_int"]
+    dataset = ExperimentDataset(source=FoundOutHere(store.locator, ids), obs_column_names=columns, **options)
     loader = experiment_dataloader(dataset, num_workers=2, multiprocessing_context="fork")
-    pid, layout = os.getpid(), SOMASource.layout
-
-    def in_this_process(*args: Any) -> Any:
-        assert os.getpid() == pid, "found out again"
-        return layout(*args)
-
-    monkeypatch.setattr(SOMASource, "layout", in_this_process)
     for _ in range(2):
         batches = list(loader)
         assert sorted(joinids_of(batches)) == list(range(N_OBS))

@@ -106,7 +106,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
 
     def slowly(array: soma.SparseNDArray, coords: Any) -> Any:
         found = read(array, coords)
-        if len(dataset.source.lengths) == 1:
+        if len(dataset.source.asked) == 1:
             return found
         return SimpleNamespace(tables=lambda: one_entry_at_a_time(next(iter(found.tables()))))
 
@@ -155,7 +155,7 @@ def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded
     read = soma.SparseNDArray.read
 
     def fail_later(array: soma.SparseNDArray, coords: Any) -> Any:
-        if len(dataset.source.lengths) == 3:
+        if len(dataset.source.asked) == 3:
             raise OSError("the disk is gone") from KeyError("the cause")
         return read(array, coords)
 
