@@ -9,6 +9,7 @@ import attrs
 import numpy as np
 import pytest
 import tiledbsoma as soma
+from scipy import sparse
 
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, QueryIDs
