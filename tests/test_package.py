@@ -111,6 +111,7 @@ TESTED_ELSEWHERE = {
     "_kernels.csr": "_kernels/test_kernels.py has all loops over entries, of one matrix",
     "_kernels.window": "_kernels/test_kernels.py has all loops over entries, of one matrix",
     "_cli": "test_cli.py calls the commands as users do",
+    "_ray": "test_ray_train.py trains with RayTrainRunner",
     "_ingest": "_ingest/test_h5ad.py ingests files",
     "_scvi": "test_scvi.py and _scvi/test_scvi_models.py look at what scvi-tools gets",
 }
