@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from stores import make_cells
 from tiledbsoma_ml import __version__, cli
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 from tiledbsoma_ml.simulate import simulate_cells, simulate_experiment
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"

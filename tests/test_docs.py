@@ -38,7 +38,7 @@ import typer
 
 import tiledbsoma_ml
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 from tiledbsoma_ml.cli import build_app
 from tiledbsoma_ml.simulate import simulate_cells
 

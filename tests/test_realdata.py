@@ -14,7 +14,7 @@ import tiledbsoma.io
 from scipy import sparse
 
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

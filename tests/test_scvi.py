@@ -19,7 +19,7 @@ from scipy import sparse
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import SCVIDataModule
-from tiledbsoma_ml._ingest import h5ad as _h5ad
+from tiledbsoma_ml._ingest import experiment as _experiment
 from tiledbsoma_ml.scvi import write_obsm
 
 OBS = make_obs(np.arange(N_OBS))
@@ -469,7 +469,7 @@ def write_cells(
     var = pd.DataFrame({"feature_id": genes}, index=[f"v{j}" for j in range(len(genes))])
     adata = anndata.AnnData(sparse.csr_matrix(X), obs=obs, var=var)
     uri = str(directory / "written")
-    _h5ad.write_cells(uri, adata)
+    _experiment.write_cells(uri, adata)
     return uri
 
 

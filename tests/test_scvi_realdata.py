@@ -14,7 +14,7 @@ import tiledbsoma.io
 import torch
 
 from tiledbsoma_ml import SCVIDataModule
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 

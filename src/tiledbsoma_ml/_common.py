@@ -151,3 +151,8 @@ def check_names(parameter: str, names: Sequence[str], known: Iterable[str], *, o
     """Return names that differ and are all among the `known` ones; see `check_distinct` and `check_name`."""
     known = list(known)
     return tuple(check_name(parameter, name, known, of=of) for name in check_distinct(parameter, names))
+
+
+def first_line(err: Exception) -> str:
+    """Return the reason that an error gives, without the call stack and the quotes that libraries add."""
+    return str(err).strip().partition("\n")[0].removeprefix("SOMAError: ").strip("'\"").rstrip(".")

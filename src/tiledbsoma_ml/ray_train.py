@@ -18,7 +18,8 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import absolute_path, absolute_uri, cache_folder, check_count
 from tiledbsoma_ml._context import open_experiment
-from tiledbsoma_ml._ingest.h5ad import MEASUREMENT_NAME, ingest_h5ads
+from tiledbsoma_ml._ingest.experiment import MEASUREMENT_NAME
+from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
 from tiledbsoma_ml.snapshot import Snapshot
 
 try:

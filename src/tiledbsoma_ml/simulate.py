@@ -8,7 +8,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 
 __all__ = ["N_CELLS", "N_GENES", "simulate_cells", "simulate_experiment"]
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
-from tiledbsoma_ml._common import absolute_uri, check_name
+from tiledbsoma_ml._common import absolute_uri, check_name, first_line
 from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
 from tiledbsoma_ml._vfs import open_vfs
 
@@ -112,10 +112,9 @@ class XLocator:
             chosen = self.tiledb_config if config is None else config
             return open_experiment(self.uri, config=chosen, timestamp=self.tiledb_timestamp_ms)
         except (soma.SOMAError, RuntimeError, TypeError, ValueError) as err:
-            reason = str(err).strip().partition("\n")[0].rstrip(".")
             raise ValueError(
                 f"uri={self.uri!r} must be an experiment that can be opened with its tiledb_config, but: "
-                f"{reason}; check the path, your access to it and the configuration."
+                f"{first_line(err)}; check the path, your access to it and the configuration."
             ) from err
 
 

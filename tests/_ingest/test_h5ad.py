@@ -20,9 +20,10 @@ from scipy import sparse
 
 from stores import expected_X, make_cells
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._ingest import h5ad_file as _h5ad_file
-from tiledbsoma_ml._ingest.h5ad import Choose, build_once, ingest_h5ads
-from tiledbsoma_ml._ingest.h5ad_file import choose_matrix, find_counts
+from tiledbsoma_ml._ingest import matrix
+from tiledbsoma_ml._ingest.choose import Choose, choose_matrix, find_counts
+from tiledbsoma_ml._ingest.experiment import build_once
+from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
 
 GENES = ["g0", "g1", "g2", "g3", "g4"]
 
@@ -138,7 +139,7 @@ def test_matrices_of_every_kind_are_read(tmp_path: Path) -> None:
 
 
 def test_rows_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_h5ad_file, "_PIECE_VALUES", 12)  # two rows of a dense matrix
+    monkeypatch.setattr(matrix, "PIECE_VALUES", 12)  # two rows of a dense matrix
     paths = [tmp_path / f"{number}.h5ad" for number in range(3)]
     for path, X in zip(paths, [COUNTS, sparse.csr_matrix(COUNTS), split_entries(COUNTS.T).T], strict=True):
         cells(X).write_h5ad(path)

@@ -19,7 +19,7 @@ import tiledbsoma as soma
 import torch
 
 from tiledbsoma_ml import SCVIDataModule
-from tiledbsoma_ml._ingest.h5ad import write_cells
+from tiledbsoma_ml._ingest.experiment import write_cells
 from tiledbsoma_ml.scvi import load_query_model, load_scvi_model
 from tiledbsoma_ml.simulate import simulate_cells
 

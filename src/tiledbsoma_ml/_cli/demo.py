@@ -17,9 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from tiledbsoma_ml import _context
-from tiledbsoma_ml._common import absolute_path, absolute_uri, check_name
-from tiledbsoma_ml._ingest.h5ad import build_once, fingerprint, ingest_h5ads, is_categorical, is_kept
-from tiledbsoma_ml._ingest.h5ad_file import Say, find_counts, first_line, open_h5ad
+from tiledbsoma_ml._common import absolute_path, absolute_uri, check_name, first_line
+from tiledbsoma_ml._ingest.choose import find_counts
+from tiledbsoma_ml._ingest.experiment import Say, build_once, fingerprint
+from tiledbsoma_ml._ingest.frames import is_categorical, is_kept
+from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
+from tiledbsoma_ml._ingest.h5ad_file import open_h5ad
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.simulate import simulate_experiment

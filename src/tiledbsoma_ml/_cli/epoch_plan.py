@@ -13,8 +13,7 @@ import numpy as np
 import tiledbsoma as soma
 
 from tiledbsoma_ml._cli.demo import choose_measurement, open_experiment
-from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
-from tiledbsoma_ml._ingest.h5ad_file import first_line
+from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count, first_line
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan
 from tiledbsoma_ml._order.sizes import read_amplification
 from tiledbsoma_ml._query_ids import Partition

@@ -1,1 +1,1 @@
-"""Files → an experiment."""
+"""Files to an experiment."""

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import NDArrayJoinId
+from tiledbsoma_ml._common import NDArrayJoinId, first_line
 from tiledbsoma_ml._soma.obs import in_one_piece
 from tiledbsoma_ml.snapshot.files import File, damaged, digest, map_file
 from tiledbsoma_ml.snapshot.format import Manifest, Shard
@@ -138,7 +138,7 @@ def read_frame(folder: Path, file: File, n_rows: int) -> pa.Table:
         table.validate()
         names = table.column_names  # decoded when they are asked for
     except (pa.ArrowException, OSError, ValueError) as err:
-        raise damaged(folder, file, f"must be an Arrow IPC file, but: {_first_line(err)}") from err
+        raise damaged(folder, file, f"must be an Arrow IPC file, but: {first_line(err)}") from err
     if len(set(names)) < len(names):
         raise damaged(folder, file, f"must have columns of different names, but has {names}")
     if table.num_rows != n_rows:
@@ -159,7 +159,7 @@ def checked_column(folder: Path, file: File, table: pa.Table, name: str) -> pa.A
         column.validate(full=True)
         column.slice(0, 0).to_pandas()
     except Exception as err:  # whatever Arrow and pandas make of it
-        raise damaged(folder, file, f"must hold a column {name!r}, but: {_first_line(err)}") from err
+        raise damaged(folder, file, f"must hold a column {name!r}, but: {first_line(err)}") from err
     return column
 
 
@@ -181,7 +181,3 @@ def _check_frame(folder: Path, file: File, names: list[str] | None, known: dict[
         column = checked_column(folder, file, table, name)
         if name in known and not np.array_equal(column.to_numpy(zero_copy_only=False), known[name]):
             raise damaged(folder, file, f"must have the {name!r} of its rows, but has another")
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().partition("\n")[0].rstrip(".")
