@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._kernels.bits import as_bits
-from tiledbsoma_ml._soma.blocks import Extents, Pages
+from tiledbsoma_ml._soma.stores import Extents, Pages
 from tiledbsoma_ml._soma.window import Columns, Window
 
 UNSIGNED = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]

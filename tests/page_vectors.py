@@ -140,8 +140,8 @@ def batches_of(setup: Setup, place: Partition) -> list[Rows]:
         scope=setup["scope"],
     )
     ids = QueryIDs(obs_joinids=np.arange(setup["rows"]), var_joinids=[0])
-    part = EpochPart(ids=ids, place=place, seed=setup["seed"], epoch=setup["epoch"])
-    return list(plan.batches_of(part))
+    part = EpochPart(ids=ids, partition=place, seed=setup["seed"], epoch=setup["epoch"])
+    return list(plan.of(part).io_batches())
 
 
 def chosen(n_rows: int, row_tile: int, window_rows: int, batch_size: int) -> list[float]:

@@ -25,8 +25,8 @@ from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.build import ShardSizes
 from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.format import MANIFEST
-from tiledbsoma_ml.snapshot.parts import located
 from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.segments import located
 from tiledbsoma_ml.snapshot.shards import ShardWriter
 from tiledbsoma_ml.x_locator import XLocator
 

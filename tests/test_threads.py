@@ -38,22 +38,22 @@ import json, os, signal, sys, threading, time
 from stores import Store
 from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import Room, preload_kernels
+from tiledbsoma_ml._soma.window import ByteLimit, preload_kernels
 import tiledbsoma
 
-class Recorded(Room):
+class Recorded(ByteLimit):
     def __init__(self, n_bytes):
         super().__init__(1)  # byte: the next window waits until this one is used up
-        rooms.append(self)
+        byte_limits.append(self)
 
 def begin():
     global iterator
     with tiledbsoma.Experiment.open(sys.argv[1]) as experiment, experiment.axis_query("RNA") as query:
         locator, ids = XLocator.create(experiment, "RNA"), QueryIDs.create(query)
-    source = SOMASource(locator, ids, make_room=Recorded)
+    source = SOMASource(locator, ids, make_limit=Recorded)
     iterator = iter(ExperimentDataset(source=source, io_batch_size=64, seed=0))
     next(iterator)
-    while not rooms[-1]._changed._waiters:
+    while not byte_limits[-1]._changed._waiters:
         time.sleep(0.01)
     return iterator
 
@@ -88,7 +88,7 @@ situations = {
     "a thread goes on": (lambda: iterate_in_a_thread(False), 0),
     "a daemon thread goes on": (lambda: iterate_in_a_thread(True), 0),
 }
-rooms, pids = [], {}
+byte_limits, pids = [], {}
 preload_kernels().join()
 for name, (situation, expected) in situations.items():
     pids[name] = os.fork()

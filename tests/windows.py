@@ -16,7 +16,7 @@ from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import Room
+from tiledbsoma_ml._soma.window import ByteLimit
 
 LONG = 1_000  # seconds; only a failure waits as long
 
@@ -46,7 +46,7 @@ class Windowed(SOMASource):
         ids: The query.
         windows_bytes: Bytes of windows, whatever the budget; those of the budget if None.
         row_bytes: Bytes that a row is said to take up; a sample tells if None.
-        make_room: What makes the room of windows.
+        make_limit: Makes the limit of windows.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Windowed(SOMASource):
         *,
         windows_bytes: int | None = None,
         row_bytes: int | None = None,
-        make_room: Callable[[float], Room] = Room,
+        make_limit: Callable[[float], ByteLimit] = ByteLimit,
     ) -> None:
-        super().__init__(store.locator, ids, make_room=make_room)
+        super().__init__(store.locator, ids, make_limit=make_limit)
         self.windows_bytes, self.row_bytes = windows_bytes, row_bytes
         self.asked: list[np.ndarray] = []
 
@@ -100,12 +100,12 @@ def dataset_of(
     *,
     windows_bytes: int | None = None,
     row_bytes: int | None = None,
-    make_room: Callable[[float], Room] = Room,
+    make_limit: Callable[[float], ByteLimit] = ByteLimit,
     **options: Any,
 ) -> ExperimentDataset:
     """Return a dataset of a `Windowed` source: sparse, with sizes that are "auto" unless given."""
     ids = QueryIDs(obs_joinids=rows, var_joinids=var_joinids)
-    source = Windowed(store, ids, windows_bytes=windows_bytes, row_bytes=row_bytes, make_room=make_room)
+    source = Windowed(store, ids, windows_bytes=windows_bytes, row_bytes=row_bytes, make_limit=make_limit)
     defaults = {"batch_size": 32, "seed": 1, "return_sparse_X": True, **AUTO}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* changes nothing here: ")

@@ -55,7 +55,7 @@ _ON_FIRST_USE = {
 
 def _is_installed(package: str) -> bool:
     spec = find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name is no package
+    return spec is not None and spec.origin is not None  # a folder without code is not a package
 
 
 # `from tiledbsoma_ml import *`, `dir` and `help` see what can be used here.
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"{__name__}.{_ON_FIRST_USE[name][0]}"), name)
     except ImportError as err:
-        # Of an AttributeError `from tiledbsoma_ml import …` would not tell what to install.
+        # For an AttributeError, `from tiledbsoma_ml import …` would not show which package to install.
         if sys._getframe(1).f_code.co_name == "_handle_fromlist":
             raise
         raise AttributeError(str(err)) from err

@@ -1,4 +1,4 @@
-"""Budgets of memory and of disk space: how they are written, where their bytes go, and what is kept."""
+"""`Budget`: a number of bytes of memory, and the shares that it is divided into."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import attrs
 import numpy as np
 
 MIN_BUDGET = 64 * 2**20
-"""The smallest budget that is accepted."""
+"""Smallest budget that is accepted."""
 
 FIXED_BYTES = 128 * 2**20
-"""Memory of an open experiment, columns of `obs` and mini-batches that are read ahead, with some to spare."""
+"""Memory of an open experiment, of columns of `obs` and of mini-batches that are read ahead, rounded up."""
 
-KEPT_BYTES = 128 * 2**20
-"""Freed memory that malloc may keep, where there is room for it: from a budget of 1 GiB on."""
+MALLOC_BYTES = 128 * 2**20
+"""Freed memory that malloc may keep, if the budget is 1 GiB or more."""
 
-N_PARTS = 32
-"""In how many parts the rows of a window are given out, and what they held is freed."""
+N_PIECES = 32
+"""Number of pieces in which a window is given out. The memory of each is freed when it was given out."""
 
-MAX_PARTS = 200
-"""The same for windows in files."""
+MAX_PIECES = 200
+"""Largest number of pieces of a window in a file."""
 
-EXTENTS_PER_PART = 16
-"""A part of a window in a file is kept in so many stretches of it, of which the last one is not full."""
+EXTENTS_PER_PIECE = 16
+"""Number of extents of a file that hold a piece of a window. The last extent is not full."""
 
-FILE_SHARE = 1 + 2 / EXTENTS_PER_PART
-"""Bytes of a file for each byte of two windows: one that is filled, and one that is given out."""
+FILE_SHARE = 1 + 2 / EXTENTS_PER_PIECE
+"""Bytes of a file for each byte of two windows: one that is being filled, and one that is given out."""
 
 EXPANSION = 5.0
-"""Bytes of the parts of a window that are given out at once, for each byte of one of them while it waits."""
+"""Bytes of the pieces that are given out at once, for each byte of one piece while it waits."""
 
-LEAST_SHARE = 0.55 / (1 + EXPANSION / N_PARTS)
-"""A window gets at least this much of a byte that is added to a budget."""
+LEAST_SHARE = 0.55 / (1 + EXPANSION / N_PIECES)
+"""Smallest share of each further byte of a budget that a window gets."""
 
 
 def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
-    """Return a number of bytes, given as one or as a string like "2GiB".
+    """Return a number of bytes, given as a number or as a string like "2GiB".
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If it cannot be read, or is below `minimum`.
+        TypeError: If `value` is neither.
+        ValueError: If the string is not a size, or the size is below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral | str):
         raise TypeError(f"{name}={value!r} must be a number of bytes or a string; try {name}='2GiB'.")
@@ -61,14 +61,14 @@ def parse_bytes(name: str, value: object, minimum: int = MIN_BUDGET) -> int:
 
 @attrs.frozen
 class Budget:
-    """The shares of a memory budget: one for TileDB, and what is left for rows that wait.
+    """A memory budget and its shares: for TileDB, and for the rows of windows.
 
     Attributes:
-        total: All bytes that reading may take.
+        total: Bytes that reading may use in all.
         is_remote: Whether rows come from an object store or a server, where requests take long.
-        mini_batch_bytes: Bytes, of these, for mini-batches that are made ahead.
-        window_dir: Folder where windows wait in a file; in memory if None.
-        window_budget: Bytes that this file may take.
+        mini_batch_bytes: Bytes of the total that mini-batches need which are made ahead.
+        window_dir: Folder of the file that holds windows; None if memory holds them.
+        window_budget: Bytes that this file may have.
         use_eager_fetch: Whether threads may read ahead.
     """
 
@@ -81,83 +81,83 @@ class Budget:
 
     @property
     def tiledb(self) -> int:
-        """Memory in which TileDB decodes tiles: as many as fit are fetched at once, which hides latency.
+        """Memory in which TileDB decodes tiles. It fetches as many at once as fit, which hides latency.
 
-        Without its parallel merge, each fragment gets an equal share of it: with 16 fragments, 64 MiB read
-        slower by a tenth than 128 MiB.
+        Without its parallel merge, TileDB divides it equally among the fragments: with 16 fragments, reading
+        in 64 MiB is a tenth slower than in 128 MiB.
         """
         share, most = (8, 256) if self.is_remote else (16, 128)
         return min(max(self.total // share, 16 * 2**20), most * 2**20)
 
     @property
     def buffer(self) -> int:
-        """Size of one of TileDB's result buffers; there are three, of which three sets can be alive."""
+        """Size of one of TileDB's result buffers. A set has three, and three sets can exist at once."""
         return min(max(self.total // 128, 2**20), 8 * 2**20)
 
     @property
     def windows(self) -> int:
-        """Memory that is left for rows that wait, all windows together."""
+        """Memory that is left for the rows of all windows together."""
         fixed = min(FIXED_BYTES, self.total // 2)
-        others = self.tiledb + 9 * self.buffer + fixed + self._kept + self.mini_batch_bytes
+        others = self.tiledb + 9 * self.buffer + fixed + self._malloc_bytes + self.mini_batch_bytes
         return int(self.total * 0.95) - others
 
     def share_of_windows(self, n_bytes: int | None = None) -> WindowShare:
-        """Return how windows wait.
+        """Return the share that windows get.
 
         Args:
-            n_bytes: Bytes that all rows take up while they wait, where that is known.
+            n_bytes: Bytes of all rows while they wait in windows; None if that is not known.
         """
         memory = self.windows
         if self.window_dir is None:
-            planned = int(memory / (1 + EXPANSION / N_PARTS))
-            return WindowShare(n_parts=N_PARTS, n_bytes=memory, planned_bytes=planned)
-        part_bytes = max(1, memory // 5)
+            planned = int(memory / (1 + EXPANSION / N_PIECES))
+            return WindowShare(n_pieces=N_PIECES, n_bytes=memory, planned_bytes=planned)
+        piece_bytes = max(1, memory // 5)
         largest = self.window_budget if n_bytes is None else min(self.window_budget, n_bytes)
-        n_parts = min(MAX_PARTS, max(N_PARTS, math.ceil(largest / part_bytes)))
-        file_bytes = min(self.window_budget, n_parts * part_bytes)
+        n_pieces = min(MAX_PIECES, max(N_PIECES, math.ceil(largest / piece_bytes)))
+        file_bytes = min(self.window_budget, n_pieces * piece_bytes)
         held = int(file_bytes / FILE_SHARE)
-        extent_bytes = _power_of_two(file_bytes // n_parts // EXTENTS_PER_PART)
-        return WindowShare(n_parts=n_parts, n_bytes=held, planned_bytes=held, extent_bytes=extent_bytes)
+        extent_bytes = _power_of_two(file_bytes // n_pieces // EXTENTS_PER_PIECE)
+        return WindowShare(n_pieces=n_pieces, n_bytes=held, planned_bytes=held, extent_bytes=extent_bytes)
 
     @property
     def keeps_freed_memory(self) -> bool:
-        """Whether there is room for what malloc keeps: see `keep_freed_memory`."""
-        return self._kept == KEPT_BYTES
+        """Whether the budget is large enough for `keep_freed_memory`."""
+        return self._malloc_bytes == MALLOC_BYTES
 
     @property
-    def _kept(self) -> int:
-        return min(max((self.total - 2**29) // 4, 0), KEPT_BYTES)
+    def _malloc_bytes(self) -> int:
+        return min(max((self.total - 2**29) // 4, 0), MALLOC_BYTES)
 
 
 @attrs.frozen(kw_only=True)
 class WindowShare:
-    """How the rows of windows wait.
+    """The share of a budget that windows get.
 
     Attributes:
-        n_parts: In how many parts a window is given out.
-        n_bytes: Bytes that windows may hold together.
-        planned_bytes: Bytes that a window may hold where its size is "auto".
-        extent_bytes: Size of the stretches that a file of windows consists of.
+        n_pieces: Number of pieces in which a window is given out.
+        n_bytes: Bytes that all windows may hold together.
+        planned_bytes: Bytes that a window may hold if its size is "auto".
+        extent_bytes: Size of the extents of the file that holds windows.
     """
 
-    n_parts: int
+    n_pieces: int
     n_bytes: int
     planned_bytes: int
     extent_bytes: int = 0
 
 
 def _power_of_two(size: int) -> int:
-    """Return the largest power of two up to `size`, within the sizes that are written well."""
+    """Return the largest power of two up to `size`, but not below 2**14 nor above 2**22."""
     return 1 << min(max(size.bit_length() - 1, 14), 22)
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep memory of up to 64 MiB that was freed, for the next block of up to 32 MiB.
+    """Let malloc keep up to 64 MiB of freed memory for the next blocks of up to 32 MiB.
 
-    TileDB allocates and frees its buffers all the time. At first, glibc asks the operating system for each,
-    which takes longer than to fill them; with this a scan takes 0.7 of the time or less. What is kept is paid
-    for from the budget. It is what glibc comes to by itself once a block of 32 MiB was freed (mallopt(3),
-    M_MMAP_THRESHOLD), so one is: nothing is written to it. Other mallocs, and sizes that the environment
-    sets, stay as they are.
+    TileDB allocates and frees its buffers all the time. At first, glibc gets each from the operating system,
+    which takes longer than filling it; with this setting a scan takes 0.7 of the time or less. The memory
+    that malloc keeps is part of the budget. glibc changes to this setting by itself when a block of 32 MiB is
+    freed (mallopt(3), M_MMAP_THRESHOLD). So this function allocates such a block, without writing to it, and
+    frees it. Other mallocs, and sizes that the environment sets, are not changed.
     """
     np.empty(2**25 - 2**16, dtype=np.uint8)

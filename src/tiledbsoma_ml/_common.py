@@ -1,4 +1,4 @@
-"""Words shared by every module: type aliases, checks of plain values, and the one seed rule.
+"""Type aliases, checks of plain values, and the one seed rule, which every module shares.
 
 Shapes are written with these letters: `n_obs` rows (cells) and `n_vars` columns (genes) of the query,
 `batch_size` rows of a mini-batch, `nnz` stored values.
@@ -32,7 +32,7 @@ XBatch: TypeAlias = NDArrayNumber | sparse.csr_matrix | torch.Tensor
 """`X` of a mini-batch."""
 
 MiniBatch: TypeAlias = tuple[XBatch, pd.DataFrame]
-"""What a dataset yields: `X` of shape (batch_size, n_vars) and the `obs` of the same rows.
+"""A mini-batch: `X` of shape (batch_size, n_vars) and the `obs` of the same rows.
 
 `X` is an `ndarray` (of shape (n_vars,) if `batch_size` is 1), a `csr_matrix` with `return_sparse_X=True`,
 or a `torch.Tensor` (dense, or `torch.sparse_csr`) where a `device` is given.
@@ -54,12 +54,12 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
 
 
 def absolute_uri(uri: str | os.PathLike[str]) -> str:
-    """Return the address of an experiment, where it is a path as `absolute_path` does."""
+    """Return a URI as it is, and a path as an absolute path (see `absolute_path`)."""
     return str(uri) if "://" in str(uri) else str(absolute_path(uri))
 
 
 def cache_folder() -> Path:
-    """Return the folder of this package in the user's cache directory, which need not be there.
+    """Return the folder of this package in the user's cache directory; it may not exist yet.
 
     `XDG_CACHE_HOME` names that directory where it is set.
     """
@@ -115,7 +115,7 @@ def check_name(parameter: str, name: str, known: Iterable[str], *, of: str) -> s
     """Return `name` if it is among the `known` ones.
 
     Raises:
-        ValueError: If it is not: `parameter=name` is no `of`; the message lists the nearest names.
+        ValueError: If it is not. The message says that it must be `of`, and lists the nearest names.
     """
     known = list(known)
     if name in known:
@@ -124,7 +124,7 @@ def check_name(parameter: str, name: str, known: Iterable[str], *, of: str) -> s
 
 
 def nearest_names(name: str, known: Sequence[str], limit: int = 10) -> str:
-    """Return the way out of a misspelt name: the nearest known names, or all of them if none is near."""
+    """Return a hint for a misspelt name: the nearest known names, or all of them if none is near."""
     if near := difflib.get_close_matches(str(name), known, n=3, cutoff=0.6):
         return f"did you mean {' or '.join(map(repr, near))}?"
     listed = ", ".join(map(repr, known[:limit])) or "none"
@@ -132,11 +132,11 @@ def nearest_names(name: str, known: Sequence[str], limit: int = 10) -> str:
 
 
 def check_distinct(parameter: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Return names, having checked that they are several ones, or one, that differ.
+    """Return `names` as a tuple if there is at least one, and all differ.
 
     Raises:
         TypeError: If `names` is a string.
-        ValueError: If it is empty, or has a name twice.
+        ValueError: If it is empty, or a name repeats.
     """
     if isinstance(names, str):
         raise TypeError(f"{parameter}={names!r} must be a list of names; try [{names!r}].")
@@ -148,9 +148,14 @@ def check_distinct(parameter: str, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_names(parameter: str, names: Sequence[str], known: Iterable[str], *, of: str) -> tuple[str, ...]:
-    """Return names that differ and are all among the `known` ones; see `check_distinct` and `check_name`."""
+    """Return `names` as a tuple if they differ, and each is known; see `check_distinct` and `check_name`."""
     known = list(known)
     return tuple(check_name(parameter, name, known, of=of) for name in check_distinct(parameter, names))
+
+
+def check_obs_column_names(names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Return names of columns of `obs` as a tuple if they differ, and each is known; see `check_names`."""
+    return check_names("obs_column_names", names, known, of="a column of obs")
 
 
 def first_line(err: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The one way to open an experiment: with the settings of TileDB that we recommend."""
+"""Contexts of TileDB with the settings that we recommend; the one function that opens experiments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tiledbsoma_ml._common import absolute_uri
 Config: TypeAlias = dict[str, str | float]
 
 PARALLEL_MERGE = "sm.query.sparse_global_order.preprocess_tile_merge"
-"""Number of tiles that libtiledb 2.28 and later merge in a thread of its own; with 0 it does not do so.
+"""The setting that turns on the parallel merge of libtiledb 2.28 and later; the value 0 turns it off.
 
-The merge frees memory that its threads still use, now and then, when `obs` or `var` is read: the process dies
-or reads what is not there. No version is known in which this is mended.
+Now and then, when `obs` or `var` is read, the merge frees memory that its threads still use: the process dies
+or reads wrong values. No version is known to be free of this.
 """
 
 _TILEDB_DEFAULT = "32768"
@@ -34,21 +34,21 @@ def context(
     timestamp: int | dt.datetime | None = None,
     **config: str | float,
 ) -> soma.SOMATileDBContext:
-    """Return a context to open experiments with, which has the settings of TileDB that we recommend.
+    """Return a context for opening experiments, with the settings of TileDB that we recommend.
 
-    That is one setting today. When `obs` or `var` is read, libtiledb 2.28 and later (tiledbsoma 1.17 and
-    later) free memory that is still in use, now and then: the process dies. With
-    `sm.query.sparse_global_order.preprocess_tile_merge=0` they do not, and read as fast.
+    Today this is one setting. Without it, libtiledb 2.28 and later (tiledbsoma 1.17 and later) can free
+    memory that is still in use when they read `obs` or `var`, and the process dies. With
+    `sm.query.sparse_global_order.preprocess_tile_merge=0` this does not happen, and reads are as fast.
 
     Args:
         tiledb_config: Settings of TileDB by name, for instance `{"vfs.s3.region": "us-west-2"}`. They win
             over ours.
         timestamp: The time, in ms since 1970, as of which data are read and written. If left out, the time
-            at which something is opened.
-        **config: Settings of TileDB as well: `context(**{"vfs.s3.region": "us-west-2"})`.
+            at which an object is opened.
+        **config: More settings of TileDB: `context(**{"vfs.s3.region": "us-west-2"})`.
 
     Raises:
-        TypeError: If a name cannot be one of TileDB's settings, or they are no dictionary.
+        TypeError: If `tiledb_config` is not a dictionary, or a name cannot be a setting of TileDB.
     """
     if tiledb_config is not None and not isinstance(tiledb_config, Mapping):
         raise TypeError(
@@ -72,14 +72,14 @@ def open_experiment(
     config: Mapping[str, str | float] | None = None,
     timestamp: int | None = None,
 ) -> soma.Experiment:
-    """Open an experiment in a context of ours."""
+    """Open an experiment with `context`."""
     return soma.Experiment.open(absolute_uri(uri), mode, tiledb_timestamp=timestamp, context=context(config))
 
 
 def with_recommended(config: Mapping[str, str | float]) -> Config:
-    """Return a configuration with what we recommend, but for what the user decided.
+    """Return a configuration with the recommended settings, unless the user set them otherwise.
 
-    A context that was used has a value for everything, so TileDB's own default counts as not decided.
+    A context that was used has a value for each setting, so TileDB's own default counts as not set.
     """
     value = str(config.get(PARALLEL_MERGE, _TILEDB_DEFAULT))
     is_decided = value != _TILEDB_DEFAULT or _VARIABLE in os.environ
@@ -87,7 +87,10 @@ def with_recommended(config: Mapping[str, str | float]) -> Config:
 
 
 def tell_if_unprotected(config: Mapping[str, str | float]) -> None:
-    """Log, once in a process, that a context in use lacks the setting; older versions do not know it."""
+    """Log, once per process, that a user's context lacks the recommended setting.
+
+    Older versions of TileDB do not know the setting, and need none.
+    """
     if str(config.get(PARALLEL_MERGE, "0")) != "0":
         _tell_unprotected()
 

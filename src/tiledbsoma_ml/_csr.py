@@ -1,4 +1,4 @@
-"""A small CSR matrix: built from coordinates as they arrive, cut into mini-batches."""
+"""`CSR_IO_Buffer`: a small matrix in CSR, built from coordinates in any order and sliced by rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiledbsoma_ml._kernels.bits import as_bits
 
 
 class CSR_IO_Buffer:
-    """Rows in compressed sparse form, with the smallest index type that holds the number of columns.
+    """A matrix of sparse rows (CSR), with the smallest index type that holds the number of columns.
 
     Attributes:
         indptr: Where each row starts, int64, of shape (n_rows + 1,).
@@ -52,7 +52,7 @@ class CSR_IO_Buffer:
         shape: tuple[int, int],
         dtype: np.dtype[Any],
     ) -> CSR_IO_Buffer:
-        """Return `from_ijd` of the parts put end to end, without putting them end to end."""
+        """Return what `from_ijd` returns for the concatenated parts, without concatenating them."""
         from tiledbsoma_ml._kernels import csr as kernels
 
         counts = np.zeros(shape[0], dtype=np.int64)
@@ -68,7 +68,7 @@ class CSR_IO_Buffer:
 
     @staticmethod
     def from_pjd(p: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
-        """Return the matrix with row starts `p`, columns `j` and values `d`: scipy's three arrays."""
+        """Return the matrix with row starts `p`, columns `j` and values `d`, the three arrays of SciPy."""
         if len(p) != shape[0] + 1 or p[0] != 0 or p[-1] != len(j) or (p[1:] < p[:-1]).any():
             raise ValueError(
                 f"p must be {shape[0] + 1} row starts (shape={shape}), which ascend from 0 to the {len(j)} "
@@ -146,7 +146,7 @@ class CSR_IO_Buffer:
 
     @staticmethod
     def concat(parts: Sequence[CSR_IO_Buffer]) -> CSR_IO_Buffer:
-        """Return the rows of all parts, of which there is at least one, below each other."""
+        """Return the rows of one or more parts, below each other."""
         indptr, n_cols = _starts(parts), parts[0].shape[1]
         indices = np.concatenate([part.indices for part in parts])
         data = np.concatenate([part.data for part in parts])
@@ -160,9 +160,9 @@ class CSR_IO_Buffer:
         return self
 
     def with_repeats_added(self, dtype: np.dtype[Any]) -> CSR_IO_Buffer:
-        """Return the rows with the values of one coordinate added up in `dtype`, and sorted.
+        """Return a matrix in which the values of a coordinate that repeats are added up, in `dtype`.
 
-        Without any coordinate that repeats, the matrix itself, as it is.
+        Its rows are sorted by column. If no coordinate repeats, the matrix itself is returned, unchanged.
         """
         from tiledbsoma_ml._kernels import csr as kernels
 
@@ -179,7 +179,7 @@ class CSR_IO_Buffer:
 
 
 def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
-    """Return the rows of all parts, below each other, as one canonical `csr_matrix`."""
+    """Return the rows of the parts, below each other, as one canonical `csr_matrix`."""
     indptr, n_cols = _starts(parts), parts[0].shape[1]
     index_type = np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64
     indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
@@ -190,7 +190,7 @@ def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
 
 
 def _bounds(row_index: slice, n_rows: int) -> tuple[int, int]:
-    """Return where the rows of a slice start and stop."""
+    """Return the start and stop of the rows of a slice."""
     if not isinstance(row_index, slice):
         raise TypeError(f"row_index={row_index!r} must be a slice; try slice(0, 1).")
     start, stop, step = row_index.indices(n_rows)
@@ -200,13 +200,13 @@ def _bounds(row_index: slice, n_rows: int) -> tuple[int, int]:
 
 
 def _starts(parts: Sequence[CSR_IO_Buffer]) -> NDArray[np.int64]:
-    """Return where each row starts when parts are put below each other."""
+    """Return the row starts of the parts below each other."""
     lengths = [np.zeros(1, dtype=np.int64), *(np.diff(part.indptr) for part in parts)]
     return np.cumsum(np.concatenate(lengths))
 
 
 def _check_within(name: str, numbers: NDArray[Any], n: int, shape: tuple[int, int]) -> None:
-    """Raise a ValueError unless numbers lie from 0 to `n - 1`: the compiled loops index by them."""
+    """Raise a ValueError unless numbers lie in 0 … n - 1: the compiled loops use them as indices."""
     if len(numbers) and (numbers.min() < 0 or numbers.max() >= n):
         wrong = numbers.min() if numbers.min() < 0 else numbers.max()
         raise ValueError(f"{name} must lie in 0 … {n - 1} (shape={shape}), but {wrong} does not.")

@@ -1,4 +1,4 @@
-"""Sparse rows on a torch device: gathered, put together and made dense there. Knows nothing of SOMA."""
+"""`DeviceRows`: sparse rows on a torch device, which are taken, concatenated and made dense there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 
 _CARRIER = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
-"""Types that torch holds but cannot index, and those of the same width that carry their bits meanwhile."""
+"""The type that carries the bits of values of a type that torch holds but cannot index."""
 
 
 @attrs.frozen
 class DeviceRows:
-    """Rows in compressed sparse form on a device.
+    """Sparse rows (CSR) on a device.
 
     Attributes:
         crow: Where each row starts, int64, of shape (n_rows + 1,).
         col: Columns, int32, of shape (nnz,).
         bits: Values, of shape (nnz,), in a type that carries them.
-        dtype: The values' own type.
+        dtype: The type of the values themselves.
         n_cols: Number of columns.
     """
 
@@ -41,7 +41,7 @@ class DeviceRows:
         n_cols: int,
         device: torch.device,
     ) -> DeviceRows:
-        """Copy the arrays of a CSR matrix to the device, once each, as narrow as they are."""
+        """Copy the arrays of a CSR matrix to the device, once each, in their narrow types."""
         crow, col, values = (torch.from_numpy(array).to(device) for array in (indptr, indices, data))
         bits = values.view(_CARRIER.get(values.dtype, values.dtype))
         return cls(crow, col.to(torch.int32), bits, values.dtype, n_cols)

@@ -1,8 +1,8 @@
-"""Who am I: this process's rank among the trainers, and its number among a DataLoader's workers.
+"""The rank of this process in distributed training, and its number among the workers of a `DataLoader`.
 
 | variable | set by | used when |
 | --- | --- | --- |
-| `torch.distributed` | whoever called `init_process_group` | it is initialized |
+| `torch.distributed` | the caller of `init_process_group` | it is initialized |
 | `RANK`, `WORLD_SIZE` | torchrun, most launchers | both are set |
 | `NODE_RANK`, `LOCAL_RANK`, `WORLD_SIZE` | Lightning's launcher | no `RANK` is set |
 | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` | srun, for each of its tasks | none of the others is set |
@@ -41,16 +41,16 @@ def get_distributed_rank_and_world_size() -> tuple[int, int]:
 
 
 def get_worker_id_and_num() -> tuple[int, int]:
-    """Return the number of this DataLoader worker and how many there are; (0, 1) outside a worker."""
+    """Return the number of this `DataLoader` worker and the number of workers; (0, 1) outside a worker."""
     info = torch.utils.data.get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
 def dealt_again_by() -> str | None:
-    """Return the class of Accelerate that deals what is asked for now to all ranks, if one does.
+    """Return the class of Accelerate that is asking for mini-batches, if it deals them to ranks itself.
 
-    Its `prepare` leaves the dataset as it is, so that only who asks tells of it. A process that was forked
-    has the frames of its parent.
+    Accelerate's `prepare` does not change the dataset, so only the call stack shows it. A forked process has
+    the stack of its parent.
     """
     frame: FrameType | None = sys._getframe() if _ACCELERATE in sys.modules else None
     while frame is not None:

@@ -1,4 +1,4 @@
-"""The next items are computed while this one is used."""
+"""Iterators that compute the next items on threads while the current one is used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _T = TypeVar("_T")
 
 
 class EagerIterator(Iterator[_T], Generic[_T]):
-    """The items of `iterator`, each computed on a thread while the one before is used.
+    """An iterator over the items of `iterator`, each computed on a thread while the one before is used.
 
-    An exception of the iterator is raised where its item would have come. Use it as a context manager, or
-    call `close`: then no thread outlives it, and an iterator that is a generator is closed as well.
+    An exception of `iterator` is raised in place of its item. Use this as a context manager, or call `close`:
+    then no thread outlives it, and a generator is closed as well.
 
     Args:
-        iterator: Advanced by one thread at a time, never before the item it made was taken.
-        pool: Where to compute; a thread of its own if None.
+        iterator: The items. One thread at a time advances it, and only after its last item was taken.
+        pool: The pool whose threads compute; a thread of its own if None.
     """
 
     def __init__(self, iterator: Iterator[_T], pool: Executor | None = None) -> None:
@@ -51,7 +51,7 @@ class EagerIterator(Iterator[_T], Generic[_T]):
 
     def close(self) -> None:
         """Wait for the item that is being computed, drop it, and end the thread."""
-        if os.getpid() != self._pid:  # the thread is not here, and what it holds is its own
+        if os.getpid() != self._pid:  # the thread is in another process, and so is what it uses
             return
         pending, self._next = self._next, None
         with at_rest():
@@ -79,14 +79,14 @@ class EagerIterator(Iterator[_T], Generic[_T]):
 
 
 class EagerMap(Iterator[_T], Generic[_S, _T]):
-    """`function` of each item of `items`, in their order, several of them computed on threads ahead of use.
+    """An iterator over `function(item)` for each item, in order; several are computed ahead on threads.
 
-    Exceptions are raised where their item would have come. Use it as a context manager, or call `close`: then
-    no thread outlives it, and items that come from a generator are closed as well.
+    An exception is raised in place of its item. Use this as a context manager, or call `close`: then no
+    thread outlives it, and a generator of items is closed as well.
 
     Args:
-        function: Called on several threads at once.
-        items: Advanced by the thread that iterates.
+        function: The function. Several threads call it at once.
+        items: The items. The thread that iterates advances them.
         n_threads: Number of threads, and of items that are computed ahead.
     """
 
@@ -114,7 +114,7 @@ class EagerMap(Iterator[_T], Generic[_S, _T]):
         return result
 
     def close(self) -> None:
-        """Wait for what is being computed, drop it, and end the threads."""
+        """Wait for the items that are being computed, drop them, and end the threads."""
         if os.getpid() != self._pid:
             return
         self._pending.clear()
@@ -136,7 +136,7 @@ class EagerMap(Iterator[_T], Generic[_S, _T]):
             item = next(self._items)
         except StopIteration:
             return
-        except BaseException as err:  # raised when it is its turn
+        except BaseException as err:  # it is raised in the place of this item
             self._pending.append(Future())
             self._pending[-1].set_exception(err)
             return

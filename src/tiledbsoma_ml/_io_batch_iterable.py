@@ -1,4 +1,4 @@
-"""Batches of joinids become batches of rows, read ahead of their use."""
+"""`IOBatchIterable` of tiledbsoma-ml 0.1.0: reads IO batches of shuffled rows, ahead of their use."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ IOBatch: TypeAlias = tuple[CSR_IO_Buffer, pd.DataFrame]
 
 @attrs.frozen
 class IOBatchIterable(Iterable[IOBatch]):
-    """The rows of `chunks`, `io_batch_size` at a time, read from a SOMA experiment.
+    """An iterable over the IO batches of the rows of `chunks`, which are read from a SOMA experiment.
 
     Args:
-        chunks: Joinids, in the order in which they are to be read.
-        io_batch_size: Rows per IO batch; the last one may be smaller.
+        chunks: Joinids of the rows, in order.
+        io_batch_size: Rows per IO batch. The last one may be smaller.
         obs: The open `obs` of the experiment.
-        var_joinids: Columns of `X`, in the order in which they are wanted; unique.
+        var_joinids: Columns of `X` to return, in this order; unique.
         X: The open layer, sparse or dense.
         obs_column_names: Columns of `obs`.
         seed: Seed of the shuffle.
@@ -75,9 +75,9 @@ class IOBatchIterable(Iterable[IOBatch]):
 def id_batches(
     chunks: Chunks, io_batch_size: int, rng: np.random.Generator | None
 ) -> Iterator[NDArrayJoinId]:
-    """Yield the joinids of `chunks`, put end to end, `io_batch_size` at a time.
+    """Yield the joinids of the concatenated `chunks`, `io_batch_size` at a time.
 
-    With `rng`, each batch is permuted by the generator's next draw.
+    With `rng`, each batch is permuted by the next draw of the generator.
     """
     for batch in rebatch_joinids(chunks, io_batch_size):
         yield batch if rng is None else batch[rng.permutation(len(batch))]

@@ -1,4 +1,4 @@
-"""`MiniBatchIterable`, as tiledbsoma-ml 0.1.0 published it: IO batches become mini-batches."""
+"""`MiniBatchIterable` of tiledbsoma-ml 0.1.0: makes mini-batches of IO batches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tiledbsoma_ml._threads import ClosedWhenDropped
 
 @attrs.frozen
 class MiniBatchIterable(Iterable[MiniBatch]):
-    """The rows of IO batches, `batch_size` at a time.
+    """An iterable over mini-batches of the rows of IO batches.
 
-    Mini-batches run on across the borders of IO batches; only the last one may be smaller.
+    A mini-batch can have rows of several IO batches; only the last mini-batch may be smaller.
 
     Args:
         io_batch_iter: The IO batches.
@@ -29,9 +29,9 @@ class MiniBatchIterable(Iterable[MiniBatch]):
         use_eager_fetch: Whether to make the next mini-batch while this one is used.
         return_sparse_X: Whether to return `X` sparse.
         gpu_shuffle: Whether rows are permuted on the device, by the generator of [seed, epoch].
-        gpu_shuffle_mode: "iobatch", to permute the rows of each IO batch, or "minibatch", to permute those of
-            each mini-batch; one draw for each, in sequence.
-        device: Where `X` is put, as a torch tensor; NumPy and SciPy on the CPU if None.
+        gpu_shuffle_mode: "iobatch" to permute the rows of each IO batch, or "minibatch" to permute those of
+            each mini-batch, by one draw for each, in sequence.
+        device: Device of `X`, which is a torch tensor then; if None, `X` is an array of NumPy or SciPy.
         seed: The seed of the shuffle on the device.
         epoch: The epoch of the shuffle on the device.
     """
@@ -74,6 +74,6 @@ class MiniBatchIterable(Iterable[MiniBatch]):
 
 
 def _as_pieces(io_batches: Iterable[IOBatch]) -> Iterator[Piece]:
-    """Yield IO batches as rows; nobody asks for their joinids, which `obs` may lack."""
+    """Yield IO batches as rows with dummy joinids, which are not used: `obs` may lack the real ones."""
     for X, obs in io_batches:
         yield Rows(obs_joinids=np.full(len(obs), -1), X=X, obs=obs), True

@@ -1,6 +1,6 @@
-"""Which rows, in which order, for whom: splits, shuffle chunks and partitions of a query's joinids.
+"""`QueryIDs`: the joinids of a query, and its splits, shuffle chunks and partitions.
 
-Pure NumPy on arrays of joinids: no input or output, no torch.
+All of this is NumPy on arrays of joinids: it reads no data and needs no torch.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_
 from tiledbsoma_ml.x_locator import check_open
 
 Chunks: TypeAlias = list[NDArrayJoinId]
-"""Runs of `obs_joinids`, in the order in which they are to be read."""
+"""Shuffle chunks, each an array of `obs_joinids`, in the order in which they are read."""
 
 SamplingMethod: TypeAlias = Literal["deterministic", "multinomial", "stochastic_rounding"]
-"""How `random_split` turns fractions into numbers of rows.
+"""The method by which `random_split` turns fractions into numbers of rows.
 
-- "deterministic": each cut is rounded to the nearest row; the same sizes for every seed.
-- "multinomial": each row is dealt independently; sizes vary.
-- "stochastic_rounding": each part has at least the floor of its share; the remaining rows are dealt so that
+- "deterministic": each border is rounded to the nearest row; the sizes are the same for every seed.
+- "multinomial": the split of each row is drawn independently; sizes vary.
+- "stochastic_rounding": each split has at least the floor of its share; the remaining rows are drawn so that
   the expected sizes match the fractions.
 """
 
 SamplingMethods: tuple[SamplingMethod, ...] = get_args(SamplingMethod)
 
 Tail: TypeAlias = Literal["drop", "pad"]
-"""What becomes of rows that do not divide by the number of ranks.
+"""The treatment of rows that cannot be divided evenly among ranks.
 
-- "drop": up to `world_size - 1` rows belong to nobody.
-- "pad": nobody goes without, and up to `world_size - 1` rows are repeated: the first ones.
+- "drop": no rank yields them; there are up to `world_size - 1` of them.
+- "pad": ranks yield them, and up to `world_size - 1` rows, the first ones, are repeated.
 """
 
 
 @attrs.frozen
 class Partition:
-    """One worker's place among all workers of all ranks.
+    """The number of one worker among the workers of all ranks, which decides its share of the rows.
 
     Raises:
-        ValueError: If a rank or a worker has a number beyond those that there are.
+        ValueError: If the number of a rank or worker is not below the number of ranks or workers.
     """
 
     rank: int
@@ -63,11 +63,11 @@ class Partition:
                 raise ValueError(f"{name}={number} must lie in 0 … {count - 1} ({count_name}={count}).")
 
     def bounds(self, n_rows: int, tail: Tail = "drop") -> tuple[int, int]:
-        """Return (start, stop) of this part of `n_rows` rows: the one partition rule.
+        """Return (start, stop) of the worker's share of `n_rows` rows. All code divides rows by this rule.
 
-        Rows are cut among ranks like `np.array_split`, each rank's part is trimmed to `n_rows // world_size`
-        (equal batches on every rank), and a rank's part is cut among its workers like `np.array_split`. With
-        "pad" there are as many rows more as it takes to give every rank the same number.
+        Rows are divided among ranks like `np.array_split`. The share of each rank is cut to
+        `n_rows // world_size` rows, so that all ranks have the same number, and is divided among its workers
+        like `np.array_split`. With "pad", rows are added until every rank has the same number.
         """
         size = rows_per_rank(n_rows, self.world_size, tail)
         n_dealt = n_rows if tail == "drop" else size * self.world_size
@@ -77,7 +77,7 @@ class Partition:
 
 
 def rows_per_rank(n_rows: int, world_size: int, tail: Tail) -> int:
-    """Return how many rows each rank gets."""
+    """Return the number of rows that each rank gets."""
     return n_rows // world_size if tail == "drop" else -(-n_rows // world_size)
 
 
@@ -92,8 +92,8 @@ def check_joinids(name: str, ids: object, *, unique: bool = False) -> NDArrayJoi
     """Return joinids as an array.
 
     Raises:
-        TypeError: If they are not integers, but a mask or floats, or some are masked.
-        ValueError: If they have not one dimension, one is negative or too large for int64, or one repeats
+        TypeError: If they are not integers (a mask or floats), or some are masked.
+        ValueError: If they do not have one dimension, one is negative or too large for int64, or one repeats
             where all must be `unique`.
     """
     if np.ma.is_masked(ids):
@@ -123,7 +123,7 @@ def check_joinids(name: str, ids: object, *, unique: bool = False) -> NDArrayJoi
 
 
 def first_repeated(joinids: NDArrayJoinId) -> int | None:
-    """Return the smallest joinid that is there more than once; None if all differ."""
+    """Return the smallest joinid that repeats; None if all differ."""
     if (joinids[1:] > joinids[:-1]).all():
         return None
     ordered = np.sort(joinids)
@@ -132,7 +132,7 @@ def first_repeated(joinids: NDArrayJoinId) -> int | None:
 
 
 def check_among(name: str, joinids: NDArrayJoinId, known: NDArrayJoinId) -> None:
-    """Raise a ValueError if a joinid is none of those that are known."""
+    """Raise a ValueError if a joinid is not among the known ones."""
     if joinids is known:
         return
     is_unknown = np.isin(joinids, known, invert=True)
@@ -144,7 +144,7 @@ def check_among(name: str, joinids: NDArrayJoinId, known: NDArrayJoinId) -> None
 
 
 def check_query(query: object) -> None:
-    """Raise a TypeError if it is not a query, but an experiment or its address for instance."""
+    """Raise a TypeError if `query` is not a query, for instance an experiment or its address."""
     if not isinstance(query, soma.ExperimentAxisQuery):
         raise TypeError(
             f"query must be an ExperimentAxisQuery, not of type {type(query).__name__}; "
@@ -153,7 +153,7 @@ def check_query(query: object) -> None:
 
 
 def check_once(frame: soma.DataFrame, joinids: NDArrayJoinId) -> None:
-    """Raise a ValueError if a joinid repeats among those that `obs` or `var` have."""
+    """Raise a ValueError if a joinid of `obs` or `var` repeats."""
     if (repeated := first_repeated(joinids)) is not None:
         raise ValueError(
             f"{frame.uri!r} must have every soma_joinid once, because it is the number of a row or column "
@@ -162,15 +162,15 @@ def check_once(frame: soma.DataFrame, joinids: NDArrayJoinId) -> None:
 
 
 def _obs_joinids(ids: object) -> NDArrayJoinId:
-    return _kept(check_joinids("obs_joinids", ids))
+    return _read_only(check_joinids("obs_joinids", ids))
 
 
 def _var_joinids(ids: object) -> NDArrayJoinId:
-    return _kept(check_joinids("var_joinids", ids, unique=True))
+    return _read_only(check_joinids("var_joinids", ids, unique=True))
 
 
-def _kept(joinids: NDArrayJoinId) -> NDArrayJoinId:
-    """Return joinids that nobody can write into: a copy of those that somebody can."""
+def _read_only(joinids: NDArrayJoinId) -> NDArrayJoinId:
+    """Return joinids as a read-only array: a copy, if the array can be written to."""
     if joinids.size and joinids.flags.writeable:
         joinids = joinids.copy()
         joinids.flags.writeable = False
@@ -182,18 +182,18 @@ _same_joinids = attrs.cmp_using(eq=np.array_equal)
 
 @attrs.frozen(kw_only=True, repr=False)
 class QueryIDs:
-    """The rows and columns of a query, as joinids; picklable, and never changed in place.
+    """The joinids of the rows and columns of a query; it is picklable and never changes.
 
-    Equal if rows, columns and partition are.
+    Two are equal if their rows, columns and partitions are equal.
 
     Attributes:
         obs_joinids: Rows, in the order of the query; they may repeat.
         var_joinids: Columns, in the order in which `X` has them; all differ.
-        partition: Whose part of the query this is; None for the whole.
+        partition: The worker whose share of the query this is; None if this is the whole query.
 
     Raises:
-        TypeError: If joinids are not integers, but a mask or floats.
-        ValueError: If they have not one dimension, one is negative, or a column repeats.
+        TypeError: If joinids are not integers (a mask or floats).
+        ValueError: If they do not have one dimension, one is negative, or a column repeats.
     """
 
     obs_joinids: NDArrayJoinId = attrs.field(converter=_obs_joinids, eq=_same_joinids)
@@ -201,7 +201,7 @@ class QueryIDs:
     partition: Partition | None = None
 
     def __repr__(self) -> str:
-        """Return how many rows and columns there are, in a line."""
+        """Return the numbers of rows and columns, in one line."""
         part = "" if self.partition is None else f"; {self.partition}"
         return f"<QueryIDs: {len(self.obs_joinids):,} rows by {len(self.var_joinids):,} columns{part}>"
 
@@ -227,11 +227,11 @@ class QueryIDs:
         seed: int | None = None,
         method: SamplingMethod = "stochastic_rounding",
     ) -> tuple[QueryIDs, ...]:
-        """Return disjoint random parts that together are this query; rows within a part are sorted.
+        """Return random splits of this query, which are disjoint and cover it; the rows of each are sorted.
 
         Args:
-            fracs: The share of each part, from 0 to 1, summing to 1; or one list of them.
-            seed: The same seed gives the same parts, and those of tiledbsoma-ml 0.1.0.
+            fracs: The share of each split, from 0 to 1, summing to 1; or one list of them.
+            seed: The seed. The same seed gives the same splits, which are those of tiledbsoma-ml 0.1.0.
             method: See `SamplingMethod`.
 
         Raises:
@@ -248,14 +248,14 @@ class QueryIDs:
         )
 
     def partitioned(self, partition: Partition | None = None, tail: Tail = "drop") -> QueryIDs:
-        """Return the part of the rows that belongs to one worker of one rank.
+        """Return the share of the rows that belongs to one worker of one rank.
 
         Args:
-            partition: Whose part; found out from this process if None.
-            tail: See `Tail`; every rank gets the same number of rows.
+            partition: The worker and its rank; those of this process if None.
+            tail: See `Tail`. Every rank gets the same number of rows.
 
         Raises:
-            ValueError: If this is a part already: nobody would get the rest of it.
+            ValueError: If this is the share of a worker already: no worker would get the rest of it.
         """
         check_whole(self)
         if partition is None:
@@ -273,10 +273,10 @@ class QueryIDs:
         return found.hexdigest()
 
     def shuffle_chunks(self, shuffle_chunk_size: int, seed: int | None = None, epoch: int = 0) -> Chunks:
-        """Return the rows as runs of `shuffle_chunk_size`, in random order; rows within a run keep theirs.
+        """Return chunks of `shuffle_chunk_size` rows in random order; rows within a chunk keep their order.
 
-        A run of neighbouring rows is read much faster than the same number of scattered ones. The last run
-        of the query may be shorter.
+        A chunk of neighbouring rows is read much faster than the same number of scattered ones. The last
+        chunk of the query may be shorter.
         """
         size = check_count("shuffle_chunk_size", shuffle_chunk_size, suggestion=64)
         n_chunks = -(-len(self.obs_joinids) // size)
@@ -285,7 +285,7 @@ class QueryIDs:
 
 
 def check_whole(ids: QueryIDs) -> None:
-    """Raise a ValueError if rows are a part already: cut again, nobody would get the rest of it."""
+    """Raise a ValueError if these are the rows of one worker: divided again, most of them would be lost."""
     if ids.partition is not None:
         raise ValueError(
             f"query_ids must be the rows of all, and these are the part of {ids.partition}; take the query "
@@ -309,7 +309,7 @@ def check_other_rows(ids: QueryIDs, of: QueryIDs) -> None:
 
 
 def wrapped(joinids: NDArrayJoinId, start: int, stop: int) -> NDArrayJoinId:
-    """Return joinids from `start` to `stop`, going on with the first ones behind the last."""
+    """Return the joinids from `start` to `stop`; after the last joinid, the first ones follow again."""
     n_rows = len(joinids)
     if stop <= n_rows or not n_rows:
         return joinids[start:stop]
@@ -336,7 +336,7 @@ def _check_fracs(fracs: tuple[Any, ...]) -> NDArray[np.float64]:
 def _split_cuts(
     n_rows: int, shares: NDArray[np.float64], method: SamplingMethod, rng: np.random.Generator
 ) -> list[int]:
-    """Return the len(shares) + 1 borders of the parts, from 0 to `n_rows`."""
+    """Return the len(shares) + 1 borders of the splits, from 0 to `n_rows`."""
     if method == "deterministic":
         cuts = np.round(np.cumsum(shares) * n_rows)
     elif method == "multinomial":
@@ -347,11 +347,11 @@ def _split_cuts(
 
 
 def _stochastically_rounded(sizes: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return whole numbers with the same sum: the floor of each size, and the rest dealt at random."""
+    """Return integers with the same sum: the floor of each size, plus ones that are drawn at random."""
     rounded = np.floor(sizes).astype(np.int64)
     remaining = sizes - rounded
     for _ in range(round(remaining.sum())):
-        part = rng.choice(len(sizes), p=remaining / remaining.sum())
-        rounded[part] += 1
-        remaining[part] = 0
+        split = rng.choice(len(sizes), p=remaining / remaining.sum())
+        rounded[split] += 1
+        remaining[split] = 0
     return rounded

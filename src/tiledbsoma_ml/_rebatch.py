@@ -1,4 +1,4 @@
-"""The one place where what comes in pieces of any size is cut into pieces of one size."""
+"""Pieces of any size, cut anew into batches of one size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _Piece = TypeVar("_Piece", bound=Sized)
 def rebatch(
     pieces: Iterable[_Piece], size: int, cut: Callable[[_Piece, int, int], _Piece]
 ) -> Iterator[list[_Piece]]:
-    """Yield the items of pieces, `size` at a time: as cuts of pieces, which are not put together.
+    """Yield batches of `size` items, each as a list of cuts of the pieces, which are not concatenated.
 
     Args:
-        pieces: Items one after the other.
-        size: Items of each batch; the last batch may be smaller.
-        cut: Returns a piece from one item of it to another.
+        pieces: The items, in order, in pieces of any size.
+        size: Items per batch. The last batch may be smaller.
+        cut: Returns the items of a piece from a start to a stop.
     """
     batch: list[_Piece] = []
     n_lacking = size
@@ -38,9 +38,9 @@ def rebatch(
         yield batch
 
 
-def rebatch_joinids(batches: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
-    """Yield joinids, `size` at a time, across the borders of the batches in which they come."""
-    for pieces in rebatch(batches, size, _cut):
+def rebatch_joinids(arrays: Iterable[NDArrayJoinId], size: int) -> Iterator[NDArrayJoinId]:
+    """Yield joinids in batches of `size`, whatever the sizes of the arrays in which they come."""
+    for pieces in rebatch(arrays, size, _cut):
         yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a query on their way from a source to a mini-batch."""
+"""`Rows`: rows of a query on their way from a source to a mini-batch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._device import DeviceRows
 
 MANY_CATEGORIES = 1000
-"""From so many categories on, `pd.concat` is slower than what is done instead."""
+"""Number of categories above which `pd.concat` is slower than concatenating codes."""
 
 Matrix = TypeVar("Matrix", CSR_IO_Buffer, DeviceRows)
-"""Sparse rows, in memory or on a device."""
+"""A matrix of sparse rows, in memory or on a device."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Rows(Generic[Matrix]):
-    """Rows of a query, in one order: everything that belongs to them travels together.
+    """Rows of a query, in one order, with their joinids, `X`, `obs`, layers and `obsm`.
 
     Attributes:
         obs_joinids: The joinid of each row, of shape (n_rows,).
@@ -49,7 +49,7 @@ class Rows(Generic[Matrix]):
     def from_scipy(
         cls, obs_joinids: NDArrayJoinId, X: sparse.csr_matrix | sparse.csr_array, obs: pd.DataFrame
     ) -> Rows[CSR_IO_Buffer]:
-        """Return rows whose `X` SciPy has; values of a coordinate that repeats are added up."""
+        """Return rows with `X` from SciPy; values of a coordinate that repeats are added up."""
         if not X.has_canonical_format:
             X = X.copy()
             X.sum_duplicates()
@@ -92,7 +92,7 @@ class Rows(Generic[Matrix]):
 
     @classmethod
     def concat(cls, parts: Sequence[Rows[Matrix]]) -> Rows[Matrix]:
-        """Return the rows of all parts, of which there is at least one, below each other."""
+        """Return the rows of one or more parts, below each other."""
         first = parts[0]
         concat = type(first.X).concat
         return Rows(
@@ -111,25 +111,25 @@ def _put(matrix: CSR_IO_Buffer, device: torch.device) -> DeviceRows:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Padding:
-    """The rows of a rank that another rank has as well, and the column of `obs` that says so.
+    """The rows of a rank that another rank yields as well, and the column of `obs` that marks them.
 
     Attributes:
-        column_name: The column to add; none if None.
-        obs_joinids: The joinids of these rows.
+        column_name: The column to add; None to add none.
+        obs_joinids: The joinids of the rows that repeat.
     """
 
     column_name: str | None
     obs_joinids: NDArrayJoinId
 
     def mark(self, obs: pd.DataFrame, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
-        """Return `obs` of rows with the column, if there is one."""
+        """Return `obs` of rows, with the column that marks those that repeat, if there is one."""
         if self.column_name is None:
             return obs
         return obs.assign(**{self.column_name: np.isin(obs_joinids, self.obs_joinids)})
 
 
 def concat_obs(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of `obs` of all parts, below each other, with a fresh index."""
+    """Return the `obs` of the parts, below each other, with a fresh index."""
     first = parts[0]
     if len(parts) == 1:
         return first.reset_index(drop=True)
@@ -140,7 +140,7 @@ def concat_obs(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _concat_column(parts: list[pd.Series[Any]]) -> Any:
-    """Do what `pd.concat` does, which hashes all categories, though parts of one column have the same."""
+    """Return what `pd.concat` returns, without hashing categories that are the same in all parts."""
     dtype: Any = parts[0].dtype
     if _has_many_categories(dtype) and all(_is_same(dtype, part.dtype) for part in parts[1:]):
         codes = np.concatenate([part.cat.codes.to_numpy() for part in parts])

@@ -1,4 +1,4 @@
-"""Numbers in memory that a process shares with those spawned from it."""
+"""Arrays in memory that a process shares with its child processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 
 class SharedArray:
-    """A copy of int64 numbers that reaches processes spawned or forked from this one without further copies.
+    """A copy of int64 numbers that child processes, spawned or forked, share without further copies.
 
-    What one of them writes to `numbers`, all see. Pickled for anything else, it is a copy of its own. It is a
-    file in memory, or on disk where the system knows no such files, that no folder lists: it ends with the
-    last process that has it, and the size of /dev/shm, 64 MB in many containers, does not bound it.
+    If one process writes to `numbers`, all see it. Pickled for any other purpose, it becomes a separate copy.
+    It is a file in memory, or on disk where the system has no files in memory, and no folder lists it. It
+    disappears with the last process that has it, and is not limited by the size of /dev/shm, which is 64 MB
+    in many containers.
     """
 
     def __init__(self, numbers: NDArray[np.int64]) -> None:
@@ -34,7 +35,7 @@ class SharedArray:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes that lock it as well out."""
+        """Hold the lock, which one process at a time can hold."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
             yield

@@ -1,7 +1,7 @@
-"""`Source`: where rows come from. The seam between what is planned and where it is stored.
+"""The Protocols `Source`, `Reader` and `RandomAccess`: the seam between the plan and the storage.
 
-A source is one query: rows, columns, and what is known of them. `docs/guides/sources.md` has one of forty
-lines, and `tiledbsoma_ml.testing.check_source` says whether one does what it must.
+A source holds the rows of one query. `docs/guides/sources.md` has one of forty lines, and
+`tiledbsoma_ml.testing.check_source` checks the promises that are made here.
 """
 
 from __future__ import annotations
@@ -32,47 +32,50 @@ def _as_names(names: Sequence[str]) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True)
 class Fields:
-    """What of each row is wanted beside `X`.
+    """The fields of each row that a reader returns beside `X`.
 
     Attributes:
-        obs_column_names: Columns of `obs`, in this order; all differ, and there is one at least.
+        obs_column_names: Columns of `obs`, in this order. There is at least one, and all differ.
     """
 
     obs_column_names: tuple[str, ...] = attrs.field(converter=_as_names)
 
 
 class RowsAndColumns(Protocol):
-    """The rows and columns that are read. There may be 100 million rows: look at them only if need be."""
+    """The rows and columns that a reader reads.
+
+    There may be 100 million rows, and a plan may compute them only now: use `obs_joinids` only if necessary.
+    """
 
     @property
     def obs_joinids(self) -> NDArrayJoinId:
-        """Every row that will be asked for, in any order; int64."""
+        """Joinids of all rows that the reader may be asked for, in any order; int64."""
 
     @property
     def var_joinids(self) -> NDArrayJoinId:
-        """Columns of `X`, in the order in which they are wanted; int64, unique."""
+        """Joinids of the columns of `X`, in the order in which the reader returns them; int64, unique."""
 
 
 class Reader(Protocol):
-    """What an epoch is read with."""
+    """An object that reads rows of a source during an epoch."""
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat; called on one thread at a time.
 
         Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held. Pieces of a
-            few thousand rows let work begin while the others are made.
+            Pieces that together are these rows, in exactly this order. The reader does not keep a piece that
+            was taken. Pieces of a few thousand rows let work begin while the reader makes the others.
         """
 
     def close(self) -> None:
-        """Give up what is open; whoever waits in `read`, on another thread, need not wait any longer."""
+        """Close everything that is open, and end a `read` that waits on another thread."""
 
 
 @runtime_checkable
 class RandomAccess(Protocol):
-    """A Reader that is as fast at single rows as at many: mini-batches are made of it straight away.
+    """A Reader that reads single rows as fast as many rows: mini-batches are made from it directly.
 
-    Its methods are called on several threads at once.
+    Several threads call its methods at once.
     """
 
     @property
@@ -94,13 +97,13 @@ class RandomAccess(Protocol):
 
 
 class Source(Protocol):
-    """Where the rows of a query come from; picklable, as workers have copies of it.
+    """The rows of a query, wherever they are stored; picklable, because workers get copies of it.
 
-    A class that derives from this one need only have `query_ids`, `obs`, `layout` and `open`.
+    A class that derives from this one must only have `query_ids`, `obs`, `layout` and `open`.
 
     Attributes:
-        query_ids: All rows and columns, by joinid; the order of the rows is that of an unshuffled epoch.
-        locator: Address of the layer of an experiment that `X` comes from, if it does.
+        query_ids: Joinids of all rows and columns. The order of the rows is that of an unshuffled epoch.
+        locator: Address of the layer of an experiment that `X` comes from; None if it comes from elsewhere.
     """
 
     query_ids: QueryIDs
@@ -108,28 +111,28 @@ class Source(Protocol):
 
     @property
     def content(self) -> Mapping[str, str]:
-        """What it holds, as texts by name: ranks must agree about it, and a snapshot is of it.
+        """The facts that identify what the source holds, as text by name.
 
-        For instance a digest of `X`, an address with a date of modification. Of what this does not tell, no
-        change is noticed.
+        Ranks must agree on them, and a snapshot is made of the source with these facts. Examples are a digest
+        of `X`, or an address with a date of modification. A change that no fact shows is not noticed.
         """
         return {}
 
     @abstractmethod
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` of some rows, in that order, with a fresh index.
+        """Return columns of `obs` for these rows, in this order, with a fresh index.
 
-        "soma_joinid" is one of the columns, whatever others there are.
+        "soma_joinid" can always be asked for.
 
         Raises:
-            ValueError: If there is no such column or row.
+            ValueError: If a column or row does not exist.
         """
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index.
+        """Return columns of `var` (all if None) for these columns of `X`, in this order, with a fresh index.
 
         Raises:
-            ValueError: If there is no such column.
+            ValueError: If a column does not exist.
         """
         frame = pd.DataFrame({"soma_joinid": var_joinids})
         if column_names is None:
@@ -137,44 +140,44 @@ class Source(Protocol):
         return frame[list(check_names("column_names", column_names, frame.columns, of="a column of var"))]
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
-        """Raise a ValueError or TypeError unless there are such rows, columns and fields; `X` is not read.
+        """Raise a ValueError or TypeError unless these rows, columns and fields exist; do not read `X`.
 
-        Called once for a dataset, before all else.
+        A dataset calls this once, before any other method.
         """
         check_among("obs_joinids", ids.obs_joinids, self.query_ids.obs_joinids)
         check_among("var_joinids", ids.var_joinids, self.query_ids.var_joinids)
         self.obs(ids.obs_joinids[:0], fields.obs_column_names)
 
     def prepare(self) -> None:
-        """Make what `open` needs and is not there yet; called in the process that starts workers."""
+        """Make everything that `open` needs; called in the training process, before workers start."""
         return
 
     def of_rows(self, ids: QueryIDs) -> Source:
-        """Return a source of these rows and columns for another process, or this one.
+        """Return a source of these rows and columns, which may be pickled for another process.
 
-        A source that can do without the joinids of all rows returns a copy that has these alone, so that a
-        part of a large query takes no others along.
+        A source that does not need the joinids of all rows returns a copy that has these rows only. Then the
+        pickled copy is small, also where the query is large.
         """
         return self
 
     @property
     def row_tile(self) -> int:
-        """Neighbouring rows that are decoded together; 1 where every row can be read by itself."""
+        """Number of neighbouring rows that are decoded together; 1 if each row can be read by itself."""
         return 1
 
     @abstractmethod
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored, for a dataset with a size "auto"; a sample may be read for it.
+        """Return how the rows are stored, for a dataset with a size "auto"; this may read a sample.
 
-        The same on every rank: the order of an epoch depends on it.
+        It must be the same on every rank, because the order of an epoch depends on it.
         """
 
     @abstractmethod
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> Reader:
-        """Return what reads rows; it is closed after an epoch.
+        """Return a reader, which the caller closes after an epoch.
 
         Args:
-            ids: The rows that will be asked for, and the columns.
-            fields: What of each row is wanted beside `X`.
-            budget: The memory that this may take.
+            ids: The rows that it may be asked for, and the columns that it returns.
+            fields: The fields of each row that it returns beside `X`.
+            budget: The memory that it may use.
         """

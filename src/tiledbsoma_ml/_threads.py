@@ -1,4 +1,4 @@
-"""Threads of this package: none is at work while the process forks, and none keeps it from ending."""
+"""Rules for the threads of this package: forks wait for them, and they do not keep a process alive."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import filelock  # noqa: F401
 
-# What is registered later, for a fork or for the end, is called earlier. So pools and `filelock` come first:
-# threads that are waited for may still need their locks.
+# Functions that are registered later, for a fork or for the end, are called earlier. So pools and `filelock`
+# are imported first: threads that a fork waits for may still need their locks.
 
 _T = TypeVar("_T")
 
 MAX_WAIT_S = 60.0
-"""A fork waits at most so long for a thread that is at work."""
+"""Longest time that a fork waits for a thread that is at work."""
 
 POLL_S = 1.0
-"""A worker looks so often whether its parent is there."""
+"""Time between two checks of a worker whether its parent is alive."""
 
 
 # At work and at rest --------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class _Lock(Protocol):
 
 
 class _Turn(threading.local):
-    """The lock that each thread holds while it is at work."""
+    """The lock of a thread, which holds it while it is at work."""
 
     def __init__(self) -> None:
         self.is_of_package = False
@@ -54,10 +54,10 @@ _turn = _Turn()
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Work, on a thread of this package; a fork of the process waits until the work is done.
+    """Mark work on a thread of this package: a fork of the process waits until it is done.
 
-    A fork copies one thread alone. What another one holds at that moment (the lock of a module that it
-    imports, of TileDB, of a compiler) would be held in the new process for ever.
+    A fork copies one thread only. A lock that another thread holds at that moment (of an import, of TileDB,
+    of a compiler) would stay locked in the new process for ever.
     """
     _turn.is_of_package = True
     if _turn.is_at_work:
@@ -74,7 +74,7 @@ def at_work() -> Iterator[None]:
 
 @contextmanager
 def at_rest() -> Iterator[None]:
-    """Wait for another thread, which may take as long as it likes; a fork does not wait for this thread."""
+    """Mark a wait for another thread, of any duration: a fork does not wait for this thread."""
     if not _turn.is_at_work:
         yield
         return
@@ -88,7 +88,7 @@ def at_rest() -> Iterator[None]:
 
 
 def hold_at_forks(lock: _Lock) -> None:
-    """Take a lock before each fork, once the threads of this package are at rest: they may need it."""
+    """Take a lock before each fork, when the threads of this package are at rest: they may need it."""
     _other_locks.append(lock)
 
 
@@ -112,8 +112,8 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    gc.freeze()  # inherited garbage: a context of TileDB would end the process, as its threads are not here
-    _turns.clear()  # of threads that are not here
+    gc.freeze()  # inherited garbage: to free a context of TileDB without its threads ends the process
+    _turns.clear()  # their threads do not exist here
     _turns.add(_turn.lock)
     _after_fork()
 
@@ -122,7 +122,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 def check_process(pid: int) -> None:
-    """Raise a RuntimeError where this is a fork of the process of an iterator: its threads are not here."""
+    """Raise a RuntimeError if `pid`, the process of an iterator, is not this one: its threads are there."""
     if os.getpid() != pid:
         raise RuntimeError(
             f"an iterator must be used in the process that made it ({pid}), not in a fork of it "
@@ -139,10 +139,10 @@ def before_exit(function: Callable[[], object]) -> None:
 
 
 class ClosedWhenDropped(Iterator[_T], Generic[_T]):
-    """The items of a generator, which is closed when nobody holds this any longer.
+    """The items of a generator, which is closed when this object is garbage.
 
-    Garbage is collected on any thread. A generator that waits for threads must not be closed on one of them,
-    so what it holds is no garbage, and such a thread leaves the closing to another one.
+    Garbage is collected on any thread. A generator that waits for threads of this package must not be closed
+    on one of them, so such a thread starts another thread that closes it.
     """
 
     def __init__(self, items: Generator[_T, None, None]) -> None:
@@ -155,13 +155,13 @@ class ClosedWhenDropped(Iterator[_T], Generic[_T]):
         return next(self._items)
 
     def close(self) -> None:
-        """Close the generator, unless it is another process's."""
+        """Close the generator, unless another process made it."""
         if os.getpid() == self._pid:
             self._items.close()
 
 
 def _close(items: Generator[Any, None, None], pid: int) -> None:
-    if os.getpid() != pid:  # what it opened is not for this process to close
+    if os.getpid() != pid:  # this process must not close what another one opened
         _of_another_process.append(items)
     elif _turn.is_of_package:
         threading.Thread(target=at_work()(items.close), name="closing").start()
@@ -174,17 +174,20 @@ _of_another_process: list[Generator[Any, None, None]] = []
 
 @cache
 def end_with_parent() -> None:
-    """End this worker process soon after the one that started it, whatever it does.
+    """End this worker process soon after its parent ends, whatever the worker does.
 
-    What a worker still has to send, it sends to nobody: it would wait for ever until that is read.
+    A worker that still sends data would wait for ever, because nobody reads them.
     """
     if parent := multiprocessing.parent_process():
         threading.Thread(target=_watch, args=[parent], name="end_with_parent", daemon=True).start()
 
 
 def _watch(parent: Any) -> None:
-    """Wait for the end of a pipe, which forked siblings may hold as well, or for a new parent."""
-    pid = os.getppid()  # with "forkserver" that of the server, which outlives its workers
+    """Wait until the parent's pipe is closed, or this process gets a new parent.
+
+    Forked siblings may keep the pipe open.
+    """
+    pid = os.getppid()  # with "forkserver" this is the server, which outlives its workers
     while parent.is_alive() and os.getppid() == pid:
         parent.join(POLL_S)
     os._exit(1)

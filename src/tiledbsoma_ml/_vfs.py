@@ -1,4 +1,4 @@
-"""Names in a folder, wherever TileDB can read: by its virtual file system, which tiledbsoma does not show."""
+"""Lists of the names in a folder, by TileDB's virtual file system, which tiledbsoma does not offer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NO_THREADS = {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "
 
 
 class VFS:
-    """Lists folders by URI; made by `open_vfs`."""
+    """TileDB's virtual file system, which lists folders by URI; see `open_vfs`."""
 
     def __init__(self, context: ctypes.c_void_p, vfs: ctypes.c_void_p) -> None:
         self._context = context
         self._vfs = vfs
 
     def names(self, uri: str) -> list[str]:
-        """Return the names in a folder, sorted; none if it is not there.
+        """Return the names in a folder, sorted; none if the folder does not exist.
 
         Raises:
             OSError: If it cannot be listed.
@@ -48,7 +48,7 @@ def open_vfs(config: Mapping[str, str | float]) -> Iterator[VFS]:
     """Open TileDB's virtual file system with a configuration of TileDB, credentials included.
 
     Raises:
-        OSError: If this tiledbsoma does not let it be opened, or the configuration is none.
+        OSError: If this tiledbsoma lacks the functions for it, or the configuration is not valid.
     """
     library, configuration, context, vfs = _library(), *(ctypes.c_void_p() for _ in range(3))
     with ExitStack() as stack:
@@ -70,7 +70,7 @@ def open_vfs(config: Mapping[str, str | float]) -> Iterator[VFS]:
 
 @cache
 def _library() -> Any:
-    """Return TileDB as tiledbsoma has loaded it: functions are found through the module that uses them."""
+    """Return the TileDB library that tiledbsoma has loaded; its functions are found through its module."""
     library = ctypes.CDLL(pytiledbsoma.__file__)
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     arguments = {

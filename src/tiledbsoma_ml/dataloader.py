@@ -15,7 +15,7 @@ from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
 from tiledbsoma_ml._dataset.mini_batches import assembly
 from tiledbsoma_ml._epoch.position import Position
-from tiledbsoma_ml._epoch.progress import Progress, Run
+from tiledbsoma_ml._epoch.progress import Iteration, Progress
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 _T = TypeVar("_T")
@@ -111,14 +111,14 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
         if self.num_workers == 0:
             with self.progress.asking():
                 return super().__iter__()
-        with self.dataset.iterations.handed_to_workers(self.progress, self.num_workers) as (begin, run):
-            if run.loaded is not None:
+        with self.dataset.iterations.handed_to_workers(self.progress, self.num_workers) as (begin, iteration):
+            if iteration.loaded is not None:
                 self._iterator = None  # workers that were kept do not know of a state: new ones are started
             items: Iterator[Any] = super().__iter__()
         self._n_iterators += 1
         mini_batches = items if self.dataset.device is None else self._on_device(items, begin)
         named = _naming_dead_workers(mini_batches, getattr(items, "_workers", []))
-        return self._counted(named, run, self._n_iterators)
+        return self._counted(named, iteration, self._n_iterators)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch stands: after the last mini-batch that was yielded, whatever was read ahead.
@@ -139,7 +139,9 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
             self.own_progress = self.dataset.iterations.of_loader()
         return self.own_progress
 
-    def _counted(self, mini_batches: Iterator[MiniBatch], run: Run, number: int) -> Iterator[MiniBatch]:
+    def _counted(
+        self, mini_batches: Iterator[MiniBatch], iteration: Iteration, number: int
+    ) -> Iterator[MiniBatch]:
         """Yield mini-batches of the iterator that has a number, and note where the epoch stands."""
         try:
             while True:
@@ -153,11 +155,11 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
                     mini_batch = next(mini_batches)
                 except StopIteration:
                     break
-                run.advance()
+                iteration.advance()
                 yield mini_batch
-            run.end()
+            iteration.end()
         finally:
-            run.is_over = True
+            iteration.is_over = True
 
     def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
         return _in_turn(

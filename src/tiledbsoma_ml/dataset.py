@@ -288,7 +288,7 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         n_batches = check_count("n_batches", n_batches, suggestion=256)
         # A device that permutes gives the order that is planned for the CPU.
         plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        planned = plan.of(self.iterations.part(self.epoch, self.iterations.place()))
+        planned = plan.of(self.iterations.part(self.epoch, self.iterations.partition()))
         rows = np.unique(planned.obs_joinids)
         labels = self.source.obs(rows, [column])[column]
         return quality_of(planned, rows, labels, self.source.row_tile, n_batches)
@@ -302,7 +302,7 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
     # The flow ---------------------------------------------------------------------------------------------
 
     def _epoch(self, progress: Progress) -> Generator[MiniBatch, None, None]:
-        part, run = self.iterations.begin(progress)
+        part, iteration = self.iterations.begin(progress)
         try:
             planned, options = self.plan.of(part), self.options
             leaves_device_work = leaves_device_work_to_loader(options, is_told=self.iterations.is_told)
@@ -315,8 +315,8 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
             reads_ahead = nullcontext() if isinstance(reader, RandomAccess) else closing(reader)
             with closing(reader), closing(made), reads_ahead:
                 for mini_batch in made:
-                    run.advance()
+                    iteration.advance()
                     yield mini_batch
-            run.end()
+            iteration.end()
         finally:
-            run.is_over = True
+            iteration.is_over = True

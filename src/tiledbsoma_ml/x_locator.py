@@ -1,4 +1,4 @@
-"""The address of one X layer: small, picklable, and all that a worker needs to open it."""
+"""`XLocator`: the address of an X layer, with which any process can open it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class XLocator:
         """Open the layer's array and the experiment's `obs`; both close with the context.
 
         Args:
-            budget: Memory that reading may take: it sizes the buffers that the configuration leaves unsized.
+            budget: Memory that reading may use. It sets the sizes of buffers that the configuration does not.
         """
         budget = budget or Budget(2**31, self.is_remote)
         if budget.keeps_freed_memory:
@@ -103,7 +103,7 @@ class XLocator:
         """Open the experiment as of its timestamp.
 
         Args:
-            config: In place of `tiledb_config`.
+            config: A configuration to use in place of `tiledb_config`.
 
         Raises:
             ValueError: If it cannot be opened.
@@ -119,15 +119,15 @@ class XLocator:
 
 
 TEXT_BYTES = 48
-"""Memory that a value of a dimension of text takes up, about."""
+"""Estimated memory of a value of a text dimension."""
 
 _TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
 
 
 def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, str | float]:
-    """Return sizes for the buffers that a configuration does not size.
+    """Return sizes for the buffers whose sizes a configuration does not set.
 
-    A context that was used has a value for everything, so TileDB's own default counts as not set.
+    A context that was used has a value for each setting, so TileDB's own default counts as not set.
     """
     for name in _TILEDB_DEFAULTS.keys() & config.keys():
         if not str(config[name]).isdigit():
@@ -143,10 +143,10 @@ def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, s
 
 
 def _least_total_budget(arrays: Sequence[Any], config: dict[str, str | float]) -> int:
-    """Return the least `sm.mem.total_budget` with which sparse arrays can be read; 0 if that is not known.
+    """Return the smallest `sm.mem.total_budget` with which sparse arrays can be read; 0 if it is not known.
 
-    Without its parallel merge, TileDB gives every fragment the same share of half of it, which must hold the
-    coordinates of a tile.
+    Without its parallel merge, TileDB divides half of this budget equally among the fragments, and each share
+    must hold the coordinates of a tile.
     """
     least = 0
     with suppress(OSError), open_vfs(config) as vfs:
@@ -182,9 +182,10 @@ def check_open(experiment: soma.Experiment) -> None:
 
 
 def _address(experiment: soma.Experiment) -> str:
-    """Return the URI of an experiment, absolute.
+    """Return the absolute URI of an experiment.
 
-    TileDB takes a relative path from the folder in which it was first used, and only members tell which.
+    TileDB resolves a relative path in the folder in which it was first used. Only the URIs of members of the
+    experiment contain that folder.
     """
     uri: str = experiment.uri
     parent, _, name = str(experiment.obs.uri).removeprefix("file://").rpartition("/")

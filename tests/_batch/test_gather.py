@@ -12,10 +12,10 @@ MANY = 40_000  # values of so many rows take up more than `SMALL_BYTES`
 
 
 def test_reading_many_rows_over_and_over_keeps_no_more_memory_than_a_limit(whole: Snapshot) -> None:
-    reader = whole.reader(kept_bytes=2**21)
+    reader = whole.reader(pool_bytes=2**21)
     for n in range(MANY, 2 * MANY, MANY // 4):
         reader.csr(np.arange(n) % N_OBS)
-    assert SMALL_BYTES < reader.kept_bytes <= 2**21
+    assert SMALL_BYTES < reader.free_bytes <= 2**21
 
 
 def test_mini_batches_that_are_held_stay_as_they_are(whole: Snapshot) -> None:

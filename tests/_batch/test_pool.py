@@ -97,8 +97,8 @@ def test_no_more_bytes_are_kept_than_asked_for_whatever_the_number_of_arrays() -
     for n in (2**18, 2**16, 2**17, 2**18 + 1, 2**19):  # 1 MiB, and a quarter, half, more and twice of it
         held = [pool.empty(n, FLOAT) for _ in range(4)]
         del held
-        assert pool.kept_bytes <= 2**20
-    assert pool.kept_bytes > 0
+        assert pool.free_bytes <= 2**20
+    assert pool.free_bytes > 0
 
 
 def test_memory_comes_back_also_after_its_pool_is_gone() -> None:
@@ -119,7 +119,7 @@ def test_threads_never_share_memory() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(fill, range(8)))
-    assert pool.kept_bytes <= 2**16
+    assert pool.free_bytes <= 2**16
 
 
 def test_arrays_without_rows_or_columns_are_given_out() -> None:

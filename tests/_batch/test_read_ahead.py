@@ -16,7 +16,7 @@ from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import id_batches
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.window import Columns, Room, Window
+from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
 
 
 def as_chunks(lengths: list[int]) -> list[np.ndarray]:
@@ -31,11 +31,11 @@ chunk_lengths = st.lists(st.integers(0, 12), max_size=7)
 class MemoryReader:
     """Rows of `expected_X`; counts what it reads, and fails where it is asked to."""
 
-    def __init__(self, error_at: int | None = None, n_parts: int = 1) -> None:
+    def __init__(self, error_at: int | None = None, n_pieces: int = 1) -> None:
         self.n_read = self.n_closed = 0
         self.has_read = [threading.Event() for _ in range(100)]
         self._error_at = error_at
-        self._n_parts = n_parts
+        self._n_pieces = n_pieces
         self._busy = threading.Lock()
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
@@ -44,7 +44,7 @@ class MemoryReader:
             number, self.n_read = self.n_read, self.n_read + 1
             if number == self._error_at:
                 raise OSError(f"batch {number} cannot be read") from KeyError("the cause")
-            return iter([self._rows_of(ids) for ids in np.array_split(obs_joinids, self._n_parts)])
+            return iter([self._rows_of(ids) for ids in np.array_split(obs_joinids, self._n_pieces)])
         finally:
             self._busy.release()
             self.has_read[number].set()
@@ -77,7 +77,7 @@ def test_each_batch_holds_the_rows_of_its_joinids_in_their_order(
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_the_parts_of_each_batch_come_in_order_one_batch_after_the_other(eager: bool) -> None:
-    reader = MemoryReader(n_parts=3)
+    reader = MemoryReader(n_pieces=3)
     read = read_ahead(id_batches([np.arange(100, 125)], 10, None), reader, use_eager_fetch=eager)
     pieces = list(read)
     parts = [rows.obs_joinids.tolist() for rows, _ in pieces]
@@ -152,28 +152,28 @@ def test_closing_midway_ends_the_thread_and_the_joinids() -> None:
     assert list(read) == []
 
 
-# A reader that waits for room -------------------------------------------------------------------------------
+# A reader that waits for others -----------------------------------------------------------------------------
 
 
 class WaitingReader:
-    """Three rows at a time, given out one by one, in windows that share a room for less than two of them."""
+    """Three rows at a time, given out one by one, in windows that share a limit for less than two of them."""
 
     def __init__(self) -> None:
-        self.room = Room(1)
+        self.byte_limit = ByteLimit(1)
         self.has_to_wait = threading.Event()
         self.errors: list[RuntimeError] = []
-        has_room = self.room._has_room
+        is_allowed = self.byte_limit._is_allowed
 
         def watched(window: Window, n_bytes: int) -> bool:
-            if not (answer := has_room(window, n_bytes)):
+            if not (answer := is_allowed(window, n_bytes)):
                 self.has_to_wait.set()
             return answer
 
-        self.room._has_room = watched  # type: ignore[method-assign]
+        self.byte_limit._is_allowed = watched  # type: ignore[method-assign]
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
         columns = Columns(np.arange(N_VARS))
-        window = Window(obs_joinids, columns, np.dtype(np.float32), n_parts=3, room=self.room)
+        window = Window(obs_joinids, columns, np.dtype(np.float32), n_pieces=3, byte_limit=self.byte_limit)
         X = expected_X(obs_joinids, range(N_VARS))
         i, j = X.nonzero()
         try:
@@ -187,7 +187,7 @@ class WaitingReader:
         )
 
     def close(self) -> None:
-        self.room.close()
+        self.byte_limit.close()
 
 
 def ids_in(pieces: list[Piece]) -> list[list[int]]:
@@ -202,7 +202,7 @@ ROWS = np.array([[5, 4, 9], [1, 0, 7], [8, 2, 6]])
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_a_reader_that_waits_for_room_goes_on_as_rows_are_taken() -> None:
+def test_a_reader_that_waits_for_bytes_goes_on_as_rows_are_taken() -> None:
     reader = WaitingReader()
     read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     parts = [next(read)]
@@ -213,7 +213,7 @@ def test_a_reader_that_waits_for_room_goes_on_as_rows_are_taken() -> None:
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_closing_while_the_reader_waits_for_room_ends_its_thread() -> None:
+def test_closing_while_the_reader_waits_for_bytes_ends_its_thread() -> None:
     reader = WaitingReader()
     read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     next(read)
@@ -224,7 +224,7 @@ def test_closing_while_the_reader_waits_for_room_ends_its_thread() -> None:
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_an_error_while_rows_are_taken_ends_the_thread_of_a_reader_that_waits_for_room() -> None:
+def test_an_error_while_rows_are_taken_ends_the_thread_of_a_reader_that_waits_for_bytes() -> None:
     reader = WaitingReader()
     read = read_ahead(iter(ROWS), reader, use_eager_fetch=True)
     next(read)

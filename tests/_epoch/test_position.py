@@ -158,11 +158,11 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
             of_workers = []
             for worker in range(n_workers):
                 place = Partition(rank, world_size, worker, n_workers)
-                part = EpochPart(ids=ids, place=place, seed=3, epoch=epoch, earlier=position._over)
-                found = np.concatenate([np.empty(0, np.int64), *plan.batches_of(part)])
+                part = EpochPart(ids=ids, partition=place, seed=3, epoch=epoch, earlier=position.stages)
+                found = np.concatenate([np.empty(0, np.int64), *plan.of(part).io_batches()])
                 batches = [found[b : b + batch_size].tolist() for b in range(0, len(found), batch_size)]
-                assert len(batches) == plan.n_mini_batches(part)
-                padding = set() if is_last is False else set(plan.padding_of(part).tolist())
+                assert len(batches) == plan.of(part).n_mini_batches
+                padding = set() if is_last is False else set(plan.of(part).padding().tolist())
                 of_workers.append([[row for row in batch if row not in padding] for batch in batches])
             taken: list[list[int]] = []
             while any(of_workers):
@@ -176,7 +176,7 @@ def test_with_other_ranks_and_workers_no_row_of_the_epoch_is_lost_or_repeated(
             world_size=world_size,
             num_workers=n_workers,
             n_yielded=done,
-            earlier=position._over,
+            earlier=position.stages,
         )
     if tail == "drop":
         assert len(set(rows)) == len(rows)

@@ -59,9 +59,9 @@ def find_runs() -> Arrays:
     return rows[:n_runs], starts[:n_runs], stops[:n_runs]
 
 
-def count_kept() -> Arrays:
+def count_wanted() -> Arrays:
     lengths = np.full(len(STARTS), -1, dtype=np.int32)
-    window.count_kept(DIM_1, FIRST_COL, TABLE, STARTS, STOPS, lengths)
+    window.count_wanted(DIM_1, FIRST_COL, TABLE, STARTS, STOPS, lengths)
     return (lengths,)
 
 
@@ -149,7 +149,7 @@ DEFINITIONS: list[tuple[Callable[[], Arrays], Arrays]] = [
     (count_rows, (1 + np.bincount(ROWS, minlength=N_ROWS),)),
     (place_rows, (INDPTR[1:], INDICES, DATA[BY_ROW])),
     (find_runs, (RUN_ROWS, STARTS, STOPS)),
-    (count_kept, (LENGTHS,)),
+    (count_wanted, (LENGTHS,)),
     (count_nonzeros, (KEPT.sum(axis=1),)),
     (copy_nonzeros, (np.broadcast_to(COL_OF, NONZERO.shape)[KEPT], dense()[LINES][KEPT])),
     (are_counts, (np.array(2 * [True, True, True, False, False, False, False, False]),)),

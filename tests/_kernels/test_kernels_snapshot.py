@@ -104,24 +104,26 @@ def gather_rows() -> None:
 
 
 def find_rows() -> None:
-    sorted_ids = np.unique(_rng_of(1).integers(-500, 5000, 300))
+    sorted_joinids = np.unique(_rng_of(1).integers(-500, 5000, 300))
     asked = _rng_of(2).integers(-600, 5100, 1000)
     for shift in (0, 3, 14):
-        span = sorted_ids[-1] - sorted_ids[0] + 1
-        starts = sorted_ids[0] + (np.arange((span - 1 >> shift) + 2) << shift)
+        span = sorted_joinids[-1] - sorted_joinids[0] + 1
+        starts = sorted_joinids[0] + (np.arange((span - 1 >> shift) + 2) << shift)
         rows = np.empty(1000, dtype=np.int64)
-        n_missing = kernels.find_rows(asked, sorted_ids, np.searchsorted(sorted_ids, starts), shift, rows)
-        is_there = np.isin(asked, sorted_ids)
-        np.testing.assert_array_equal(rows, np.where(is_there, np.searchsorted(sorted_ids, asked), -1))
+        n_missing = kernels.find_rows(
+            asked, sorted_joinids, np.searchsorted(sorted_joinids, starts), shift, rows
+        )
+        is_there = np.isin(asked, sorted_joinids)
+        np.testing.assert_array_equal(rows, np.where(is_there, np.searchsorted(sorted_joinids, asked), -1))
         assert n_missing == (~is_there).sum()
 
 
 def keep_columns() -> None:
     indptr, indices, data = gathered()
     columns = _rng_of(3).permutation(N_COLS)[:100]
-    place_of = np.full(N_COLS, -1, dtype=np.int32)
-    place_of[columns] = np.arange(100)
-    kernels.keep_columns(indptr, place_of, indices, data.view(np.uint32))
+    col_of = np.full(N_COLS, -1, dtype=np.int32)
+    col_of[columns] = np.arange(100)
+    kernels.keep_columns(indptr, col_of, indices, data.view(np.uint32))
     np.testing.assert_array_equal(to_dense(indptr, indices, data, 100), DENSE[ROWS][:, columns])
 
 
@@ -142,7 +144,7 @@ def fill_rows() -> None:
     columns = _rng_of(5).permutation(N_COLS)[:100]
     some = np.full(N_COLS, -1, dtype=np.int32)
     some[columns] = np.arange(100)
-    for place_of, expected in ((np.empty(0, np.int32), DENSE[ROWS]), (some, DENSE[ROWS][:, columns])):
+    for col_of, expected in ((np.empty(0, np.int32), DENSE[ROWS]), (some, DENSE[ROWS][:, columns])):
         indices, data = np.empty(longest, np.uint16), np.empty(longest, np.float32)
         out = np.full(expected.shape, 7, dtype=np.float32)
         wrong = kernels.fill_rows(
@@ -153,7 +155,7 @@ def fill_rows() -> None:
             INDICES_KINDS,
             DATA_AT,
             DATA_KINDS,
-            place_of,
+            col_of,
             indices,
             data,
             data.view(np.uint32),
@@ -258,9 +260,9 @@ def test_columns_that_are_not_there_are_told_and_never_written_to(dtype: type, b
     guarded = np.full((4, N_COLS), 7, np.float32)
     scratch, values = np.empty(20, np.uint32), np.empty(20, np.float32)
     where, types = (shards, begins, indptr, at, kinds), np.array([kernels.KINDS["<f4"]], np.uint8)
-    for place_of in (np.empty(0, np.int32), np.arange(N_COLS, dtype=np.int32)):
+    for col_of in (np.empty(0, np.int32), np.arange(N_COLS, dtype=np.int32)):
         bits = values.view(np.uint32), guarded[:2].view(np.uint32)
-        assert kernels.fill_rows(*where, data_at, types, place_of, scratch, values, *bits) == 1
+        assert kernels.fill_rows(*where, data_at, types, col_of, scratch, values, *bits) == 1
         assert (guarded[2:] == 7).all()
 
 

@@ -18,14 +18,14 @@ from tiledbsoma_ml._query_ids import Partition
 
 # Chunks that follow tiles ---------------------------------------------------------------------------------
 
-sorted_ids = st.builds(
+sorted_joinids = st.builds(
     lambda ids, gaps: np.sort(np.array(ids, dtype=np.int64)) * gaps,
     st.lists(st.integers(0, 300), max_size=60) | st.integers(0, 300).map(lambda n: list(range(n))),
     st.sampled_from([1, 3, 100]),
 )
 
 
-@given(ids=sorted_ids, run_length=st.integers(1, 70))
+@given(ids=sorted_joinids, run_length=st.integers(1, 70))
 def test_chunks_are_the_ids_of_each_run_that_has_any(ids: NDArray[np.int64], run_length: int) -> None:
     chunks = np.split(ids, chunk_starts(ids, run_length)[1:]) if len(ids) else []
     assert np.concatenate([*chunks, np.empty(0, np.int64)]).tolist() == ids.tolist()
@@ -69,7 +69,7 @@ def test_any_stretch_of_shuffled_chunks_is_that_of_the_chunks_put_end_to_end(
     whole = np.concatenate([chunks[k] for k in np.random.default_rng(seed).permutation(len(chunks))])
     start, stop = sorted(data.draw(st.integers(0, len(ids))) for _ in range(2))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(order_module, "BLOCK", block)
+        patched.setattr(order_module, "STEP_ROWS", block)
         assert order.rows(start, stop).tolist() == whole[start:stop].tolist()
     assert order.n_rows == len(ids)
 
@@ -122,7 +122,7 @@ def test_a_sampler_of_a_dozen_lines_is_dealt_to_ranks_and_workers_like_any_order
         make_rng=(lambda: seeded_rng(1, 0)) if permutes else None,
     )
     found = [
-        np.concatenate(list(windows.batches(deal.spans(Partition(rank, 2, worker, 3)))))
+        np.concatenate(list(windows.io_batches(deal.spans(Partition(rank, 2, worker, 3)))))
         for rank, worker in product(range(2), range(3))
     ]
     yielded = np.concatenate(found)

@@ -158,7 +158,7 @@ def test_a_plan_is_a_handful_of_objects_whatever_the_number_of_chunks(scope: Any
         layout=layout,
     )
     before = sys.getallocatedblocks()
-    batches = plan.batches_of(EpochPart(ids=ids, place=Partition(0, 1, 0, 1), seed=0, epoch=0))
+    batches = plan.of(EpochPart(ids=ids, partition=Partition(0, 1, 0, 1), seed=0, epoch=0)).io_batches()
     next(batches)
     assert sys.getallocatedblocks() - before < 10_000  # of 50,000 chunks
 
@@ -289,8 +289,8 @@ def test_each_worker_yields_what_the_documentation_says(
     plan, ids = plan_of(sizes), QueryIDs(obs_joinids=np.arange(n_rows) * 2, var_joinids=[0])
     for rank, worker in product(range(world_size), range(n_workers)):
         place = Partition(rank, world_size, worker, n_workers)
-        planned = plan.of(EpochPart(ids=ids, place=place, seed=seed, epoch=0))
-        rows = flat([batch.tolist() for batch in planned.batches()])
+        planned = plan.of(EpochPart(ids=ids, partition=place, seed=seed, epoch=0))
+        rows = flat([batch.tolist() for batch in planned.io_batches()])
         expected = expected_mini_batches(plan, n_rows, place, seed)
         assert rows == flat(expected)
         assert planned.n_mini_batches == len(expected)
@@ -320,8 +320,8 @@ def test_each_row_that_is_padding_is_yielded_by_another_rank_as_well(
     every: list[int] = []
     for rank, worker in product(range(world_size), range(n_workers)):
         place = Partition(rank, world_size, worker, n_workers)
-        planned = plan.of(EpochPart(ids=ids, place=place, seed=1, epoch=0, earlier=stages))
-        rows = flat([batch.tolist() for batch in planned.batches()])
+        planned = plan.of(EpochPart(ids=ids, partition=place, seed=1, epoch=0, earlier=stages))
+        rows = flat([batch.tolist() for batch in planned.io_batches()])
         every += rows
         real += [row for row in rows if row not in set(planned.padding().tolist())]
     assert len(set(real)) == len(real)
@@ -332,13 +332,13 @@ def test_each_row_that_is_padding_is_yielded_by_another_rank_as_well(
 def test_the_order_of_a_part_is_computed_once_whatever_is_asked(scope: Any) -> None:
     plan = Plan(shuffle_chunk_size=4, io_batch_size=8, batch_size=2, permutes=True, scope=scope, tail="pad")
     ids = QueryIDs(obs_joinids=np.arange(101), var_joinids=[0])
-    planned = plan.of(EpochPart(ids=ids, place=Partition(1, 2, 0, 1), seed=0, epoch=0))
+    planned = plan.of(EpochPart(ids=ids, partition=Partition(1, 2, 0, 1), seed=0, epoch=0))
     order = planned.order
-    batches: Iterator[Any] = planned.batches()
+    batches: Iterator[Any] = planned.io_batches()
     next(batches)
     assert planned.padding().tolist()
     assert len(planned.obs_joinids) == 51
-    assert flat([batch.tolist() for batch in planned.batches()])[8:] == flat([b.tolist() for b in batches])
+    assert flat([batch.tolist() for batch in planned.io_batches()])[8:] == flat([b.tolist() for b in batches])
     assert planned.order is order
 
 
@@ -347,7 +347,7 @@ def test_what_one_reads_together_is_said_by_the_plan() -> None:
 
     def planned(**options: Any) -> tuple[int, int, float]:
         plan = Plan(**{"batch_size": 10, "permutes": True, **options})
-        part = plan.of(EpochPart(ids=ids, place=Partition(0, 2, 0, 1), seed=0, epoch=0))
+        part = plan.of(EpochPart(ids=ids, partition=Partition(0, 2, 0, 1), seed=0, epoch=0))
         return part.chunk_rows, part.window_rows, part.predicted_mixing
 
     numbers = {"shuffle_chunk_size": 4, "io_batch_size": 64}
@@ -398,8 +398,8 @@ def test_skipping_leaves_the_rest_of_a_part_as_it_was(
     ids = QueryIDs(obs_joinids=np.arange(n_rows) * 2, var_joinids=[0])
 
     def rows(skip: int) -> list[int]:
-        part = EpochPart(ids=ids, place=place, seed=1, epoch=epoch, skip=skip)
-        return np.concatenate([np.empty(0, np.int64), *plan.batches_of(part)]).tolist()
+        part = EpochPart(ids=ids, partition=place, seed=1, epoch=epoch, skip=skip)
+        return np.concatenate([np.empty(0, np.int64), *plan.of(part).io_batches()]).tolist()
 
     whole = rows(0)
     skip = round(share * -(-len(whole) // batch_size))
@@ -410,6 +410,6 @@ def test_a_plan_of_many_ranks_and_workers_over_many_rows_is_that_of_its_part() -
     ids = QueryIDs(obs_joinids=np.arange(200_000), var_joinids=[0])
     plan = Plan(shuffle_chunk_size=64, io_batch_size=2048, batch_size=128, permutes=True, scope="global")
     places = [Partition(rank, 64, worker, 8) for rank, worker in product(range(64), range(8))]
-    parts = [EpochPart(ids=ids, place=place, seed=1, epoch=2) for place in places]
-    rows = np.concatenate([row for part in parts for row in plan.batches_of(part)])
+    parts = [EpochPart(ids=ids, partition=place, seed=1, epoch=2) for place in places]
+    rows = np.concatenate([row for part in parts for row in plan.of(part).io_batches()])
     assert len(rows) == len(np.unique(rows)) == 200_000

@@ -37,7 +37,7 @@ def test_rows_are_permuted_a_window_at_a_time_by_draws_in_sequence_for_each_rank
         make_rng=None if seed is None else partial(np.random.default_rng, seed),
     )
     spans = [sorted(data.draw(st.integers(0, n_rows)) for _ in range(2)) for _ in range(3)]
-    found = [row for batch in windows.batches([(a, b) for a, b in spans]) for row in batch.tolist()]
+    found = [row for batch in windows.io_batches([(a, b) for a, b in spans]) for row in batch.tolist()]
     assert found == [row for start, stop in spans for row in expected[start:stop]]
 
 
@@ -53,16 +53,16 @@ def windows_of(n_rows: int, size: int, starts: list[int], borders: range) -> Win
 
 def test_a_batch_is_what_is_left_of_a_window() -> None:
     windows = windows_of(20, 10, [0, 10], range(4, 10, 4))
-    lengths = [len(batch) for batch in windows.batches([(0, 20)])]
+    lengths = [len(batch) for batch in windows.io_batches([(0, 20)])]
     assert lengths == [4, 4, 2, 4, 4, 2]
-    assert [len(batch) for batch in windows.batches([(3, 7), (9, 13)])] == [1, 3, 1, 3]
+    assert [len(batch) for batch in windows.io_batches([(3, 7), (9, 13)])] == [1, 3, 1, 3]
 
 
 def test_rows_in_no_window_come_together_and_as_they_are() -> None:
     trimmed = windows_of(11, 3, [0, 4, 8], range(2, 3, 2))
-    assert [batch.tolist() for batch in trimmed.batches([(3, 4), (7, 8)])] == [[3], [7]]
+    assert [batch.tolist() for batch in trimmed.io_batches([(3, 4), (7, 8)])] == [[3], [7]]
     repeated = windows_of(5, 4, [0, 4, 8], range(2, 4, 2))
-    assert [batch.tolist() for batch in repeated.batches([(4, 12)])] == [[4], [0, 1, 2, 3, 4, 0, 1]]
+    assert [batch.tolist() for batch in repeated.io_batches([(4, 12)])] == [[4], [0, 1, 2, 3, 4, 0, 1]]
 
 
 @given(

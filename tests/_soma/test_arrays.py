@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import Store
-from tiledbsoma_ml._soma.arrays import ranges, telling_where, to_numpy
+from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
 
 
 @settings(max_examples=200)
@@ -22,18 +22,18 @@ from tiledbsoma_ml._soma.arrays import ranges, telling_where, to_numpy
 def test_all_ids_from_the_first_to_the_last_of_each_run_are_asked_for(
     ids: set[int], starts: set[int], at_most: int
 ) -> None:
-    sorted_ids = np.array(sorted(ids))
-    borders = [*sorted({0} | {k for k in starts if k < len(sorted_ids)}), len(sorted_ids)]
+    sorted_joinids = np.array(sorted(ids))
+    borders = [*sorted({0} | {k for k in starts if k < len(sorted_joinids)}), len(sorted_joinids)]
     wanted = [
         joinid
         for start, stop in pairwise(borders)
-        for joinid in range(sorted_ids[start], sorted_ids[stop - 1] + 1)
+        for joinid in range(sorted_joinids[start], sorted_joinids[stop - 1] + 1)
     ]
-    found = ranges(sorted_ids, np.array(borders[:-1]), at_most)
+    found = ranges(sorted_joinids, np.array(borders[:-1]), at_most)
     if isinstance(found, slice):
         assert wanted == list(range(found.start, found.stop + 1))
     elif len(wanted) > at_most:
-        assert found.tolist() == sorted_ids.tolist()
+        assert found.tolist() == sorted_joinids.tolist()
     else:
         assert found.tolist() == wanted
         assert (np.diff(found) > 1).any(), "what touches is asked for as a slice"
@@ -52,7 +52,7 @@ def test_an_error_of_tiledb_is_told_with_the_rows_the_array_and_its_cause(
     store: Store, ids: np.ndarray, rows: str
 ) -> None:
     cause = soma.SOMAError("checksum mismatch. ")
-    with store.locator.open() as (X, _), pytest.raises(soma.SOMAError) as told, telling_where(X, ids):
+    with store.locator.open() as (X, _), pytest.raises(soma.SOMAError) as told, naming_rows(X, ids):
         raise cause
     assert str(told.value).startswith(
         f"{rows} of {X.uri!r} must be readable, but: checksum mismatch; try again"

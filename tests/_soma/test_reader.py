@@ -19,8 +19,8 @@ from torch._utils import ExceptionWrapper
 from stores import DTYPES, N_OBS, N_VARS, Store, expected_X, make_experiment, make_obs
 from tiledbsoma_ml import XLocator
 from tiledbsoma_ml._soma import reader as _reader
-from tiledbsoma_ml._soma.blocks import Extents
 from tiledbsoma_ml._soma.reader import SOMAReader
+from tiledbsoma_ml._soma.stores import Extents
 
 
 def read(
@@ -69,7 +69,7 @@ def dense_store(make_store: Any) -> Store:
     obs_joinids=st.lists(st.integers(0, N_OBS - 1), max_size=60),
     var_joinids=st.lists(st.integers(0, N_VARS - 1), unique=True, max_size=N_VARS),
     dense=st.booleans(),
-    n_parts=st.integers(1, 9),
+    n_pieces=st.integers(1, 9),
     eager=st.booleans(),
     in_files=st.booleans(),
 )
@@ -80,13 +80,13 @@ def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
     obs_joinids: list[int],
     var_joinids: list[int],
     dense: bool,
-    n_parts: int,
+    n_pieces: int,
     eager: bool,
     in_files: bool,
 ) -> None:
     folder = tmp_path_factory.getbasetemp() if in_files else None
     options = {
-        "n_parts": n_parts,
+        "n_pieces": n_pieces,
         "use_eager_fetch": eager,
         "store": Extents(folder, 2**12) if folder else None,
     }
@@ -120,9 +120,9 @@ def test_infinite_and_missing_values_are_kept(store: Store, tmp_path: Any) -> No
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("n_parts", [1, 2, 7, 40])
+@pytest.mark.parametrize("n_pieces", [1, 2, 7, 40])
 def test_rows_come_in_as_many_io_batches_as_asked_for_of_almost_equal_size(
-    store: Store, dense_store: Store, dense: bool, n_parts: int
+    store: Store, dense_store: Store, dense: bool, n_pieces: int
 ) -> None:
     rows = np.arange(40)[::-1]
     with (dense_store if dense else store).locator.open() as (X, obs):
@@ -132,10 +132,10 @@ def test_rows_come_in_as_many_io_batches_as_asked_for_of_almost_equal_size(
             np.arange(N_VARS),
             obs_column_names=["soma_joinid"],
             obs_joinids=rows,
-            n_parts=n_parts,
+            n_pieces=n_pieces,
         )
         sizes = [len(part) for part in reader.read(rows)]
-    assert len(sizes) == n_parts
+    assert len(sizes) == n_pieces
     assert max(sizes) - min(sizes) <= 1
 
 

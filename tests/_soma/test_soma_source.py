@@ -1,4 +1,4 @@
-"""Rows of an experiment that wait for room, and what happens if one leaves early or reading fails."""
+"""Rows of an experiment that wait for others, and what happens if one leaves early or reading fails."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import Room, Window
+from tiledbsoma_ml._soma.window import ByteLimit, Window
 from windows import LONG, N_ROWS, TILE, dataset_of
 
 
-class TinyRoom(Room):
+class TinyLimit(ByteLimit):
     """So tiny that a window waits until the one before is given out."""
 
     def __init__(self, has_to_wait: threading.Event) -> None:
         super().__init__(1)
         self.has_to_wait = has_to_wait
 
-    def _has_room(self, window: Window, n_bytes: int) -> bool:
-        answer = super()._has_room(window, n_bytes)
+    def _is_allowed(self, window: Window, n_bytes: int) -> bool:
+        answer = super()._is_allowed(window, n_bytes)
         if not answer:
             self.has_to_wait.set()
         return answer
@@ -45,7 +45,7 @@ def waits() -> threading.Event:
 
 @pytest.fixture
 def tiny_rooms(waits: threading.Event) -> dict[str, Any]:
-    return {"make_room": lambda _: TinyRoom(waits)}
+    return {"make_limit": lambda _: TinyLimit(waits)}
 
 
 in_memory_or_files = pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
@@ -59,7 +59,7 @@ def windows_in(in_files: bool, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("no_thread_left")
 @in_memory_or_files
-def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
+def test_rows_that_wait_for_bytes_come_when_a_slow_consumer_takes_those_before(
     large: Store, tmp_path: Path, waits: threading.Event, tiny_rooms: Any, in_files: bool
 ) -> None:
     mini_batches = []
@@ -75,7 +75,7 @@ def test_rows_that_wait_for_room_come_when_a_slow_consumer_takes_those_before(
 @pytest.mark.usefixtures("no_thread_left")
 @in_memory_or_files
 @pytest.mark.parametrize("through_loader", [False, True])
-def test_leaving_while_the_reader_waits_for_room_ends_cleanly(
+def test_leaving_while_the_reader_waits_for_bytes_ends_cleanly(
     large: Store,
     tmp_path: Path,
     waits: threading.Event,
@@ -99,7 +99,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
     is_read, is_left = threading.Event(), threading.Event()
     read = soma.SparseNDArray.read
 
-    class TellingRoom(Room):
+    class TellingLimit(ByteLimit):
         def close(self) -> None:
             super().close()
             is_left.set()
@@ -119,7 +119,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
             yield table.slice(0, 1)
 
     options = {**windows_in(False, tmp_path), "shuffle_chunk_size": 20}
-    dataset = dataset_of(large, make_room=TellingRoom, **options)
+    dataset = dataset_of(large, make_limit=TellingLimit, **options)
     with mock.patch.object(soma.SparseNDArray, "read", slowly):
         mini_batches = iter(dataset)
         for _ in range(300 // 20):
@@ -130,7 +130,7 @@ def test_leaving_while_the_next_window_is_waited_for_stops_reading_it(large: Sto
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_an_error_of_the_consumer_while_the_reader_waits_for_room_is_the_one_that_is_seen(
+def test_an_error_of_the_consumer_while_the_reader_waits_for_bytes_is_the_one_that_is_seen(
     large: Store, tmp_path: Path, waits: threading.Event, tiny_rooms: Any
 ) -> None:
     def train() -> None:

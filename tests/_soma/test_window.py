@@ -33,7 +33,7 @@ from layer_tables import (
 from tiledbsoma_ml._batch.read_ahead import read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.window import Columns, Room, Window
+from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
 
 LONG = 60  # seconds; only a failure waits as long
 
@@ -47,25 +47,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=250)
-@given(layer=layers(), n_parts=st.integers(1, 12), in_files=st.booleans())
+@given(layer=layers(), n_pieces=st.integers(1, 12), in_files=st.booleans())
 def test_the_parts_put_together_are_the_rows_in_the_order_asked_for_with_every_bit_of_every_value(
-    folder: Path, layer: Layer, n_parts: int, in_files: bool
+    folder: Path, layer: Layer, n_pieces: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
+    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
 @settings(max_examples=40)
-@given(layer=layers(), n_parts=st.integers(1, 12), data=st.data())
+@given(layer=layers(), n_pieces=st.integers(1, 12), data=st.data())
 def test_dense_blocks_give_what_their_entries_that_are_not_zero_give(
-    layer: Layer, n_parts: int, data: st.DataObject
+    layer: Layer, n_pieces: int, data: st.DataObject
 ) -> None:
     n_rows, n_cols = 33, 9
     values = np.random.default_rng(3).choice(
         np.array(data.draw(st.sampled_from(palettes(layer.dtype))), layer.dtype), (n_rows, n_cols)
     )
     rows, cols = layer.obs_joinids % n_rows, np.unique(layer.var_joinids % n_cols)[::-1]
-    window, other = (Window(rows, Columns(cols), layer.dtype, n_parts=n_parts) for _ in range(2))
+    window, other = (Window(rows, Columns(cols), layer.dtype, n_pieces=n_pieces) for _ in range(2))
     borders = [0, data.draw(st.integers(1, n_rows - 1)), n_rows]
     for top, bottom in pairwise(borders):
         for left, right in ((0, 4), (4, n_cols)):
@@ -77,23 +77,23 @@ def test_dense_blocks_give_what_their_entries_that_are_not_zero_give(
 
 
 @given(
-    seed=st.integers(0, 99), n_parts=st.integers(1, 40), in_files=st.booleans(), n_tables=st.integers(1, 9)
+    seed=st.integers(0, 99), n_pieces=st.integers(1, 40), in_files=st.booleans(), n_tables=st.integers(1, 9)
 )
 @settings(max_examples=30)
 def test_rows_that_fill_many_pages_come_out_as_they_went_in(
-    folder: Path, seed: int, n_parts: int, in_files: bool, n_tables: int
+    folder: Path, seed: int, n_pieces: int, in_files: bool, n_tables: int
 ) -> None:
     layer = random_layer(seed, n_tables=n_tables)
-    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None, **SMALL_PAGES))
+    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None, **SMALL_PAGES))
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
 @settings(max_examples=100)
-@given(layer=layers(), n_parts=st.integers(1, 5), in_files=st.booleans())
+@given(layer=layers(), n_pieces=st.integers(1, 5), in_files=st.booleans())
 def test_narrow_parts_hold_every_bit_in_the_smallest_type_that_was_needed(
-    folder: Path, layer: Layer, n_parts: int, in_files: bool
+    folder: Path, layer: Layer, n_pieces: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_parts=n_parts, store=store_in(folder if in_files else None))
+    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
     parts = list(window.give_out(narrow=True))
     assert_same_bits(np.concatenate([as_rows(part).astype(layer.dtype) for part in parts]), layer.dense())
     assert all(part.data.dtype in (np.uint8, np.uint16, np.uint32, layer.dtype) for part in parts)
@@ -115,7 +115,7 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
     ]
     n_rows = len(tables)
     layer = Layer(tables, dtype, np.arange(n_rows)[::-1], np.arange(4))
-    window = layer.filled(n_parts=3, store=store_in(folder if in_files else None))
+    window = layer.filled(n_pieces=3, store=store_in(folder if in_files else None))
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
@@ -123,7 +123,7 @@ def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
     cols = np.array([0, 65_535, 65_536, 69_999])
     tables = [(np.zeros(4, np.int64), cols, np.array([1, 2, 3, 4], dtype=np.float32))]
     layer = Layer(tables, np.dtype(np.float32), np.array([0, 0]), np.arange(70_000)[::-1])
-    for part in layer.filled(n_parts=2):
+    for part in layer.filled(n_pieces=2):
         assert part.indices.dtype == np.uint32
         assert dict(zip(part.indices.tolist(), part.data.tolist(), strict=True)) == {
             69_999: 1.0,
@@ -133,18 +133,18 @@ def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
         }
 
 
-@pytest.mark.parametrize(("n_rows", "n_parts"), [(1, 1), (1, 5), (10, 1), (10, 3), (10, 10), (10, 99)])
-def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_parts: int) -> None:
+@pytest.mark.parametrize(("n_rows", "n_pieces"), [(1, 1), (1, 5), (10, 1), (10, 3), (10, 10), (10, 99)])
+def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_pieces: int) -> None:
     layer = Layer([], np.dtype(np.uint8), np.arange(n_rows), np.arange(3))
-    sizes = [len(part) for part in layer.filled(n_parts=n_parts)]
-    assert len(sizes) == min(n_rows, n_parts)
+    sizes = [len(part) for part in layer.filled(n_pieces=n_pieces)]
+    assert len(sizes) == min(n_rows, n_pieces)
     assert sum(sizes) == n_rows
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_no_rows_are_one_part_without_rows() -> None:
     layer = Layer([], np.dtype(np.uint8), np.arange(0), np.arange(3))
-    assert [part.shape for part in layer.filled(n_parts=4)] == [(0, 3)]
+    assert [part.shape for part in layer.filled(n_pieces=4)] == [(0, 3)]
 
 
 def test_no_columns_leave_rows_without_entries() -> None:
@@ -179,11 +179,11 @@ def test_an_entry_takes_two_bytes_for_its_column_and_as_few_for_its_value_as_hol
     assert window.nbytes == 8 + 3 * (2 + value_bytes)  # the run's row and length, then its entries
 
 
-# Room -----------------------------------------------------------------------------------------------------
+# Limits ---------------------------------------------------------------------------------------------------
 
 
-class WatchedRoom(Room):
-    """A room that tells who had to wait, and checks at every step that its limit holds."""
+class WatchedLimit(ByteLimit):
+    """A limit that records who had to wait, and checks at every step that it holds."""
 
     def __init__(self, n_bytes: float) -> None:
         super().__init__(n_bytes)
@@ -195,8 +195,8 @@ class WatchedRoom(Room):
         with self._changed:
             assert sum(self._held.values()) <= self._n_bytes or set(self._held) == {window}
 
-    def _has_room(self, window: Window, n_bytes: int) -> bool:
-        answer = super()._has_room(window, n_bytes)
+    def _is_allowed(self, window: Window, n_bytes: int) -> bool:
+        answer = super()._is_allowed(window, n_bytes)
         if not answer:
             self.had_to_wait.append(window)
             self.has_to_wait.set()
@@ -207,70 +207,73 @@ ROW_BYTES = 8 + 4 * 3  # a run's row and length, then columns and counts
 
 
 def test_a_second_window_waits_while_the_first_holds_too_much_and_goes_on_as_that_is_given_out() -> None:
-    room = WatchedRoom(12 * ROW_BYTES)
+    byte_limit = WatchedLimit(12 * ROW_BYTES)
     first, other = rows_of_counts(10), rows_of_counts(5, first=100)
-    holding = first.filled(n_parts=5, room=room)
-    assert not room.has_to_wait.is_set()
+    holding = first.filled(n_pieces=5, byte_limit=byte_limit)
+    assert not byte_limit.has_to_wait.is_set()
     parts = iter(holding)
 
     with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(other.filled, room=room)  # 15 rows are too many, and so are 13
-        assert room.has_to_wait.wait(LONG)
+        filling = pool.submit(other.filled, byte_limit=byte_limit)  # 15 rows are too many, and so are 13
+        assert byte_limit.has_to_wait.wait(LONG)
         given_out = [next(parts)]
         assert not filling.done()
         given_out.append(next(parts))  # 11 rows
         window = filling.result(LONG)
 
-    assert set(room.had_to_wait) == {window}
+    assert set(byte_limit.had_to_wait) == {window}
     assert_same_bits(put_together([*given_out, *parts]), first.dense())
     assert_same_bits(put_together(list(window)), other.dense())
 
 
-def test_two_windows_that_fit_into_the_room_together_wait_for_nothing() -> None:
-    room = WatchedRoom(15 * ROW_BYTES)
-    windows = [rows_of_counts(10).filled(room=room), rows_of_counts(5).filled(room=room)]
-    assert room.had_to_wait == []
+def test_two_windows_that_fit_into_the_limit_together_wait_for_nothing() -> None:
+    byte_limit = WatchedLimit(15 * ROW_BYTES)
+    windows = [
+        rows_of_counts(10).filled(byte_limit=byte_limit),
+        rows_of_counts(5).filled(byte_limit=byte_limit),
+    ]
+    assert byte_limit.had_to_wait == []
     assert sum(window.nbytes for window in windows) == 15 * ROW_BYTES
 
 
 @pytest.mark.parametrize("n_bytes", [-5, 0, 1, 3 * ROW_BYTES])
-def test_a_window_that_is_alone_may_be_larger_than_the_room(n_bytes: int) -> None:
-    room = WatchedRoom(n_bytes)
-    for first in (0, 100):  # one after the other: the room is free again once the first is given out
+def test_a_window_that_is_alone_may_be_larger_than_the_limit(n_bytes: int) -> None:
+    byte_limit = WatchedLimit(n_bytes)
+    for first in (0, 100):  # one after the other: the limit is free again once the first is given out
         layer = rows_of_counts(20, first)
-        assert_same_bits(put_together(list(layer.filled(n_parts=4, room=room))), layer.dense())
-    assert room.had_to_wait == []
+        assert_same_bits(put_together(list(layer.filled(n_pieces=4, byte_limit=byte_limit))), layer.dense())
+    assert byte_limit.had_to_wait == []
 
 
-def test_closing_the_room_ends_a_waiting_thread_with_an_error() -> None:
-    room = WatchedRoom(ROW_BYTES)
-    rows_of_counts(10).filled(room=room)
+def test_closing_the_limit_ends_a_waiting_thread_with_an_error() -> None:
+    byte_limit = WatchedLimit(ROW_BYTES)
+    rows_of_counts(10).filled(byte_limit=byte_limit)
     with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(rows_of_counts(5).filled, room=room)
-        assert room.has_to_wait.wait(LONG)
+        filling = pool.submit(rows_of_counts(5).filled, byte_limit=byte_limit)
+        assert byte_limit.has_to_wait.wait(LONG)
         assert not filling.done()
-        room.close()
+        byte_limit.close()
         with pytest.raises(RuntimeError, match="the iterator was closed while rows were read ahead"):
             filling.result(LONG)
 
 
 def test_a_closed_room_lets_nobody_in_but_rows_that_are_there_can_be_given_out() -> None:
-    room, layer = Room(10**6), rows_of_counts(5)
-    window = layer.filled(n_parts=2, room=room)
-    room.close()
+    byte_limit, layer = ByteLimit(10**6), rows_of_counts(5)
+    window = layer.filled(n_pieces=2, byte_limit=byte_limit)
+    byte_limit.close()
     with pytest.raises(RuntimeError, match="the iterator was closed"):
-        rows_of_counts(1).filled(room=room)
+        rows_of_counts(1).filled(byte_limit=byte_limit)
     assert_same_bits(put_together(list(window)), layer.dense())
 
 
 class WindowReader:
-    """Rows of `rows_of_counts`, read into windows that share pages and a room."""
+    """Rows of `rows_of_counts`, read into windows that share pages and a limit."""
 
     def __init__(self, **options: Any) -> None:
         self._options = options
 
     def close(self) -> None:
-        self._options["room"].close()
+        self._options["byte_limit"].close()
 
     def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[Rows[CSR_IO_Buffer]]:
         window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
@@ -289,19 +292,19 @@ class WindowReader:
 @given(
     sizes=st.lists(st.integers(1, 60), max_size=6),
     limit=st.integers(0, 80 * ROW_BYTES),
-    n_parts=st.integers(1, 8),
+    n_pieces=st.integers(1, 8),
     in_files=st.booleans(),
 )
-@example(sizes=[60, 60, 60], limit=0, n_parts=1, in_files=False)
-@example(sizes=[60, 1, 60], limit=60 * ROW_BYTES, n_parts=8, in_files=True)
+@example(sizes=[60, 60, 60], limit=0, n_pieces=1, in_files=False)
+@example(sizes=[60, 1, 60], limit=60 * ROW_BYTES, n_pieces=8, in_files=True)
 def test_windows_that_are_filled_while_those_before_are_given_out_never_block_each_other(
-    folder: Path, sizes: list[int], limit: int, n_parts: int, in_files: bool
+    folder: Path, sizes: list[int], limit: int, n_pieces: int, in_files: bool
 ) -> None:
     rng = np.random.default_rng(sum(sizes))
     batches = np.split(rng.permutation(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
-    room = WatchedRoom(limit)
+    byte_limit = WatchedLimit(limit)
     store = store_in(folder if in_files else None, page_bytes=2**12, slab_bytes=2**13)
-    reader = WindowReader(n_parts=n_parts, room=room, store=store)
+    reader = WindowReader(n_pieces=n_pieces, byte_limit=byte_limit, store=store)
     read = read_ahead(iter(batches), reader, use_eager_fetch=True)
     found = [rows.X.slice_tonumpy(slice(None)) for rows, _ in read]
     rows = np.concatenate([*batches, np.empty(0, dtype=np.int64)])

@@ -85,8 +85,8 @@ def test_the_type_of_a_shard_holds_every_value_and_no_smaller_one_does(
 ) -> None:
     scale = factor if np.dtype(dtype).kind == "f" else 1
     arrays = [(np.array(part) * scale).astype(dtype) for part in parts]
-    kept = [array.astype(_snapshot_shards.narrowed(array)) for array in arrays]
-    chosen = _snapshot_shards.smallest(kept, np.dtype(dtype))
+    kept = [array.astype(_snapshot_shards.narrowest_dtype(array)) for array in arrays]
+    chosen = _snapshot_shards.common_dtype(kept, np.dtype(dtype))
 
     def holds(name: str) -> bool:
         with np.errstate(all="ignore"):

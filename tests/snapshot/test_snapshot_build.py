@@ -21,9 +21,9 @@ from tiledbsoma_ml.snapshot import build as _snapshot_build
 from tiledbsoma_ml.snapshot import progress as _snapshot_progress
 from tiledbsoma_ml.snapshot.build import create
 from tiledbsoma_ml.snapshot.format import MANIFEST
-from tiledbsoma_ml.snapshot.parts import located, part_of
 from tiledbsoma_ml.snapshot.progress import Progress
 from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.segments import located, segment_of
 from windows import WindowsBudget
 
 # Once -----------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_a_small_budget_makes_small_shards(store: Store, path: Path) -> None:
     assert len(Snapshot.open(path)._manifest.layers[0].shards) == N_SHARDS
     shutil.rmtree(path)
     with store.query() as query:
-        parts = [part_of(*of) for of in located(query, None)]
+        parts = [segment_of(*of) for of in located(query, None)]
     budget = WindowsBudget(2**26, windows_bytes=4 * 1000)
     names: dict[str, Any] = {"obs_column_names": ["soma_joinid"], "layers": [], "obsm": []}
     create(path, parts, **names, budget=budget, progress=Progress(False, ""))

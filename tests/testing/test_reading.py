@@ -170,9 +170,11 @@ def _read_a_table_that_is_kept(self: Any, ids: Any) -> Iterator[Any]:
     yield Rows.from_scipy(ids, self.X[ids], tables.setdefault(ids.tobytes(), self.obs(ids)))
 
 
-of_reader("one memory", "What `read` has given out must stay as it is", read=_read_into_one_memory)
-of_reader("views of X", "`X` of a row must be the same .* after what was given out", read=_read_views)
-of_reader("a table kept", "after what was given out before was written to", read=_read_a_table_that_is_kept)
+of_reader("one memory", "A piece that `read` has given out must stay as it is", read=_read_into_one_memory)
+of_reader("views of X", "`X` of a row must be the same .* after pieces that were given out", read=_read_views)
+of_reader(
+    "a table kept", "after pieces that were given out before were written to", read=_read_a_table_that_is_kept
+)
 
 
 # Random access
@@ -242,7 +244,7 @@ of_access(
 )
 of_access("csr for one thread", "must work on several threads at once", csr=_csr_with_a_lock_that_fails)
 of_access("csr given away", "`csr` must give the X that `read` gives", csr=_csr_that_is_kept)
-of_access("obs given away", "What `obs` of a reader gives out must belong", obs=_obs_of_reader_that_is_kept)
+of_access("obs given away", "A result of `obs` of a reader must belong", obs=_obs_of_reader_that_is_kept)
 
 
 @pytest.mark.parametrize("name", mutants.sentences)

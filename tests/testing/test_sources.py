@@ -55,8 +55,8 @@ def _settable(get: Callable[[Any], Any]) -> property:
 of_source("no ids", "must be QueryIDs, but it is a list", query_ids=_settable(lambda self: [1]))
 of_source("a part", "must be all rows, but it is the part", query_ids=_settable(_part))
 of_source("ids that change", "`query_ids` must stay as it is", query_ids=_settable(_shuffled_ids))
-of_source("numbers as content", "`content` must name texts by texts", contents={"X": 3})
-of_source("no content", "`content` must name texts by texts", contents="some")
+of_source("numbers as content", "`content` must be text by name", contents={"X": 3})
+of_source("no content", "`content` must be text by name", contents="some")
 of_source(
     "content that changes",
     "`content` must stay as it is",
@@ -73,8 +73,8 @@ def _prepare_anew(self: Any) -> None:
     self.contents = {"X": str(counting(self))}
 
 
-of_source("prepare once", "`prepare` must be there to be called again", prepare=_prepare_once)
-of_source("prepare another", "`prepare` must not change what the source is of", prepare=_prepare_anew)
+of_source("prepare once", "It must be possible to call `prepare` twice", prepare=_prepare_once)
+of_source("prepare another", "`prepare` must not change the content of the source", prepare=_prepare_anew)
 
 
 def _layout(**values: Any) -> Any:
@@ -92,8 +92,8 @@ of_source("no tile", "`row_tile` must be at least 1", row_tile=0)
 of_source("rows without size", "must be a size, but it is 0", layout=_layout(bytes_per_row=0))
 of_source("no window", "`window_rows` of the layout must be at least 1", layout=_layout(window_rows=0))
 
-of_source("takes any column", "`check` must tell a column", check=lambda self, ids, fields: None)
-of_source("takes nothing", "`check` must take what is there", check=raising)
+of_source("takes any column", "`check` must reject a column", check=lambda self, ids, fields: None)
+of_source("takes nothing", "`check` must accept rows and columns that exist", check=raising)
 
 
 def _check_columns(self: Any, ids: Any, fields: Any) -> None:
@@ -106,7 +106,7 @@ def _read_clipped(self: Any, ids: Any) -> Iterator[Any]:
 
 of_source(
     "takes any row",
-    "`check` or `read` must tell a row that is not there",
+    "`check` or `read` must reject a row that does not exist",
     check=_check_columns,
     reader=type("reader", (PlainReader,), {"read": _read_clipped}),
 )
@@ -167,8 +167,8 @@ def _read_for_ever(self: Any, ids: Any) -> Iterator[Any]:
         threading.Event().wait()
 
 
-of_reader("close once", "`close` must be there to be called again", close=_close_once)
-of_reader("waits for ever", "`close` must end what waits", read=_read_for_ever)
+of_reader("close once", "It must be possible to call `close` twice", close=_close_once)
+of_reader("waits for ever", "`close` must end a `read` that waits", read=_read_for_ever)
 
 
 @pytest.mark.parametrize("name", mutants.sentences)

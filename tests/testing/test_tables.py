@@ -76,11 +76,11 @@ of_source("types by the rows", "must have the same types, whatever rows", obs=_o
 of_source("a table given away", "What `obs` returns must belong to the caller", obs=_obs_that_is_kept)
 of_source(
     "a KeyError",
-    "`obs` must tell a column that is not there with a ValueError, but it raised KeyError",
+    "`obs` must reject a column that does not exist with a ValueError, but it raised KeyError",
     obs=_obs_with_key_error,
     check=lambda self, ids, fields: Plain().check(ids, fields),
 )
-of_source("any row", "`obs` must tell a row that is not there", obs=_obs_of_any_row)
+of_source("any row", "`obs` must reject a row that does not exist", obs=_obs_of_any_row)
 
 
 def _var(self: Any, var_joinids: Any, column_names: Any = None) -> Any:
@@ -103,7 +103,7 @@ def _var_with_index(self: Any, var_joinids: Any, column_names: Any = None) -> An
 
 
 of_source("var sorted", "`var` must have the columns of X asked for, in that order", var=_var)
-of_source("var with a KeyError", "`var` must tell a name that is not there", var=_var_with_key_error)
+of_source("var with a KeyError", "`var` must reject a name that does not exist", var=_var_with_key_error)
 of_source("var given away", "What `var` returns must belong to the caller", var=_var_that_is_kept)
 of_source("var with joinids as index", "`var` must have a fresh index", var=_var_with_index)
 of_source(

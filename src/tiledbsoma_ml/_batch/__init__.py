@@ -1,1 +1,1 @@
-"""Rows → mini-batches: read ahead, put together, made dense, sparse, or on a device."""
+"""The way from rows to mini-batches: dense or sparse, in memory or on a device."""

@@ -1,4 +1,4 @@
-"""Rows become mini-batches: dense, sparse, or on a device."""
+"""`Assembly`: makes mini-batches of rows, dense or sparse, in memory or on a device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._rebatch import rebatch
 from tiledbsoma_ml._rows import Padding, Rows, concat_obs
 
-KEPT_BATCHES = 3
-"""Memory of so many dense mini-batches that nobody holds is kept for later ones."""
+POOL_BATCHES = 3
+"""Number of dense mini-batches whose memory is kept for later ones when nobody uses it any longer."""
 
 RowsOnDevice: TypeAlias = Rows[DeviceRows]
 
@@ -30,13 +30,13 @@ _X = TypeVar("_X", NDArrayNumber, sparse.csr_matrix, torch.Tensor)
 
 @attrs.frozen(kw_only=True)
 class DeviceShuffle:
-    """How rows are permuted on a device: by the generator of [seed, epoch], one draw for each unit.
+    """A permutation of rows on a device, by one draw of the generator of [seed, epoch] for each unit.
 
     Attributes:
-        unit: What is permuted: the rows that are read at once, or those of each mini-batch.
+        unit: The rows that are permuted together: those of an IO batch, or those of a mini-batch.
         seed: The seed of the shuffle.
         epoch: The epoch of the shuffle.
-        n_earlier: Mini-batches of the epoch that came before; their draws are passed over.
+        n_earlier: Number of mini-batches of the epoch before these; their draws are skipped.
     """
 
     unit: Literal["io_batch", "mini_batch"]
@@ -47,16 +47,16 @@ class DeviceShuffle:
 
 @attrs.frozen(kw_only=True)
 class Assembly:
-    """How mini-batches are made of rows.
+    """The settings with which mini-batches are made of rows.
 
-    Mini-batches run on across the borders of what comes together; only the last one may be smaller.
+    A mini-batch can have rows of several IO batches; only the last mini-batch may be smaller.
 
     Attributes:
-        batch_size: Rows of a mini-batch.
+        batch_size: Rows per mini-batch.
         is_sparse: Whether `X` is sparse.
-        device: Where `X` is put, as a torch tensor; NumPy and SciPy on the CPU if None.
-        shuffle: How rows are permuted on the device, if they are.
-        padding: How repeated rows are marked, if they are.
+        device: Device of `X`, which is a torch tensor then; if None, `X` is an array of NumPy or SciPy.
+        shuffle: The permutation of rows on the device; None if there is none.
+        padding: The marks of repeated rows; None to mark none.
         use_eager_fetch: Whether the next mini-batch is made while this one is used.
     """
 
@@ -68,21 +68,21 @@ class Assembly:
     use_eager_fetch: bool = True
 
     def mini_batches(self, pieces: Iterable[Piece]) -> Generator[MiniBatch, None, None]:
-        """Yield the mini-batches of rows that come in pieces."""
+        """Yield the mini-batches of the rows of pieces."""
         made = self._on_cpu(pieces) if self.device is None else self._on_device(pieces, self.device)
         with closing(EagerIterator(made) if self.use_eager_fetch else made) as mini_batches:
             yield from mini_batches
 
     def _on_cpu(self, pieces: Iterable[Piece]) -> Generator[MiniBatch, None, None]:
         pool: Pool | None = None
-        for parts in rebatch((rows for rows, _ in pieces), self.batch_size, Rows.slice):
-            matrices = [part.X for part in parts]
+        for cuts in rebatch((rows for rows, _ in pieces), self.batch_size, Rows.slice):
+            matrices = [cut.X for cut in cuts]
             if self.is_sparse:
-                yield self._finished(concat_toscipy(matrices), parts)
+                yield self._finished(concat_toscipy(matrices), cuts)
                 continue
             n_bytes = self.batch_size * matrices[0].shape[1] * matrices[0].dtype.itemsize
-            pool = pool or Pool(KEPT_BATCHES * n_bytes)
-            yield self._finished(_concat_tonumpy(matrices, pool), parts)
+            pool = pool or Pool(POOL_BATCHES * n_bytes)
+            yield self._finished(_concat_tonumpy(matrices, pool), cuts)
 
     def _on_device(self, pieces: Iterable[Piece], device: torch.device) -> Generator[MiniBatch, None, None]:
         shuffle = self.shuffle
@@ -92,36 +92,35 @@ class Assembly:
             for _ in range(shuffle.n_earlier):
                 of_mini_batches.permutation(self.batch_size)
         on_device = _put(pieces, device, None if of_mini_batches is not None else rng)
-        for parts in rebatch(on_device, self.batch_size, Rows.slice):
-            whole = Rows.concat(parts)
+        for cuts in rebatch(on_device, self.batch_size, Rows.slice):
+            rows = Rows.concat(cuts)
             if of_mini_batches is not None:
-                whole = whole.take(of_mini_batches.permutation(len(whole)))
-            yield self._finished(whole.X.to_sparse() if self.is_sparse else whole.X.to_dense(), [whole])
+                rows = rows.take(of_mini_batches.permutation(len(rows)))
+            yield self._finished(rows.X.to_sparse() if self.is_sparse else rows.X.to_dense(), [rows])
 
-    def _finished(
-        self, X: _X, parts: Sequence[Rows[CSR_IO_Buffer]] | Sequence[Rows[DeviceRows]]
-    ) -> MiniBatch:
-        """Return a mini-batch; the one row of a dense `X` is a vector where mini-batches hold one row."""
-        obs = concat_obs([part.obs for part in parts])
+    def _finished(self, X: _X, cuts: Sequence[Rows[CSR_IO_Buffer]] | Sequence[Rows[DeviceRows]]) -> MiniBatch:
+        """Return the mini-batch of `X` and the `obs` of the cuts; a dense `X` of one row becomes a vector."""
+        obs = concat_obs([cut.obs for cut in cuts])
         if self.padding is not None:
-            obs = self.padding.mark(obs, np.concatenate([part.obs_joinids for part in parts]))
+            obs = self.padding.mark(obs, np.concatenate([cut.obs_joinids for cut in cuts]))
         return X[0] if self.batch_size == 1 and not self.is_sparse else X, obs
 
 
 def _put(
     pieces: Iterable[Piece], device: torch.device, rng: np.random.Generator | None
 ) -> Iterator[RowsOnDevice]:
-    """Yield the rows on the device; with `rng`, those that are read at once are permuted there."""
-    together: list[RowsOnDevice] = []
+    """Yield the rows on the device. With `rng`, the rows of each IO batch come as one piece, permuted."""
+    io_batch: list[RowsOnDevice] = []
     for rows, is_last in pieces:
         on_device = rows.to(device)
         if rng is None:
             yield on_device
             continue
-        together.append(on_device)
+        io_batch.append(on_device)
         if is_last:
-            whole, together = Rows.concat(together), []
-            yield whole.take(rng.permutation(len(whole)))
+            permuted = Rows.concat(io_batch)
+            io_batch = []
+            yield permuted.take(rng.permutation(len(permuted)))
 
 
 def _concat_tonumpy(matrices: Sequence[CSR_IO_Buffer], pool: Pool) -> NDArrayNumber:

@@ -1,4 +1,4 @@
-"""Rows that lie in arrays in memory, mapped or not: from there straight into what is handed out."""
+"""`ShardColumns`: copies rows of a matrix in memory, mapped or not, directly into the arrays it returns."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from tiledbsoma_ml._common import NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._kernels.bits import as_bits
 
-KEPT_BYTES = 2**26
-"""So much memory of rows that nobody holds any longer is kept for later ones, unless told otherwise."""
+POOL_BYTES = 2**26
+"""Memory of earlier rows that is kept for later ones, by default."""
 
-_NO_PLACES = np.empty(0, dtype=np.int32)
+_UNCHANGED = np.empty(0, dtype=np.int32)
 
 
 @attrs.frozen(eq=False)
-class Found:
-    """Rows that were found: number, shard and beginning there of each, and their starts put end to end."""
+class LocatedRows:
+    """Rows with their place in the shards.
+
+    Attributes:
+        rows: The rows.
+        shards: The shard of each row.
+        begins: Index of the first value of each row in its shard.
+        indptr: Row starts of these rows, concatenated.
+    """
 
     rows: NDArray[np.int64]
     shards: NDArray[np.int32]
@@ -31,10 +38,10 @@ class Found:
 
 
 class Shards(Protocol):
-    """A sparse matrix in several pieces by rows; whoever has this keeps its arrays where they are.
+    """A sparse matrix in shards, each of consecutive rows; it keeps the arrays at their addresses.
 
     Attributes:
-        dtype: Type of the values, as they are given out.
+        dtype: Type of the values that are returned.
         indices_dtype: Type of the columns.
         n_vars: Number of columns.
         indices_at: Address of the columns of each shard.
@@ -51,40 +58,38 @@ class Shards(Protocol):
     data_at: NDArray[np.int64]
     data_kinds: NDArray[np.uint8]
 
-    def locate(self, rows: NDArray[np.int64]) -> Found:
-        """Return where rows are, of which each is one."""
+    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+        """Return the places of rows, which must exist."""
 
-    def check_columns(self, found: Found, wrong: int) -> None:
-        """Raise a ValueError if a loop has found a row with a column that does not exist; -1 is none."""
+    def check_columns(self, located: LocatedRows, wrong: int) -> None:
+        """Raise a ValueError if the row with the index `wrong` has a column that does not exist.
+
+        `wrong` is -1 if there is no such row.
+        """
 
 
 class ShardColumns:
-    """Some columns of a matrix, in one order; may be used by several threads at once.
+    """Columns of a matrix, in one order; several threads may use this at once.
 
     Args:
         shards: The matrix.
-        places: The place of each column among those that are given out, -1 if it has none; None if all stay
-            as they are.
-        n_vars: Number of columns that are given out.
-        kept_bytes: So much memory of rows that nobody holds any longer is kept for later ones.
+        columns: The columns, in the order in which they are returned; all if None.
+        pool_bytes: Memory of earlier rows that is kept for later ones.
 
     Attributes:
-        n_vars: Number of columns that are given out.
+        n_vars: Number of these columns.
     """
 
     def __init__(
-        self,
-        shards: Shards,
-        *,
-        places: NDArray[np.int32] | None,
-        n_vars: int,
-        kept_bytes: int = KEPT_BYTES,
+        self, shards: Shards, columns: NDArray[np.int64] | None, *, pool_bytes: int = POOL_BYTES
     ) -> None:
+        if columns is not None and np.array_equal(columns, np.arange(shards.n_vars)):
+            columns = None
         self._shards = shards
-        self._places = places
-        self._is_ascending = places is None or bool((np.diff(places[places >= 0]) > 0).all())
-        self.n_vars = n_vars
-        self._pool = Pool(kept_bytes)
+        self._col_of = _UNCHANGED if columns is None else _numbers_among(columns, shards.n_vars)
+        self._is_ascending = columns is None or bool((np.diff(columns) > 0).all())
+        self.n_vars = shards.n_vars if columns is None else len(columns)
+        self._pool = Pool(pool_bytes)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -92,23 +97,23 @@ class ShardColumns:
         return self._shards.dtype
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of memory that nobody holds and that is kept for later."""
-        return self._pool.kept_bytes
+    def free_bytes(self) -> int:
+        """Bytes of memory that are kept for later rows."""
+        return self._pool.free_bytes
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
-        """Return rows, by their numbers, in that order."""
+        """Return these rows, in this order."""
         indptr, indices, data = self._gather(self._shards.locate(rows), self._shards.indices_dtype)
         indices = indices.astype(smallest_uint(self.n_vars), copy=False)
         return CSR_IO_Buffer(indptr, indices, data, (len(rows), self.n_vars))
 
     def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return rows as a canonical `csr_matrix`."""
+        """Return these rows, in this order, as a canonical `csr_matrix`."""
         from tiledbsoma_ml._kernels import snapshot as kernels
 
-        found = self._shards.locate(rows)
-        index_type = np.dtype(np.int32 if found.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
-        indptr, indices, data = self._gather(found, index_type)
+        located = self._shards.locate(rows)
+        index_type = np.dtype(np.int32 if located.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
+        indptr, indices, data = self._gather(located, index_type)
         if not self._is_ascending:
             kernels.sort_rows_of_few(indptr, self.n_vars, unsigned(indices), as_bits(data))
         matrix = sparse.csr_matrix(
@@ -118,48 +123,55 @@ class ShardColumns:
         return matrix
 
     def fill_dense(self, rows: NDArray[np.int64], out: NDArrayNumber) -> None:
-        """Write rows into `out`, of shape (n_rows, n_vars), zeros included."""
+        """Write these rows into `out`, of shape (n_rows, n_vars), zeros included."""
         from tiledbsoma_ml._kernels import snapshot as kernels
 
         assert out.shape == (len(rows), self.n_vars)
         assert out.dtype == self.dtype
-        shards, found = self._shards, self._shards.locate(rows)
-        longest = int(np.diff(found.indptr).max(initial=0))
+        shards, located = self._shards, self._shards.locate(rows)
+        longest = int(np.diff(located.indptr).max(initial=0))
         indices, data = np.empty(longest, shards.indices_dtype), np.empty(longest, shards.dtype)
         wrong = kernels.fill_rows(
-            found.shards,
-            found.begins,
-            found.indptr,
+            located.shards,
+            located.begins,
+            located.indptr,
             shards.indices_at,
             shards.indices_kinds,
             shards.data_at,
             shards.data_kinds,
-            _NO_PLACES if self._places is None else self._places,
+            self._col_of,
             unsigned(indices),
             unsigned(data),
             as_bits(data),
             as_bits(out),
         )
-        shards.check_columns(found, wrong)
+        shards.check_columns(located, wrong)
 
     def _gather(
-        self, found: Found, indices_dtype: np.dtype[Any]
+        self, located: LocatedRows, indices_dtype: np.dtype[Any]
     ) -> tuple[NDArray[np.int64], NDArray[Any], NDArrayNumber]:
-        """Return rows put end to end, their columns mapped to their places."""
+        """Return row starts, columns and values of rows; columns are numbered as they are returned."""
         from tiledbsoma_ml._kernels import snapshot as kernels
 
-        indptr, n = found.indptr, int(found.indptr[-1])
+        indptr, n = located.indptr, int(located.indptr[-1])
         indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
-        where, shards = (found.shards, found.begins, indptr), self._shards
+        rows, shards = (located.shards, located.begins, indptr), self._shards
         columns = shards.indices_at, shards.indices_kinds, shards.n_vars
-        shards.check_columns(found, kernels.gather_columns(*where, *columns, unsigned(indices)))
-        kernels.gather_rows(*where, shards.data_at, shards.data_kinds, unsigned(data))
-        if self._places is not None:
-            kernels.keep_columns(indptr, self._places, unsigned(indices), as_bits(data))
+        shards.check_columns(located, kernels.gather_columns(*rows, *columns, unsigned(indices)))
+        kernels.gather_rows(*rows, shards.data_at, shards.data_kinds, unsigned(data))
+        if len(self._col_of):
+            kernels.keep_columns(indptr, self._col_of, unsigned(indices), as_bits(data))
             indices, data = indices[: indptr[-1]], data[: indptr[-1]]
         return indptr, indices, data
 
 
 def unsigned(values: NDArray[Any]) -> NDArray[Any]:
-    """Return a view of integers or booleans as unsigned ones, which are filled by the same compiled loop."""
+    """Return a view of integers or booleans as unsigned integers, so that one compiled loop fills both."""
     return values if values.dtype.kind == "f" else values.view(f"u{values.dtype.itemsize}")
+
+
+def _numbers_among(columns: NDArray[np.int64], n_stored: int) -> NDArray[np.int32]:
+    """Return the number of each stored column among `columns`; -1 for one that is not there."""
+    col_of = np.full(n_stored, -1, dtype=np.int32)
+    col_of[columns] = np.arange(len(columns), dtype=np.int32)
+    return col_of

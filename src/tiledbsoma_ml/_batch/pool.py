@@ -1,4 +1,4 @@
-"""Memory of mini-batches, used again when nobody looks into it any longer."""
+"""`Pool`: memory for arrays, which is used again when nobody uses the arrays any longer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 SMALL_BYTES = 2**17
-"""Memory of smaller arrays is fast to get."""
+"""Size of arrays below which new memory is as fast as that of a pool."""
 
 
 class Pool:
-    """Gives out arrays in memory that was given out before and that nobody holds any longer.
+    """A pool of memory, which makes arrays in memory of earlier arrays that nobody uses any longer.
 
-    Memory that is new to a process is slow to write to at first: for a mini-batch it takes longer than the
-    work. Whatever looks into an array (a view, a tensor, a memoryview) keeps the array below it alive, and
-    when that one is collected, its memory comes back here: no references are counted. Safe in several
-    threads.
+    The first write to memory that is new to a process is slow: for a mini-batch it takes longer than the
+    work. A view, a tensor or a memoryview keeps its array alive, and when Python collects that array, its
+    memory returns to the pool. So the pool need not count references. Several threads may use it.
 
     Args:
-        max_bytes: So much memory that nobody holds is kept at most; what came back first goes first.
-        small_bytes: Arrays below so many bytes have memory of their own.
+        max_bytes: Largest number of bytes that are kept. The memory that was returned first is freed first.
+        small_bytes: Size below which arrays are not made in the pool.
     """
 
     def __init__(self, max_bytes: int, *, small_bytes: int = SMALL_BYTES) -> None:
@@ -36,27 +35,27 @@ class Pool:
         self._returned: deque[NDArray[np.uint8]] = deque()  # by finalizers, which may run at any point
 
     def empty(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return an array of any content that nobody else holds."""
+        """Return an array with arbitrary content, whose memory nobody else uses."""
         n_bytes = math.prod((shape,) if isinstance(shape, int) else shape) * dtype.itemsize
         if n_bytes < self._small_bytes:
             return np.empty(shape, dtype)
         memory = self._take(n_bytes)
-        # Not a view of `memory`: views of views would refer to that, and SciPy copies what is a small part.
+        # Not a view of `memory`: its views would refer to `memory`, and SciPy copies small parts of arrays.
         lent: NDArray[Any] = np.frombuffer(memory.data[:n_bytes], dtype)
         weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent.reshape(shape)
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of memory that nobody holds and that is kept for later."""
+    def free_bytes(self) -> int:
+        """Bytes of memory that are kept for later arrays."""
         return sum(map(len, self._free))
 
     def _take(self, n_bytes: int) -> NDArray[np.uint8]:
-        """Return memory of at least so many bytes, and of not many more."""
+        """Return memory of at least `n_bytes` bytes, but not of many more."""
         found = None
         if self._lock.acquire(blocking=False):
             try:
-                for k in reversed(range(len(self._free))):  # what came back last may still be in the cache
+                for k in reversed(range(len(self._free))):  # the latest may still be in the processor's cache
                     if n_bytes <= len(self._free[k]) <= 4 * n_bytes:
                         found = self._free.pop(k)
                         break
@@ -73,7 +72,7 @@ class Pool:
         self._settle()
 
     def _settle(self) -> None:
-        """Take in what came back; whoever holds the lock does so when it is done."""
+        """Keep the memory that was returned. If another thread holds the lock, that thread does this."""
         while self._returned and self._lock.acquire(blocking=False):
             try:
                 while self._returned:
@@ -84,5 +83,5 @@ class Pool:
     def _keep(self, memory: NDArray[np.uint8]) -> None:
         if len(memory) <= self._max_bytes:
             self._free.append(memory)
-        while self.kept_bytes > self._max_bytes:
+        while self.free_bytes > self._max_bytes:
             self._free.pop(0)

@@ -1,4 +1,4 @@
-"""Mini-batches straight from what is as fast at single rows as at many."""
+"""Mini-batches that are made directly by a reader with `RandomAccess`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tiledbsoma_ml._rows import Padding
 from tiledbsoma_ml._source import RandomAccess
 
 MAX_THREADS = 4
-"""Mini-batches are made by at most so many threads, each by one. In a worker, torch has one."""
+"""Largest number of threads that make mini-batches. In a worker, torch has one thread, and so has this."""
 
 
 def random_access_mini_batches(
-    batches: Iterator[NDArrayJoinId],
+    io_batches: Iterator[NDArrayJoinId],
     reader: RandomAccess,
     *,
     batch_size: int,
@@ -29,32 +29,33 @@ def random_access_mini_batches(
     padding: Padding,
     use_eager_fetch: bool,
 ) -> Generator[MiniBatch, None, None]:
-    """Yield the mini-batches of joinids that come in batches of any size.
+    """Yield mini-batches of the rows of IO batches.
 
     Args:
-        batches: The joinids.
-        reader: What reads them.
-        batch_size: Rows of a mini-batch; the last one may be smaller.
+        io_batches: The joinids of the rows, in arrays of any size.
+        reader: The reader of the rows.
+        batch_size: Rows per mini-batch. The last one may be smaller.
         is_sparse: Whether `X` is sparse.
-        padding: How repeated rows are marked.
+        padding: The marks of repeated rows.
         use_eager_fetch: Whether the next mini-batches are made on threads while one is used.
     """
     n_threads = min(torch.get_num_threads(), MAX_THREADS) if use_eager_fetch else 0
     pool = Pool((n_threads + 3) * batch_size * reader.n_vars * reader.dtype.itemsize)
 
-    def to_obs(ids: NDArrayJoinId) -> pd.DataFrame:
-        return padding.mark(reader.obs(ids), ids)
+    def to_obs(joinids: NDArrayJoinId) -> pd.DataFrame:
+        return padding.mark(reader.obs(joinids), joinids)
 
-    def with_memory(ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
-        return ids, None if is_sparse else pool.empty((len(ids), reader.n_vars), np.dtype(reader.dtype))
+    def with_memory(joinids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayNumber | None]:
+        shape = len(joinids), reader.n_vars
+        return joinids, None if is_sparse else pool.empty(shape, np.dtype(reader.dtype))
 
     def make(rows: tuple[NDArrayJoinId, NDArrayNumber | None]) -> MiniBatch:
-        ids, X = rows
+        joinids, X = rows
         if X is None:
-            return reader.csr(ids), to_obs(ids)
-        reader.fill_dense(ids, X)
-        return X[0] if batch_size == 1 else X, to_obs(ids)
+            return reader.csr(joinids), to_obs(joinids)
+        reader.fill_dense(joinids, X)
+        return X[0] if batch_size == 1 else X, to_obs(joinids)
 
-    upcoming = map(with_memory, rebatch_joinids(batches, batch_size))
+    upcoming = map(with_memory, rebatch_joinids(io_batches, batch_size))
     with EagerMap(make, upcoming, n_threads) if n_threads else nullcontext(map(make, upcoming)) as made:
         yield from made

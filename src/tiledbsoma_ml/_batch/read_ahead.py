@@ -1,4 +1,4 @@
-"""Rows are read while those before them are used."""
+"""`read_ahead`: reads rows while the rows before them are used."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._source import Reader
 
 Piece: TypeAlias = tuple[Rows[CSR_IO_Buffer], bool]
-"""Rows that come together, and whether what is read at once ends with them."""
+"""A piece of an IO batch, and whether it is the last piece of that IO batch."""
 
 
 def read_ahead(
-    batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool
+    io_batches: Iterator[NDArrayJoinId], reader: Reader, *, use_eager_fetch: bool
 ) -> Generator[Piece, None, None]:
-    """Yield the rows of each batch of joinids, in one piece or more.
+    """Yield the rows of each IO batch, in one or more pieces.
 
     Args:
-        batches: The joinids; each batch is read at once.
-        reader: What reads them; closed at the end.
-        use_eager_fetch: Whether the next batch is read on a thread while this one is used.
+        io_batches: The joinids of each IO batch, which is one read.
+        reader: The reader of the rows, which is closed at the end.
+        use_eager_fetch: Whether the next IO batch is read on a thread while the rows of this one are used.
     """
-    read = (_with_end(reader.read(batch), len(batch)) for batch in batches)
-    with closing(EagerIterator(read) if use_eager_fetch else read) as ahead:
+    begun = (_with_end(reader.read(joinids), len(joinids)) for joinids in io_batches)
+    with closing(EagerIterator(begun) if use_eager_fetch else begun) as ahead:
         try:
             for pieces in ahead:
                 if use_eager_fetch:
@@ -36,7 +36,7 @@ def read_ahead(
                 else:
                     yield from pieces
         finally:
-            reader.close()  # nobody waits for rows that are not wanted any longer
+            reader.close()  # this ends a read that still waits, though its rows are not wanted any longer
 
 
 def _with_end(pieces: Iterable[Rows[CSR_IO_Buffer]], n_rows: int) -> Iterator[Piece]:

@@ -100,7 +100,8 @@ def plan_epoch(options: PlanOptions) -> Json:
         for worker in range(max(1, options.num_workers))
     ]
     planned = [
-        plan.of(EpochPart(ids=ids, place=place, seed=options.seed, epoch=options.epoch)) for place in places
+        plan.of(EpochPart(ids=ids, partition=place, seed=options.seed, epoch=options.epoch))
+        for place in places
     ]
     parts = [_part(part, options.limit // len(places)) for part in planned]
     first = planned[0]
@@ -145,8 +146,8 @@ def _check_filter(obs_filter: str | None, query: soma.ExperimentAxisQuery) -> No
 
 def _part(planned: PartPlan, limit: int) -> Json:
     """Return what one worker reads and yields; of chunks and IO batches, the rows that mini-batches list."""
-    batch_size, place = planned.plan.batch_size, planned.part.place
-    io_batches = list(planned.batches())
+    batch_size, place = planned.plan.batch_size, planned.part.partition
+    io_batches = list(planned.io_batches())
     yielded = np.concatenate([planned.ids.obs_joinids[:0], *io_batches])
     chunks = _chunks(planned, yielded)
     n_listed = len(yielded) if len(yielded) <= limit else limit // batch_size * batch_size

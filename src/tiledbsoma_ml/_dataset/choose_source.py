@@ -8,12 +8,12 @@ import os
 import numpy as np
 import tiledbsoma as soma
 
+from tiledbsoma_ml._common import check_obs_column_names
 from tiledbsoma_ml._query_ids import QueryIDs, check_query, check_whole
-from tiledbsoma_ml._soma.reader import check_obs_column_names
 from tiledbsoma_ml._soma.source import SOMASource
 from tiledbsoma_ml._source import Fields, Source
 from tiledbsoma_ml.snapshot import Snapshot
-from tiledbsoma_ml.snapshot.parts import check_members
+from tiledbsoma_ml.snapshot.segments import check_members
 from tiledbsoma_ml.snapshot.source import SnapshotSource
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -94,7 +94,7 @@ def _said(
 def _of_query(query: soma.ExperimentAxisQuery, layer_name: str | None, fields: Fields) -> Source:
     check_query(query)
     locator = XLocator.create(query.experiment, query.measurement_name, layer_name)
-    check_obs_column_names(fields.obs_column_names, query.experiment.obs)
+    check_obs_column_names(fields.obs_column_names, query.experiment.obs.keys())
     ids = QueryIDs.create(query)
     if not len(ids.obs_joinids):
         logger.warning("the query selects no cells, so that there is no mini-batch; loosen its filters")

@@ -12,31 +12,31 @@ from tiledbsoma_ml._query_ids import Partition
 def described(iterations: Iterations) -> dict[str, str]:
     """Return what there is to know about a dataset, as texts by name; nothing is read for it."""
     options, ids = iterations.options, iterations.ids
-    place = _place(iterations)
+    partition = _partition(iterations)
     locator = iterations.source.locator
     return {
         "rows": f"{len(ids.obs_joinids):,} rows by {len(ids.var_joinids):,} columns",
         "source": type(iterations.source).__name__ if locator is None else repr(locator.uri),
         "batch_size": f"{options.batch_size:,}",
-        **_sizes(iterations, place),
+        **_sizes(iterations, partition),
         "shuffle": f"shuffle_scope={options.shuffle_scope!r}" if options.shuffle else "False",
         "seed": str(options.seed),
         "X": ("sparse" if options.return_sparse_X else "dense")
         + ("" if options.device is None else f", on {options.device}"),
         "obs": ", ".join(options.obs_column_names),
-        "rank": "unknown" if place is None else f"{place.rank} of {place.world_size}",
+        "rank": "unknown" if partition is None else f"{partition.rank} of {partition.world_size}",
     }
 
 
-def _place(iterations: Iterations) -> Partition | None:
+def _partition(iterations: Iterations) -> Partition | None:
     """Return this rank and worker; None where the environment tells what cannot be."""
     try:
-        return iterations.place()
+        return iterations.partition()
     except ValueError:
         return None
 
 
-def _sizes(iterations: Iterations, place: Partition | None) -> dict[str, str]:
+def _sizes(iterations: Iterations, partition: Partition | None) -> dict[str, str]:
     """Return the sizes of chunks and IO batches, with what "auto" stands for as far as that is known."""
     options = iterations.options
     sizes = {"shuffle_chunk_size": options.shuffle_chunk_size, "io_batch_size": options.io_batch_size}
@@ -44,8 +44,8 @@ def _sizes(iterations: Iterations, place: Partition | None) -> dict[str, str]:
         del sizes["shuffle_chunk_size"]
     shown = {name: f"{size:,}" for name, size in sizes.items() if isinstance(size, int)}
     unknown = dict.fromkeys(sizes.keys() - shown.keys(), "auto, which is found out when it is needed")
-    if unknown and iterations.has_plan and place is not None:
-        found = iterations.plan.of(iterations.part(iterations.epoch, place)).sizes
+    if unknown and iterations.has_plan and partition is not None:
+        found = iterations.plan.of(iterations.part(iterations.epoch, partition)).sizes
         assert found is not None
         known = {
             "shuffle_chunk_size": f"auto: runs of {found.run_length:,} rows",

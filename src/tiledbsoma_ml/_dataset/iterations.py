@@ -2,7 +2,7 @@
 
 A loader, a data module and torchdata talk to a dataset through this: which epoch comes next, how many
 mini-batches it has, what each rank and worker yields of it, and where it goes on after a resume. What moves
-while rows are yielded belongs to an iterator (`Run`) and to whoever makes iterators (`Progress`).
+while rows are yielded belongs to an iterator (`Iteration`) and to whoever makes iterators (`Progress`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tiledbsoma_ml._epoch.agreement import (
     log_parts,
 )
 from tiledbsoma_ml._epoch.position import Position
-from tiledbsoma_ml._epoch.progress import Epochs, Loaded, Progress, Run, Told
+from tiledbsoma_ml._epoch.progress import Epochs, Iteration, LoadedPosition, Progress, WorkerStart
 from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
 from tiledbsoma_ml._order.plan import EpochPart, Plan
 from tiledbsoma_ml._order.share import Deal, Stage
@@ -63,7 +63,7 @@ class Iterations:
         seed = options.seed
         self._seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epochs = Epochs()
-        self._told: Told | None = None
+        self._told: WorkerStart | None = None
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
         self._content: Mapping[str, str] | None = None
@@ -196,12 +196,12 @@ class Iterations:
 
     # Beginning an epoch -----------------------------------------------------------------------------------
 
-    def begin(self, progress: Progress) -> tuple[EpochPart, Run]:
+    def begin(self, progress: Progress) -> tuple[EpochPart, Iteration]:
         """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
-        place, in_worker = self.place(), torch.utils.data.get_worker_info() is not None
+        partition, in_worker = self.partition(), torch.utils.data.get_worker_info() is not None
         if self._told is not None and in_worker:
-            part = self._continued(self._told.begin(), place)
-            return part, Run(start=Position(epoch=part.epoch), total=0, waits=True)
+            part = self._continued(self._told.begin(), partition)
+            return part, Iteration(start=Position(epoch=part.epoch), total=0, waits=True)
         self._check_ranks()
         epoch, loaded = progress.upcoming()
         begin = Position(epoch=epoch) if loaded is None else loaded.position
@@ -209,25 +209,25 @@ class Iterations:
             self._agree(0, begin)
         elif self.options.shuffle:
             scope = self.options.shuffle_scope
-            check_seed_of_all(self.options.seed, scope=scope, world_size=place.world_size)
-        part = self._continued(begin, place)
+            check_seed_of_all(self.options.seed, scope=scope, world_size=partition.world_size)
+        part = self._continued(begin, partition)
         start = Position(
             epoch=epoch,
-            world_size=place.world_size,
-            num_workers=place.n_workers if in_worker else 0,
-            worker_id=part.place.worker_id if in_worker else None,
+            world_size=partition.world_size,
+            num_workers=partition.n_workers if in_worker else 0,
+            worker_id=part.partition.worker_id if in_worker else None,
             n_yielded=part.skip,
             earlier=part.earlier,
         )
-        n = self._deal(part.earlier).n_mini_batches(part.place)
-        return part, progress.begin(Run(start=start, total=n, loaded=loaded, waits=in_worker))
+        n = self._deal(part.earlier).n_mini_batches(part.partition)
+        return part, progress.begin(Iteration(start=start, total=n, loaded=loaded, waits=in_worker))
 
     @contextmanager
-    def handed_to_workers(self, progress: Progress, num_workers: int) -> Iterator[tuple[Position, Run]]:
+    def handed_to_workers(self, progress: Progress, num_workers: int) -> Iterator[tuple[Position, Iteration]]:
         """Begin an epoch that workers will iterate: copies made inside know rank, epoch and state.
 
         Yields:
-            Where the epoch begins, and the run of it.
+            The position at which the epoch begins, and the state of the iterator.
         """
         self._check_ranks()
         epoch, loaded = progress.upcoming()
@@ -235,10 +235,10 @@ class Iterations:
         self._agree(num_workers, begin)
         self.source.prepare()
         self._plan.get()  # which forked workers would find out each by itself
-        run = progress.begin(self._run_of_workers(begin, num_workers, loaded))
-        self._told = Told(self.ranks, begin, progress.tell(epoch))
+        iteration = progress.begin(self._iteration_of_workers(begin, num_workers, loaded))
+        self._told = WorkerStart(self.ranks, begin, progress.tell(epoch))
         try:
-            yield begin, run
+            yield begin, iteration
         finally:
             self._told = None
 
@@ -247,9 +247,9 @@ class Iterations:
         """Whether this is in a worker of a loader that told it rank, epoch and state."""
         return self._told is not None
 
-    def part(self, epoch: int, place: Partition) -> EpochPart:
+    def part(self, epoch: int, partition: Partition) -> EpochPart:
         """Return what a worker of a rank yields of an epoch."""
-        return EpochPart(ids=self.ids, place=place, seed=self._seed, epoch=epoch)
+        return EpochPart(ids=self.ids, partition=partition, seed=self._seed, epoch=epoch)
 
     def parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
         """Return what each worker of this rank yields of an epoch, from where it begins."""
@@ -264,8 +264,8 @@ class Iterations:
                 None.
         """
         if num_workers is None:
-            return self._deal().n_mini_batches(self.place())
-        return self._run_of_workers(Position(epoch=self.epoch), num_workers).total
+            return self._deal().n_mini_batches(self.partition())
+        return self._iteration_of_workers(Position(epoch=self.epoch), num_workers).total
 
     # Who does what ----------------------------------------------------------------------------------------
 
@@ -275,13 +275,13 @@ class Iterations:
         told = None if self._told is None else self._told.ranks
         return told or self.options.ranks or get_distributed_rank_and_world_size()
 
-    def place(self) -> Partition:
+    def partition(self) -> Partition:
         """Return this rank and this worker, and how many there are."""
         return Partition(*self.ranks, *get_worker_id_and_num())
 
-    def _continued(self, begin: Position, place: Partition) -> EpochPart:
-        """Return the part of a place, from a position on."""
-        return begin.rest_of(self.part(begin.epoch, place), self.options.shuffle_scope)
+    def _continued(self, begin: Position, partition: Partition) -> EpochPart:
+        """Return the part of a worker, from a position on."""
+        return begin.rest_of(self.part(begin.epoch, partition), self.options.shuffle_scope)
 
     def _deal(self, earlier: tuple[Stage, ...] = ()) -> Deal:
         """Return how rows are dealt, where others have yielded some of them."""
@@ -293,18 +293,20 @@ class Iterations:
             earlier=earlier,
         )
 
-    def _run_of_workers(self, begin: Position, num_workers: int, loaded: Loaded | None = None) -> Run:
-        """Return the run of a rank with workers, from where it begins."""
+    def _iteration_of_workers(
+        self, begin: Position, num_workers: int, loaded: LoadedPosition | None = None
+    ) -> Iteration:
+        """Return the state of the iterator of a rank with workers, from a position on."""
         parts = self.parts_of_workers(begin, num_workers)
         start = Position(
             epoch=begin.epoch,
-            world_size=parts[0].place.world_size,
+            world_size=parts[0].partition.world_size,
             num_workers=num_workers,
             n_yielded=sum(part.skip for part in parts),
             earlier=parts[0].earlier,
         )
         total = self._deal(start.earlier).n_mini_batches_of_rank(start.world_size, len(parts))
-        return Run(start=start, total=total, loaded=loaded)
+        return Iteration(start=start, total=total, loaded=loaded)
 
     def _check_ranks(self) -> None:
         """Raise a ValueError where the ranks cannot iterate, or rows would be dealt to them twice."""

@@ -22,7 +22,7 @@ def mini_batches(planned: PartPlan, reader: Reader, options: Options) -> Generat
     """Yield the mini-batches of a part of an epoch."""
     if options.device is None and isinstance(reader, RandomAccess):
         yield from random_access_mini_batches(
-            planned.batches(),
+            planned.io_batches(),
             reader,
             batch_size=options.batch_size,
             is_sparse=options.return_sparse_X,
@@ -82,7 +82,7 @@ def assembly(planned: PartPlan, options: Options, *, in_worker: bool = False) ->
 
 
 def _pieces(planned: PartPlan, reader: Reader, options: Options) -> Generator[Piece, None, None]:
-    return read_ahead(planned.batches(), reader, use_eager_fetch=options.use_eager_fetch)
+    return read_ahead(planned.io_batches(), reader, use_eager_fetch=options.use_eager_fetch)
 
 
 def _device_shuffle(planned: PartPlan, options: Options) -> DeviceShuffle | None:

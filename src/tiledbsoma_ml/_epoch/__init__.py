@@ -1,1 +1,1 @@
-"""Where an epoch stands: which it is, how far each iterator is, what to resume, and that ranks agree."""
+"""The state of epochs: their numbers, the positions of iterators, resuming, and the agreement of ranks."""

@@ -1,7 +1,7 @@
-"""Ranks that iterate together make sure, at the start of each epoch, that they iterate the same.
+"""Checks at the start of each epoch that all ranks iterate over the same rows, with the same seed.
 
-They meet in the store of their process group rather than in a collective: it works with every backend, and
-whoever waits knows for whom.
+Ranks compare their options in the store of the process group, not by a collective operation. This works with
+all backends, and a rank that waits knows which rank is missing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tiledbsoma_ml._order.share import ShuffleScope
 logger = logging.getLogger("tiledbsoma_ml")
 
 WARN_AFTER_S = 15.0
-"""After waiting so long for a rank, a rank says so."""
+"""Time after which a rank that waits for others logs a warning."""
 
 _ALONE = "iterate on all ranks alike, or give ExperimentDataset(ranks=(0, 1)) what one rank reads alone"
 
 _meetings: list[str] = []
-"""Keys of the meetings of this process, but for those that are cleared away."""
+"""Keys of this process in the store that are not deleted yet."""
 
 _n_meetings = 0
 
@@ -39,22 +39,22 @@ def agreed_seed(
     are_told: bool,
     is_first: bool,
 ) -> int:
-    """Return the seed of all ranks: the one that was given to them, or that which rank 0 drew.
+    """Return the seed of all ranks: the seed that the user gave, or else the one that rank 0 drew.
 
-    All ranks call this at once, where there is a process group of torch.distributed.
+    If there is a process group of torch.distributed, all ranks must call this at the same time.
 
     Args:
-        options: Gives what must be the same on all ranks, beside `seed`.
-        seed: What was given to this rank.
-        drawn_seed: What this rank would use.
-        scope: The rows among which chunks are shuffled.
+        options: Returns the values that must be the same on all ranks, beside `seed`.
+        seed: The seed that the user gave to this rank.
+        drawn_seed: The seed that this rank uses if it is alone.
+        scope: See `ShuffleScope`.
         world_size: Number of ranks.
-        are_told: Whether the ranks are those that the user gave, who may be others than those of the group.
-        is_first: Whether a seed that was drawn is to be logged.
+        are_told: Whether the user gave the ranks, which may differ from those of the process group.
+        is_first: Whether to log a seed that was drawn.
 
     Raises:
-        ValueError: If ranks differ; or if they have no means to agree on a seed and need one.
-        TimeoutError: If a rank does not come before the timeout of the process group.
+        ValueError: If ranks differ, or if they need a common seed and cannot agree on one.
+        TimeoutError: If a rank does not call this before the timeout of the process group.
     """
     store = None if are_told else _store()
     if store is None:
@@ -71,7 +71,7 @@ def agreed_seed(
 
 
 def check_seed_of_all(seed: int | None, *, scope: ShuffleScope, world_size: int) -> None:
-    """Raise a ValueError where ranks that cannot agree on a seed need one."""
+    """Raise a ValueError if ranks need a common seed and cannot agree on one."""
     if seed is None and scope == "global" and world_size > 1:
         raise ValueError(
             f"seed=None must be a number where {world_size} ranks share one shuffle and cannot agree on one: "
@@ -80,7 +80,7 @@ def check_seed_of_all(seed: int | None, *, scope: ShuffleScope, world_size: int)
 
 
 def check_dealt_once(dealer: str | None, shuffle: bool, seed: int | None, world_size: int) -> None:
-    """Raise a ValueError where Accelerate would deal to ranks what is dealt to them here.
+    """Raise a ValueError if Accelerate would divide rows among ranks which are divided here already.
 
     Args:
         dealer: The class of Accelerate that deals rows to ranks, if one does: see `dealt_again_by`.
@@ -102,7 +102,7 @@ def check_dealt_once(dealer: str | None, shuffle: bool, seed: int | None, world_
 
 
 def check_a_row_each(n_rows: int, world_size: int) -> None:
-    """Raise a ValueError where there are fewer rows than ranks, and none is to be repeated."""
+    """Raise a ValueError if there are fewer rows than ranks, and no row may be repeated."""
     if 0 < n_rows < world_size:
         raise ValueError(
             f"{world_size} ranks must each get a row, but the query has {n_rows}; use fewer ranks, or "
@@ -111,7 +111,7 @@ def check_a_row_each(n_rows: int, world_size: int) -> None:
 
 
 def log_parts(world_size: int, n_workers: int) -> None:
-    """Tell what shuffling by parts means, where there are several."""
+    """Log what the scope "partition" means, if several workers or ranks share the rows."""
     if world_size * n_workers > 1:
         logger.info(
             "shuffle_scope='partition' shuffles each of the %d parts of ranks and workers by itself, of the "
@@ -121,7 +121,7 @@ def log_parts(world_size: int, n_workers: int) -> None:
 
 
 def _store() -> Any:
-    """Return the store of the process group; None where there is none, whatever `is_initialized` says."""
+    """Return the store of the process group; None if there is no group, whatever `is_initialized` says."""
     distributed = torch.distributed
     if not distributed.is_available() or distributed.group.WORLD is None:
         return None
@@ -129,7 +129,7 @@ def _store() -> Any:
 
 
 def _meet(store: Any, options: Mapping[str, Any], drawn_seed: int) -> dict[str, Any]:
-    """Bring what this rank has, and return what rank 0 says when it has seen what all have."""
+    """Store the options of this rank, and return the verdict of rank 0, which compares those of all ranks."""
     global _n_meetings
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     key, limit = f"tiledbsoma_ml/{_n_meetings}", store.timeout.total_seconds()
@@ -155,7 +155,7 @@ def _meet(store: Any, options: Mapping[str, Any], drawn_seed: int) -> dict[str, 
 
 
 def _compared(of_ranks: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
-    """Return a seed for all ranks, or how the first rank that differs does."""
+    """Return the verdict: a seed for all ranks, or the difference of the first rank that differs."""
     expected, drawn_seed = of_ranks[0]
     for rank, (found, _) in enumerate(of_ranks):
         for name, value in expected.items():
@@ -169,7 +169,7 @@ def _compared(of_ranks: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, An
 
 
 def _wait(store: Any, keys: Sequence[str], limit: float) -> list[int]:
-    """Wait until keys are there, but no longer than `limit`; return the places of those that are not."""
+    """Wait until all keys exist, but not longer than `limit`; return the indices of missing keys."""
     began, warned, pause = time.monotonic(), False, 0.0005
     while not store.check(list(keys)):
         waited = time.monotonic() - began
@@ -198,7 +198,7 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def _clear(store: Any, keys: Sequence[str]) -> None:
-    """Clear away this rank's keys of the meeting before: whoever came to this one has read them."""
+    """Delete this rank's keys of the meeting before; all ranks that came to this one have read them."""
     for key in _meetings:
         store.delete_key(key)
     _meetings[:] = keys

@@ -1,4 +1,4 @@
-"""The number of the epoch, the same in a dataset and in the copies of it that DataLoader workers hold."""
+"""`EpochCounter`: the number of the epoch, which a dataset shares with its copies in workers."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._shared_array import SharedArray
 
 N_PROCESSES = 64
-"""Processes that can tell their workers an epoch through one counter: the ranks that share its memory."""
+"""Number of training processes (ranks on one machine) that can share a counter with their workers."""
 
 N_ITERATIONS = 4
-"""Iterations whose workers may begin at the same time."""
+"""Number of iterations whose workers may start at the same time."""
 
 PATIENCE_S = 600.0
-"""As long a worker waits for the first one of its iteration, which decides about the epoch."""
+"""Longest time that a worker waits for the first worker of its iteration, which decides about the epoch."""
 
-# Columns of the shared table, which has a row for each process that iterates. At the end there are
-# (seed, number of the first worker, epoch) of iterations.
+# Columns of the shared table, which has a row for each process that iterates. The last columns have
+# (seed, number of the first worker, epoch) for each of some iterations.
 _PROCESS, _N_SET, _SET, _LAST, _N_BEGUN, _BEGUN = range(6)
 
 
 class EpochCounter:
-    """Counts epochs: every `take` gives the next one, unless `set` said otherwise since.
+    """A counter of epochs: each `take` returns the next epoch, or the one that was `set` since the last.
 
-    Nothing tells a dataset that a plain `DataLoader` with workers begins an epoch, so the copies of this
-    counter in workers tell each other, and the process that they work for, through shared memory. Workers
-    that are started for an iteration take the epoch after the last one that was begun: the first of them
-    decides, and the others do as it does. Workers that are kept count on by themselves, and see what was
-    `set` in the meantime.
+    A dataset does not notice when a plain `DataLoader` with workers begins an epoch. So the copies of this
+    counter in workers, and the process that they work for, share numbers in memory. Workers that are started
+    for an iteration take the epoch after the last one that was begun: the first worker decides, and the
+    others follow it. Persistent workers count by themselves, and see if an epoch was `set` meanwhile.
 
     Attributes:
-        n_set: How often it was set.
+        n_set: Number of calls of `set`.
         last_set: The epoch that was set last.
-        same_since: Which of these times was the first of those that set this epoch one after the other.
-        step: By how much an epoch's number is larger than that of the one before; 0 repeats one.
+        same_since: Number of the first call in the latest series of calls that set the same epoch.
+        step: Difference between the numbers of two successive epochs; 0 repeats an epoch.
     """
 
     def __init__(self) -> None:
@@ -56,12 +55,12 @@ class EpochCounter:
 
     @property
     def current(self) -> int:
-        """The epoch that was begun last, here or by workers; or what was set since."""
+        """The epoch that was begun last, here or by workers, or the one that was set since."""
         return max(self._current, self._last_of_workers())
 
     @property
     def upcoming(self) -> int:
-        """The epoch that the next `take` gives."""
+        """The epoch that the next `take` returns."""
         process = os.getpid()
         if self._is_in_worker() and process not in (self._taken_in, self._set_in):
             self._next, self._set_in = self._of_this_iteration(), process
@@ -76,11 +75,11 @@ class EpochCounter:
         return self._last_of_workers() >= self._next
 
     def set(self, epoch: int, *, has_begun: bool = False) -> None:
-        """Make `epoch` the one that the next `take` gives, here and in the copies.
+        """Make the next `take` return `epoch`, here and in the copies.
 
         Args:
-            epoch: In a worker, what only this one takes.
-            has_begun: Whether it goes on rather than begins.
+            epoch: The epoch. In a worker, only this worker takes it.
+            has_begun: Whether the epoch was begun before and continues now.
         """
         self.n_set += 1
         if epoch != self.last_set:
@@ -95,7 +94,7 @@ class EpochCounter:
             row[_N_SET] = self._n_seen = self.n_set
 
     def take(self) -> int:
-        """Return the number of the epoch that begins now."""
+        """Begin an epoch, and return its number."""
         epoch = self.upcoming
         if self._taken_in == os.getpid() and (told := self._row(self._iterating())) is not None:
             self._n_seen = int(told[_N_SET])
@@ -105,7 +104,7 @@ class EpochCounter:
         return epoch
 
     def reach(self, epoch: int, *, has_begun: bool) -> None:
-        """Note that a loader, which counts by itself, is in an epoch, or will begin it."""
+        """Note that a loader, which counts by itself, has begun or will begin an epoch."""
         self._current, self._next = epoch, max(self._next, epoch + (self.step if has_begun else 0))
 
     # Workers of a plain DataLoader ------------------------------------------------------------------------
@@ -114,11 +113,11 @@ class EpochCounter:
         return torch.utils.data.get_worker_info() is not None and self._iterating() != os.getpid()
 
     def _iterating(self) -> int:
-        """Return the process that iterates: this one, or that which made this copy for a worker."""
+        """Return the process that iterates: this one, or the one that made this copy for a worker."""
         return self._owner if self._made_in == os.getpid() else os.getppid()
 
     def _of_this_iteration(self) -> int:
-        """Return the epoch of the iteration that this worker was started for: what its first worker says."""
+        """Return the epoch of the iteration for which this worker was started; its first worker decides."""
         info, process = torch.utils.data.get_worker_info(), self._iterating()
         assert info is not None
         seed, number = info.seed - info.id, _number_of_process()
@@ -127,15 +126,15 @@ class EpochCounter:
             last = int(row[_LAST]) if row[_N_SET] == self._n_seen else -1
             epoch = max(self._next, last + self.step)
             self._publish(epoch)
-            place = _BEGUN + 3 * int(row[_N_BEGUN] % N_ITERATIONS)
-            row[place : place + 3] = 0, number, epoch
-            row[place], row[_N_BEGUN] = seed, row[_N_BEGUN] + 1
+            column = _BEGUN + 3 * int(row[_N_BEGUN] % N_ITERATIONS)
+            row[column : column + 3] = 0, number, epoch
+            row[column], row[_N_BEGUN] = seed, row[_N_BEGUN] + 1
             return epoch
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             told = self._row(process)
             for of, first, epoch in [] if told is None else told[_BEGUN:].reshape(-1, 3).tolist():
-                # A generator that is seeded for each epoch gives the seed of the iteration before as well.
+                # A generator that is seeded anew for each epoch repeats the seed of the iteration before.
                 if of == seed and (not number or 0 < number - first < info.num_workers + info.id):
                     return int(epoch)
             time.sleep(0.002)
@@ -154,12 +153,13 @@ class EpochCounter:
         return -1 if row is None else int(row[_LAST])
 
     def _row(self, process: int) -> NDArray[np.int64] | None:
-        """Return what a process and its workers tell each other, if they do."""
+        """Return the row of the shared table for a process and its workers; None if there is none."""
         rows = self._shared.numbers
         found = np.flatnonzero(rows[:, _PROCESS] == process)
         return rows[found[0]] if len(found) else None
 
     def _claimed(self, process: int) -> NDArray[np.int64]:
+        """Return the row of a process; claim a free row if it has none."""
         if (known := self._row(process)) is not None:
             return known
         with self._shared.locked():  # processes that share it may claim a row at the same time
@@ -193,6 +193,6 @@ def _is_alive(process: int) -> bool:
 
 
 def _number_of_process() -> int:
-    """Return which of the processes that its parent started this is; 0 if that is not known."""
+    """Return the number of this process among those that its parent started; 0 if it is not known."""
     identity: tuple[int, ...] = getattr(multiprocessing.current_process(), "_identity", ())
     return identity[-1] if identity else 0

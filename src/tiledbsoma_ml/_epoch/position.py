@@ -1,4 +1,4 @@
-"""Where an epoch stands, as a small dictionary: what a checkpoint keeps of a dataset."""
+"""`Position`: the position of an iterator in an epoch, which a checkpoint has as a small dictionary."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tiledbsoma_ml._query_ids import Partition
 VERSION = 1
 
 MOST = 2**20
-"""More ranks, or workers of a rank, than any epoch has had."""
+"""A number of ranks, or of workers of a rank, that no epoch has had."""
 
-_OF_PLACE = ("epoch", "world_size", "num_workers", "worker_id", "n_yielded", "earlier")
+_KEYS = ("epoch", "world_size", "num_workers", "worker_id", "n_yielded", "earlier")
 
 
 @attrs.frozen(kw_only=True)
 class Position:
-    """Where an epoch stands.
+    """The position of a rank, or of one of its workers, in an epoch.
 
     Attributes:
-        epoch: Its number.
-        world_size: Ranks that took part.
-        num_workers: Workers of each; 0 where mini-batches were made in the training process.
-        worker_id: The worker whose position it is; None if it is that of a rank.
-        n_yielded: How many mini-batches the worker, or every rank, had yielded.
-        earlier: What others had yielded of the epoch before.
+        epoch: The number of the epoch.
+        world_size: Number of ranks.
+        num_workers: Number of workers of each rank; 0 if the training process makes the mini-batches.
+        worker_id: The worker whose position this is; None if it is the position of a rank.
+        n_yielded: Number of mini-batches that the worker, or each rank, has yielded.
+        earlier: The stages of the epoch before a resume with other ranks or workers.
     """
 
     epoch: int
@@ -41,17 +41,17 @@ class Position:
     earlier: tuple[Stage, ...] = ()
 
     def to_dict(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of a dataset that has this identity."""
-        place = attrs.asdict(self, recurse=False)
+        """Return the state of a dataset with this identity at this position."""
+        position = attrs.asdict(self, recurse=False)
         stages = [list(attrs.astuple(stage)) for stage in self.earlier]
-        return {"version": VERSION, **identity, **place, "earlier": stages}
+        return {"version": VERSION, **identity, **position, "earlier": stages}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any], identity: Mapping[str, Any]) -> Position:
-        """Return the position that a state tells.
+        """Return the position in a state.
 
         Raises:
-            TypeError: If it is no state.
+            TypeError: If `state` is not the state of a dataset.
             ValueError: If it is the state of a dataset with another identity.
         """
         if not isinstance(state, Mapping) or "n_yielded" not in state:
@@ -71,7 +71,7 @@ class Position:
                 f"state must be of this dataset, but {'; '.join(differences)}; make the dataset as it was, "
                 "or start anew without the state."
             )
-        if missing := [name for name in _OF_PLACE if name not in state]:
+        if missing := [name for name in _KEYS if name not in state]:
             raise TypeError(
                 f"state={state!r} must be what state_dict() returned, but has no {missing[0]!r}; load that "
                 "of this dataset."
@@ -89,43 +89,43 @@ class Position:
         return attrs.evolve(position, n_yielded=_whole("n_yielded", state["n_yielded"], 0, most))
 
     def rest_of(self, part: EpochPart, scope: ShuffleScope) -> EpochPart:
-        """Return what is left of a part of this epoch.
+        """Return the rest of a part of this epoch, from this position on.
 
         Raises:
-            ValueError: If there are other numbers of ranks or workers, and chunks are shuffled by parts.
+            ValueError: If the numbers of ranks or workers differ, and the scope is "partition".
         """
-        place, n_workers = part.place, max(self.num_workers, 1)
-        if (self.world_size, n_workers) == (place.world_size, place.n_workers):
+        partition, n_workers = part.partition, max(self.num_workers, 1)
+        if (self.world_size, n_workers) == (partition.world_size, partition.n_workers):
             return self._rest_of_same(part)
-        if self._over and scope == "partition":
+        if self.stages and scope == "partition":
             raise ValueError(
-                f"state must be of {place.world_size} ranks with {place.n_workers} workers, but is of "
-                f"{self.world_size} with {n_workers}; resume with as many, or use shuffle_scope='global' "
+                f"state must be of {partition.world_size} ranks with {partition.n_workers} workers, but is "
+                f"of {self.world_size} with {n_workers}; resume with as many, or use shuffle_scope='global' "
                 "from the start."
             )
-        return attrs.evolve(part, earlier=self._over)
+        return attrs.evolve(part, earlier=self.stages)
 
     def _rest_of_same(self, part: EpochPart) -> EpochPart:
         if self.worker_id is not None:
             worker_id, skip = self.worker_id, self.n_yielded
         else:
-            # A `DataLoader` always begins with its first worker: that one takes the place of the worker whose
-            # turn it is, and so on.
-            n_workers = part.place.n_workers
-            worker_id = (part.place.worker_id + self.n_yielded) % n_workers
+            # A `DataLoader` always begins with its first worker. So that worker takes over the rows of the
+            # worker whose turn it is, the second worker those of the next one, and so on.
+            n_workers = part.partition.n_workers
+            worker_id = (part.partition.worker_id + self.n_yielded) % n_workers
             skip = n_yielded_by(worker_id, n_workers, self.n_yielded)
-        place = attrs.evolve(part.place, worker_id=worker_id)
-        return attrs.evolve(part, place=place, skip=skip, earlier=self.earlier)
+        partition = attrs.evolve(part.partition, worker_id=worker_id)
+        return attrs.evolve(part, partition=partition, skip=skip, earlier=self.earlier)
 
     @property
-    def _over(self) -> tuple[Stage, ...]:
-        """What was yielded of the epoch so far."""
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the epoch up to this position."""
         if not self.n_yielded:
             return self.earlier
         return (*self.earlier, Stage(self.world_size, max(self.num_workers, 1), self.n_yielded))
 
     def _n_mini_batches(self, identity: Mapping[str, Any]) -> int:
-        """Return how many mini-batches the worker or rank can have yielded."""
+        """Return the largest number of mini-batches that the worker or rank can have yielded."""
         deal, n_workers = _deal(identity, self.earlier), max(self.num_workers, 1)
         if self.worker_id is None:
             return deal.n_mini_batches_of_rank(self.world_size, n_workers)
@@ -143,7 +143,7 @@ def _deal(identity: Mapping[str, Any], earlier: tuple[Stage, ...]) -> Deal:
 
 
 def _stages(stages: Any, identity: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """Return what others yielded of the epoch, each stage of what those before it left."""
+    """Return the stages of a state, having checked each with the rows that the stages before it left."""
     found: tuple[Stage, ...] = ()
     if not isinstance(stages, Sequence) or not all(isinstance(s, Sequence) and len(s) == 3 for s in stages):
         raise TypeError(

@@ -1,7 +1,7 @@
-"""Where iterators stand: which epoch begins next, what was loaded, and how far the newest iterator is.
+"""`Progress`: the next epoch, the loaded position, and the position of the newest iterator.
 
-An epoch belongs to an iterator, and a position to whoever makes iterators: each loader, and a dataset that is
-iterated by itself. They share the counter of the dataset alone, so that none moves another's position.
+An iterator has an epoch. A loader, and a dataset that is iterated without a loader, have a position: that of
+their newest iterator. They share only the counter of the dataset, so none changes the position of another.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from tiledbsoma_ml._epoch.counter import EpochCounter
 from tiledbsoma_ml._epoch.position import Position
 from tiledbsoma_ml._shared_array import SharedArray
 
-LOOKS = 3
-"""So many iterators may be left after their first mini-batch before a state that was loaded counts as used.
+MAX_PEEKS = 3
+"""Number of iterators that may stop after one mini-batch before a loaded position counts as used.
 
-Callbacks look at a mini-batch when training starts; a loop that takes one from a new iterator at each step
-goes on all the same.
+Callbacks look at a mini-batch when training starts. But a loop that takes one mini-batch from a new iterator
+at each step must move on.
 """
 
 
 @attrs.define(eq=False)
-class Loaded:
-    """A position that the next iterator goes on from. It is used up by the second mini-batch.
+class LoadedPosition:
+    """A position that was loaded, at which the next iterator begins until its second mini-batch uses it up.
 
     Attributes:
-        position: The position to go on from.
-        n_set: Number of times that the counter had been set when it was loaded.
-        n_begun: Number of iterators that began there.
-        is_used: Whether one of them went on.
+        position: The position.
+        n_set: Number of times that the counter had been set when the position was loaded.
+        n_begun: Number of iterators that began at the position.
+        is_used: Whether one of them yielded a second mini-batch, or ended.
     """
 
     position: Position
@@ -45,13 +45,13 @@ class Loaded:
 
 
 @attrs.define(eq=False)
-class Told:
-    """What the copies of a dataset in the workers of a loader are told.
+class WorkerStart:
+    """The facts that the workers of a loader need to begin an epoch.
 
     Attributes:
         ranks: Rank and number of ranks.
         position: The position at which their first epoch begins.
-        channel: The number of the epoch, in shared memory, for workers that are kept.
+        channel: The number of the epoch, in shared memory, for persistent workers.
     """
 
     ranks: tuple[int, int]
@@ -59,30 +59,30 @@ class Told:
     channel: SharedArray
 
     def begin(self) -> Position:
-        """Return where the epoch begins that a worker begins now."""
+        """Return the position at which the worker begins its next epoch."""
         position, self.position = self.position, None
         return position or Position(epoch=int(self.channel.numbers[0]))
 
 
 @attrs.define(eq=False, kw_only=True)
-class Run:
-    """One iterator, and where it stands.
+class Iteration:
+    """The state of one iterator over an epoch.
 
     Attributes:
-        start: The position at which it began.
-        total: Mini-batches of the epoch, with those before `start`.
-        loaded: The loaded position that it goes on from, if there is one.
-        waits: Whether the epoch goes on after its last mini-batch: a worker waits for the others.
-        step: The difference between the number of the next epoch and that of this one.
-        ends_after: Returns the number of mini-batches after which the trainer counts the epoch as over.
-        n_yielded: Mini-batches until now, with those before `start`.
-        has_ended: Whether it was asked for more than there are.
-        is_over: Whether it ended or was left.
+        start: The position at which the iterator began.
+        total: Number of mini-batches of the epoch, including those before `start`.
+        loaded: The loaded position at which the iterator began; None if there was none.
+        waits: Whether the epoch continues after the last mini-batch, because a worker waits for the others.
+        step: Difference between the numbers of the next epoch and of this one.
+        ends_after: Returns the number of mini-batches after which the trainer ends the epoch.
+        n_yielded: Number of mini-batches until now, including those before `start`.
+        has_ended: Whether the iterator was asked for a mini-batch after the last one.
+        is_over: Whether the iterator ended or was dropped.
     """
 
     start: Position
     total: int
-    loaded: Loaded | None = None
+    loaded: LoadedPosition | None = None
     waits: bool = False
     step: int = 1
     ends_after: Callable[[], float] | None = None
@@ -97,20 +97,20 @@ class Run:
             self.loaded.is_used |= self.waits
 
     def advance(self) -> None:
-        """Note that a mini-batch is yielded."""
+        """Count a mini-batch that is yielded."""
         self.n_yielded += 1
         if self.loaded is not None:
             self.loaded.is_used |= self.n_yielded > self.start.n_yielded + 1 or self._has_all
 
     def end(self) -> None:
-        """Note that there is no more."""
+        """Note that there are no more mini-batches."""
         self.has_ended = True
         if self.loaded is not None:
             self.loaded.is_used = True
 
     @property
     def position(self) -> Position:
-        """Where it stands: after the last mini-batch that was yielded; at the end, in the next epoch."""
+        """The position after the last mini-batch that was yielded; after the epoch, that of the next one."""
         if self._has_all and (self.has_ended or not self.waits):
             return Position(epoch=self.start.epoch + self.step)
         return attrs.evolve(self.start, n_yielded=self.n_yielded)
@@ -122,12 +122,12 @@ class Run:
 
 
 class Epochs:
-    """The epochs of a dataset: the counter, and who iterates it.
+    """The epochs of a dataset.
 
     Attributes:
-        counter: Which epochs there were.
-        own: The iterators that the dataset made without a loader.
-        latest: The owner of the iterator that began last.
+        counter: The counter of epochs.
+        own: The progress of the dataset without a loader.
+        latest: The progress, of a loader or of the dataset, whose iterator began last.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Epochs:
         self.latest = self.own
 
     def iterating(self) -> Progress:
-        """Return who asks for an iterator of the dataset: the dataset itself, or a loader."""
+        """Return the progress of the loader that is making an iterator, or else that of the dataset."""
         progress = _ASKING.get()
         return progress if progress is not None and progress.epochs is self else self.own
 
@@ -148,32 +148,32 @@ _ASKING: ContextVar[Progress | None] = ContextVar("_ASKING", default=None)
 
 
 class Progress:
-    """The iterators of one loader, or of a dataset by itself.
+    """The progress of the iterators of one loader, or of a dataset without a loader.
 
-    A loader counts its own epochs, from that which was to come when it was made.
+    A loader counts its own epochs. The first is the upcoming epoch of the dataset when the loader was made.
 
     Attributes:
         epochs: The epochs of the dataset.
-        ends_after: See `Run`.
+        ends_after: See `Iteration`.
     """
 
     def __init__(self, epochs: Epochs) -> None:
         self.epochs = epochs
         self._next, self._n_set = 0, -1
-        self._loaded: Loaded | None = None
-        self._run: Run | None = None
+        self._loaded: LoadedPosition | None = None
+        self._iteration: Iteration | None = None
         self._channel: SharedArray | None = None
         self.ends_after: Callable[[], float] | None = None
 
     @classmethod
     def of_loader(cls, epochs: Epochs) -> Progress:
-        """Return that of a new loader."""
+        """Return the progress of a new loader."""
         progress = cls(epochs)
         progress._next, progress._n_set = epochs.counter.upcoming, epochs.counter.n_set
         return progress
 
     def load(self, position: Position) -> None:
-        """Go on from a position with the next iterator."""
+        """Make the next iterator begin at a position."""
         counter, of_dataset = self.epochs.counter, self.epochs.own._loaded
         if self._is_own:
             counter.set(position.epoch, has_begun=position.n_yielded > 0)
@@ -182,13 +182,13 @@ class Progress:
             self._next, self._n_set = position.epoch, counter.n_set
         waits = of_dataset is not None and self.epochs.own._pending() is of_dataset
         if of_dataset is not None and waits and not self._is_own and of_dataset.position == position:
-            self._loaded = of_dataset  # both of a checkpoint: used once
+            self._loaded = of_dataset  # both come from one checkpoint, and are used once
         else:
-            self._loaded = Loaded(position, counter.n_set)
-        self._run, self.epochs.latest = None, self
+            self._loaded = LoadedPosition(position, counter.n_set)
+        self._iteration, self.epochs.latest = None, self
 
-    def upcoming(self) -> tuple[int, Loaded | None]:
-        """Return the epoch that the next iterator begins, and what it goes on from."""
+    def upcoming(self) -> tuple[int, LoadedPosition | None]:
+        """Return the epoch that the next iterator begins, and the loaded position at which it begins."""
         counter, in_worker = self.epochs.counter, torch.utils.data.get_worker_info() is not None
         loaded = self._pending()
         if loaded is not None and not in_worker:
@@ -199,20 +199,20 @@ class Progress:
             epoch = self._next if self._n_set == counter.n_set else counter.last_set
         return epoch, loaded if loaded is not None and loaded.position.epoch == epoch else None
 
-    def begin(self, run: Run) -> Run:
-        """Note that an iterator begins the epoch that was `upcoming`."""
-        counter, epoch = self.epochs.counter, run.start.epoch
-        if not self._is_own or (run.loaded is not None and not run.waits):
+    def begin(self, iteration: Iteration) -> Iteration:
+        """Note that an iterator begins the epoch that was `upcoming`, and return its state."""
+        counter, epoch = self.epochs.counter, iteration.start.epoch
+        if not self._is_own or (iteration.loaded is not None and not iteration.waits):
             counter.reach(epoch, has_begun=True)
         else:
             counter.take()
         self._next, self._n_set = epoch + counter.step, counter.n_set
-        run.step, run.ends_after = counter.step, self.ends_after
-        self._run, self.epochs.latest = run, self
-        return run
+        iteration.step, iteration.ends_after = counter.step, self.ends_after
+        self._iteration, self.epochs.latest = iteration, self
+        return iteration
 
     def tell(self, epoch: int) -> SharedArray:
-        """Tell workers that are kept the epoch that begins now; return what they look at."""
+        """Write the epoch that begins now to memory that persistent workers read, and return that memory."""
         if self._channel is None:
             self._channel = SharedArray(np.zeros(1, dtype=np.int64))
         self._channel.numbers[0] = epoch
@@ -220,15 +220,15 @@ class Progress:
 
     @property
     def position(self) -> Position:
-        """Where the newest iterator stands; where the next one begins, if there is none."""
-        loaded, run = self._pending(), self._run
-        if loaded is not None and (run is None or run.loaded is not loaded or run.is_over):
+        """The position of the newest iterator; if there is none, the position where the next one begins."""
+        loaded, newest = self._pending(), self._iteration
+        if loaded is not None and (newest is None or newest.loaded is not loaded or newest.is_over):
             return loaded.position
-        return Position(epoch=self.upcoming()[0]) if run is None else run.position
+        return Position(epoch=self.upcoming()[0]) if newest is None else newest.position
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Make iterators of the dataset that are asked for inside this one's."""
+        """Count iterators that the dataset makes within this context as iterators of this loader."""
         token = _ASKING.set(self)
         try:
             yield
@@ -239,17 +239,20 @@ class Progress:
     def _is_own(self) -> bool:
         return self.epochs.own is self
 
-    def _pending(self) -> Loaded | None:
-        """Return what was loaded last, here or into the dataset, unless used or another epoch was set."""
+    def _pending(self) -> LoadedPosition | None:
+        """Return the position that was loaded last, here or into the dataset, if it is still valid.
+
+        It is not valid any longer if it was used, or if another epoch was set since.
+        """
         found = [p._loaded for p in (self, self.epochs.own) if p._loaded is not None]
         for loaded in sorted(found, key=lambda loaded: -loaded.n_set)[:1]:
             counter = self.epochs.counter
             was_set = loaded.n_set != counter.n_set and (
                 counter.last_set != loaded.position.epoch or counter.same_since > loaded.n_set + 1
             )
-            if not (was_set or loaded.is_used or loaded.n_begun > LOOKS):
+            if not (was_set or loaded.is_used or loaded.n_begun > MAX_PEEKS):
                 return loaded
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_run": None}
+        return self.__dict__ | {"_iteration": None}

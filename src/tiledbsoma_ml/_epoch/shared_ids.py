@@ -1,4 +1,4 @@
-"""Joinids in shared memory: every worker process on a machine sees the same ones."""
+"""`SharedQueryIDs`: joinids in shared memory, so that all workers on a machine use the same copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tiledbsoma_ml._shared_array import SharedArray
 
 @attrs.frozen(eq=False)
 class SharedQueryIDs:
-    """A copy of `QueryIDs` that reaches the processes spawned from this one without further copies."""
+    """A copy of `QueryIDs` that child processes share without further copies."""
 
     obs_joinids: SharedArray
     var_joinids: SharedArray
@@ -18,11 +18,13 @@ class SharedQueryIDs:
 
     @classmethod
     def of(cls, ids: QueryIDs) -> SharedQueryIDs:
-        """Copy joinids into shared memory."""
+        """Return a copy of joinids in shared memory."""
         return cls(SharedArray(ids.obs_joinids), SharedArray(ids.var_joinids), ids.partition)
 
     def query_ids(self) -> QueryIDs:
-        """Return the joinids where they are."""
+        """Return the joinids, without copying them."""
         obs_joinids, var_joinids = self.obs_joinids.numbers.view(), self.var_joinids.numbers.view()
-        obs_joinids.flags.writeable = var_joinids.flags.writeable = False  # no need to copy them
+        obs_joinids.flags.writeable = var_joinids.flags.writeable = (
+            False  # `QueryIDs` copies writeable arrays
+        )
         return QueryIDs(obs_joinids=obs_joinids, var_joinids=var_joinids, partition=self.partition)

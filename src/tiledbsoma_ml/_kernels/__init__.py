@@ -1,5 +1,5 @@
-"""The compiled loops: they release the GIL, are cached on disk, and may run in several threads at once.
+"""Compiled loops, which release the GIL, are cached on disk, and may run on several threads at once.
 
-Values that are only moved are moved as unsigned integers of their own width (`as_bits`), so that one compiled
-loop serves every type of that width. Imported on first use, because importing numba takes time.
+Loops that only move values take them as unsigned integers of the same width (`as_bits`), so that one compiled
+loop serves all types of that width. The loops are imported on first use, because importing numba takes time.
 """

@@ -1,4 +1,4 @@
-"""Values as the bits that they are."""
+"""Views of values as bits."""
 
 from __future__ import annotations
 

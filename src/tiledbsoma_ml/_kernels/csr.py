@@ -1,4 +1,4 @@
-"""Loops on rows in CSR."""
+"""Loops over rows in CSR."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def place_rows(
     indices: NDArray[Any],
     out_bits: NDArray[Any],
 ) -> None:
-    """Put each entry at `free[row]`, the next free place of its row, and move that place on by one."""
+    """Write each entry to `free[row]`, the next free slot of its row, and increment `free[row]`."""
     for k in range(len(rows)):
-        place = free[rows[k]]
-        free[rows[k]] = place + 1
-        indices[place] = cols[k]
-        out_bits[place] = bits[k]
+        slot = free[rows[k]]
+        free[rows[k]] = slot + 1
+        indices[slot] = cols[k]
+        out_bits[slot] = bits[k]
 
 
 @jit
@@ -59,8 +59,8 @@ def sort_rows(indptr: NDArray[np.int64], indices: NDArray[Any], bits: NDArray[An
 
 @jit
 def has_repeats(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int) -> bool:
-    """Whether a row has a column twice; rows that are sorted are only compared with their neighbours."""
-    last_row = np.zeros(n_cols, dtype=np.uint8)  # in which a column was seen, counted from 1 on over and over
+    """Return whether a row has a column twice; in sorted rows, only neighbouring entries are compared."""
+    last_row = np.zeros(n_cols, dtype=np.uint8)  # number of the last row that had a column, from 1 to 255
     number = 0
     for row in range(len(indptr) - 1):
         cols = indices[indptr[row] : indptr[row + 1]]

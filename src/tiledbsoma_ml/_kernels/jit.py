@@ -1,4 +1,4 @@
-"""How the compiled loops are compiled: without the GIL, kept on disk, and safe where processes share that."""
+"""`jit`: compiles loops without the GIL, with a cache on disk that processes share safely."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tiledbsoma_ml._threads import hold_at_forks
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 _NO_LOCK = OSError, NotImplementedError
-"""Raised where files cannot be locked, or not in time: there, nothing is kept."""
+"""Errors that say that a file cannot be locked, or not in time. Then nothing is cached."""
 
 MAX_WAIT_S = 60.0
-"""A process that holds the lock needs milliseconds; one that was stopped meanwhile is not waited for."""
+"""Longest wait for the lock. Its holder needs milliseconds, unless that process was stopped."""
 
 DIGEST_BYTES = 16
 
 
 class _WholeFiles(IndexDataCacheFile):  # type: ignore[misc]
-    """Files of numba's cache that end in a digest: what is damaged is as if it were not there.
+    """Files of numba's cache that end in a digest; a damaged file counts as missing.
 
-    Numba raises for ever where it cannot read a file, and calls machine code that has changed. It does not
-    look at bytes that follow what it wrote.
+    Numba itself raises each time if it cannot read a file, and runs machine code that has changed. It ignores
+    bytes that follow its own, so the digest does not disturb it.
     """
 
     def _load_index(self) -> Any:
-        return super()._load_index() if _is_whole(Path(self._index_path)) else {}
+        return super()._load_index() if _is_intact(Path(self._index_path)) else {}
 
     def _load_data(self, name: str) -> Any:
-        if not _is_whole(Path(self._data_path(name))):
+        if not _is_intact(Path(self._data_path(name))):
             raise FileNotFoundError(name)
         return super()._load_data(name)
 
@@ -50,7 +50,7 @@ class _WholeFiles(IndexDataCacheFile):  # type: ignore[misc]
             file.write(content.getvalue() + _digest(content.getvalue()))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     content = path.read_bytes() if path.exists() else b""
     return content[-DIGEST_BYTES:] == _digest(content[:-DIGEST_BYTES])
 
@@ -60,11 +60,11 @@ def _digest(content: bytes) -> bytes:
 
 
 class _OneAtATime(FunctionCache):  # type: ignore[misc]
-    """Numba's cache on disk, for one process at a time.
+    """Numba's cache on disk, which one process at a time reads or writes.
 
-    It keeps an index and a file for each set of argument types, and writes one after the other. When two
-    processes do so at once, what one compiled can end under the argument types of the other: numba calls it
-    all the same, and memory is overwritten. Ranks, workers and tests all compile at once on their first run.
+    Numba writes an index, and then a file for each set of argument types. If two processes do this at once,
+    the code of one can be stored under the argument types of the other. Numba would run it, and it would
+    overwrite memory. Ranks, workers and tests compile at the same time on their first run.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -89,10 +89,10 @@ class _OneAtATime(FunctionCache):  # type: ignore[misc]
 def jit(loop: _Loop) -> _Loop:
     """Compile a function on its first call with arguments of new types."""
     compiled = numba.njit(nogil=True, boundscheck=False)(loop)
-    with suppress(RuntimeError):  # where nothing can be written to, every process compiles for itself
+    with suppress(RuntimeError):  # if no folder can be written to, every process compiles for itself
         compiled._cache = _OneAtATime(loop)
     return cast(_Loop, compiled)
 
 
-# A process that is forked while another thread compiles would wait for that thread forever: it has none.
+# A process that is forked while another thread compiles would wait for that thread for ever.
 hold_at_forks(global_compiler_lock)

@@ -1,10 +1,8 @@
-"""The compiled loops of snapshots: from files in memory maps straight into the arrays that are handed out.
+"""Compiled loops of snapshots, which copy rows from mapped files directly into the arrays that are returned.
 
-Rows lie in many files, whose values have different types. So that one call serves rows of all of them, the
-loops are given the addresses of the maps; whoever calls keeps the maps open. Whatever the files hold, and
-even if it changes meanwhile, no loop reads or writes outside of its arrays: an index is checked after it was
-copied. Like all compiled loops they release the GIL, are cached on disk, may run in several threads at once,
-and are imported on first use.
+Rows lie in many files, whose values have different types. The loops get the addresses of the maps, so that
+one call serves rows of all files; the caller keeps the maps open. The loops check each index after copying
+it. So no loop reads or writes outside of its arrays, whatever the files hold, also if they change meanwhile.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._kernels.jit import jit
 
 KINDS = {dtype: kind for kind, dtype in enumerate(["|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4"])}
-"""The number that tells the loops how values are stored; `AS_GIVEN_OUT` if they are not converted."""
+"""Numbers of the types that stored values can have; `AS_GIVEN_OUT` stands for the type that is returned."""
 
 AS_GIVEN_OUT = len(KINDS)
 
 ROWS_AHEAD = 4
-"""So many rows ahead of their use memory is asked for them: in random order, that doubles the speed."""
+"""Number of rows by which memory is prefetched ahead. In random order, this doubles the speed."""
 
 
 @intrinsic
@@ -41,7 +39,7 @@ def _at(_: Any, address: Any) -> Any:
 
 @intrinsic
 def _prefetch_line(_: Any, address: Any) -> Any:
-    """Ask the processor for the cache line at an address, and wait for nothing."""
+    """Ask the processor for the cache line at an address, without waiting for it."""
 
     def make(__: Any, builder: Any, ___: Any, arguments: Any) -> None:
         pointer, int_32 = cgutils.voidptr_t, ir.IntType(32)
@@ -59,29 +57,29 @@ def _prefetch_line(_: Any, address: Any) -> Any:
 @jit
 def find_rows(
     joinids: NDArray[np.int64],
-    sorted_ids: NDArray[np.int64],
+    sorted_joinids: NDArray[np.int64],
     first_rows: NDArray[np.int64],
     shift: int,
     rows: NDArray[np.int64],
 ) -> int:
-    """Write the place of each joinid in `sorted_ids`, or -1; return how many are missing.
+    """Write the index of each joinid in `sorted_joinids`, or -1; return the number of missing joinids.
 
-    `first_rows[b]` is the first row whose joinid is at least `sorted_ids[0] + (b << shift)`.
+    `first_rows[b]` is the first row whose joinid is at least `sorted_joinids[0] + (b << shift)`.
     """
     n_missing = 0
     for k in range(len(joinids)):
         joinid, row = joinids[k], -1
-        if len(sorted_ids) and sorted_ids[0] <= joinid <= sorted_ids[-1]:
-            bucket = (joinid - sorted_ids[0]) >> shift
+        if len(sorted_joinids) and sorted_joinids[0] <= joinid <= sorted_joinids[-1]:
+            bucket = (joinid - sorted_joinids[0]) >> shift
             if 0 <= bucket < len(first_rows) - 1:
                 low, high = first_rows[bucket], first_rows[bucket + 1]
                 while low < high:
                     middle = (low + high) >> 1
-                    if sorted_ids[middle] < joinid:
+                    if sorted_joinids[middle] < joinid:
                         low = middle + 1
                     else:
                         high = middle
-                if low < len(sorted_ids) and sorted_ids[low] == joinid:
+                if low < len(sorted_joinids) and sorted_joinids[low] == joinid:
                     row = low
         rows[k] = row
         n_missing += row < 0
@@ -90,7 +88,10 @@ def find_rows(
 
 @jit
 def first_descent(values: NDArray[np.int64], is_strict: bool) -> int:
-    """Return the number of the first value below the one before it, or equal to it if strict; or -1."""
+    """Return the index of the first value that is below the one before it, or -1.
+
+    With `is_strict`, a value that equals the one before it counts as well.
+    """
     for k in range(1, len(values)):
         if values[k] < values[k - 1] or (is_strict and values[k] == values[k - 1]):
             return k
@@ -99,7 +100,7 @@ def first_descent(values: NDArray[np.int64], is_strict: bool) -> int:
 
 @jit
 def first_bad_row(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int) -> int:
-    """Return the number of the first row whose columns do not all exist or do not ascend, or -1."""
+    """Return the first row with columns that do not exist or do not ascend, or -1."""
     for row in range(len(indptr) - 1):
         columns = indices[max(0, indptr[row]) : min(indptr[row + 1], len(indices))]
         is_wrong = False
@@ -120,19 +121,20 @@ def locate_rows(
     begins: NDArray[np.int64],
     indptr: NDArray[np.int64],
 ) -> int:
-    """Write the shard of each row, where it begins there, and the row starts of these rows put end to end.
+    """Find the shard of each row, and its values there; write this to the last three arguments.
 
     Args:
-        rows: Their numbers.
+        rows: The rows.
         shard_borders: First row of each shard, and the number of rows.
-        indptr_at: Addresses of the row starts of each shard.
-        n_values: Stored values of each shard.
+        indptr_at: Address of the row starts of each shard.
+        n_values: Number of stored values of each shard.
         shards: The shard of each row.
-        begins: The place in its shard where each row begins.
-        indptr: Row starts.
+        begins: Index of the first value of each row in its shard.
+        indptr: Row starts of these rows, concatenated.
 
     Returns:
-        The place of the first row that is none, or whose values would lie outside of its shard; or -1.
+        The index in `rows` of the first one that does not exist, or whose values lie outside its shard; or
+        -1.
     """
     indptr[0] = 0
     for k in range(len(rows)):
@@ -152,7 +154,7 @@ def locate_rows(
 
 @jit
 def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
-    """Copy values from `begin` of an array at an address on, converted to the type of `out`."""
+    """Fill `out`, converting to its type, with the values of an array at an address, from `begin` on."""
     n = len(out)
     if kind == 0:
         u1 = numba.carray(_at(address + begin), n, np.uint8)
@@ -190,7 +192,7 @@ def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
 
 @jit
 def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> None:
-    """Ask the processor for `n` values from `begin` of an array at an address on."""
+    """Ask the processor for `n` values of the array at an address, from index `begin` on."""
     if kind < AS_GIVEN_OUT:
         itemsize = 1 if kind in (0, 3) else 2 if kind in (1, 4) else 4
     for line in range(address + itemsize * begin, address + itemsize * (begin + n), 64):
@@ -199,7 +201,7 @@ def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> Non
 
 @jit
 def _copy_columns(address: int, kind: int, begin: int, out: NDArray[Any]) -> int:
-    """Do what `_copy` does with columns, which are unsigned; return the largest, or -1 of none."""
+    """Do what `_copy` does, for columns, which are unsigned; return the largest, or -1 if `out` is empty."""
     n = len(out)
     if n == 0:
         return -1
@@ -230,7 +232,7 @@ def gather_columns(
     n_cols: int,
     out: NDArray[Any],
 ) -> int:
-    """Do what `gather_rows` does; return the place of the first row with a column beyond `n_cols`, or -1."""
+    """Do what `gather_rows` does, for columns; return the first index of a row with one too large, or -1."""
     for k in range(len(shards)):
         if k + ROWS_AHEAD < len(shards):
             shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
@@ -251,7 +253,7 @@ def gather_rows(
     kinds: NDArray[np.uint8],
     out: NDArray[Any],
 ) -> None:
-    """Copy what rows have in one of the arrays of their shards to their places in `out`."""
+    """Copy the values of rows from an array of their shards to `out`, one row after the other."""
     for k in range(len(shards)):
         if k + ROWS_AHEAD < len(shards):
             shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
@@ -263,18 +265,18 @@ def gather_rows(
 
 @jit
 def keep_columns(
-    indptr: NDArray[np.int64], place_of: NDArray[np.int32], indices: NDArray[Any], bits: NDArray[Any]
+    indptr: NDArray[np.int64], col_of: NDArray[np.int32], indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
-    """Replace each column by its place, dropping those without one (-1), in place; rows move together.
+    """Replace each column by `col_of[column]`, in place, and drop the entries for which that is -1.
 
-    The columns are within `place_of`: `gather_columns` has checked them.
+    All columns are indices of `col_of`: `gather_columns` has checked them.
     """
     end, start = 0, indptr[0]
     for row in range(len(indptr) - 1):
         for k in range(start, indptr[row + 1]):
-            place = place_of[indices[k]]
-            if place >= 0:
-                indices[end] = place
+            col = col_of[indices[k]]
+            if col >= 0:
+                indices[end] = col
                 bits[end] = bits[k]
                 end += 1
         start = indptr[row + 1]
@@ -285,9 +287,9 @@ def keep_columns(
 def sort_rows_of_few(
     indptr: NDArray[np.int64], n_cols: int, indices: NDArray[Any], bits: NDArray[Any]
 ) -> None:
-    """Sort the entries of each row by column, in place: a pass over the columns, marked in a set of bits.
+    """Sort the entries of each row by column, in place, by a pass over all columns; fast if there are few.
 
-    The columns are below `n_cols`: `gather_columns` has checked them.
+    All columns are below `n_cols`: `gather_columns` has checked them.
     """
     words = np.zeros((n_cols + 63) // 64, dtype=np.uint64)
     values = np.empty(n_cols, dtype=bits.dtype)
@@ -298,20 +300,20 @@ def sort_rows_of_few(
             col = np.int64(indices[k])
             words[col >> 6] |= one << np.uint64(col & 63)
             values[col] = bits[k]
-        place = start
+        slot = start
         for w in range(len(words)):
             word = words[w]
             words[w] = 0
             while word:
                 col = np.int64(64 * w + _n_trailing_zeros(word))
-                indices[place], bits[place] = col, values[col]
-                place += 1
+                indices[slot], bits[slot] = col, values[col]
+                slot += 1
                 word &= word - one
 
 
 @jit
 def _n_trailing_zeros(word: int) -> int:
-    """Return the number of the lowest bit that is set."""
+    """Return the index of the lowest bit that is set."""
     n, lowest = 0, word & (~word + np.uint64(1))
     for shift in (32, 16, 8, 4, 2, 1):
         if lowest >> np.uint64(shift):
@@ -329,21 +331,21 @@ def fill_rows(
     indices_kinds: NDArray[np.uint8],
     data_at: NDArray[np.int64],
     data_kinds: NDArray[np.uint8],
-    place_of: NDArray[np.int32],
+    col_of: NDArray[np.int32],
     indices: NDArray[Any],
     data: NDArray[Any],
     bits: NDArray[Any],
     out_bits: NDArray[Any],
 ) -> int:
-    """Write rows into the dense `out_bits`, zeros included: each while it is in the cache.
+    """Write rows into the dense `out_bits`, zeros included, each while it is in the cache.
 
-    `indices` and `data`, of which `bits` is a view, have room for the longest row. Columns go to their place,
-    if there is one; without any in `place_of`, all of them to where they are stored.
+    `indices` and `data` are at least as long as the longest row, and `bits` is a view of `data`. The value of
+    a column goes to `col_of[column]`, unless that is -1. If `col_of` is empty, columns stay as they are.
 
     Returns:
-        The place of the first row with a column that does not exist, or -1.
+        The index of the first row with a column that does not exist, or -1.
     """
-    n_cols = len(place_of) if len(place_of) else out_bits.shape[1]
+    n_cols = len(col_of) if len(col_of) else out_bits.shape[1]
     for k in range(len(shards)):
         if k + ROWS_AHEAD < len(shards):
             shard, begin = shards[k + ROWS_AHEAD], begins[k + ROWS_AHEAD]
@@ -356,12 +358,12 @@ def fill_rows(
         _copy(data_at[shard], data_kinds[shard], begins[k], data[:n])
         row = out_bits[k]
         row[:] = 0
-        if not len(place_of):
+        if not len(col_of):
             for i in range(n):
                 row[indices[i]] = bits[i]
         else:
             for i in range(n):
-                place = place_of[indices[i]]
-                if place >= 0:
-                    row[place] = bits[i]
+                col = col_of[indices[i]]
+                if col >= 0:
+                    row[col] = bits[i]
     return -1

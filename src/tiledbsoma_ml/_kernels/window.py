@@ -1,4 +1,4 @@
-"""Loops of a window: entries of a matrix → runs of rows, and runs → rows."""
+"""Loops of windows, which turn entries of a matrix into runs, and runs into rows in CSR."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from tiledbsoma_ml._kernels.jit import jit
 @jit
 def find_runs(
     dim_0: NDArray[np.int64],
-    sorted_ids: NDArray[np.int64],
+    sorted_joinids: NDArray[np.int64],
     rows: NDArray[np.int32],
     starts: NDArray[np.int32],
     stops: NDArray[np.int32],
 ) -> int:
-    """Find where entries of one row follow each other; return the number of runs found.
+    """Find runs: entries of one row that follow each other; return the number of runs found.
 
-    For each run of a joinid that is in `sorted_ids`, its place there and the run's first and last entry (plus
-    one) are written to the last three arguments, which must be as long as `dim_0`.
+    Only runs with a joinid in `sorted_joinids` count. The index of the joinid there, and the start and stop
+    of the run, are written to the last three arguments, which must be as long as `dim_0`.
     """
     n_runs, k, row = 0, 0, 0
-    while k < len(dim_0) and len(sorted_ids):
+    while k < len(dim_0) and len(sorted_joinids):
         joinid, start = dim_0[k], k
         while k < len(dim_0) and dim_0[k] == joinid:
             k += 1
-        if row + 1 < len(sorted_ids) and sorted_ids[row + 1] == joinid:
+        if row + 1 < len(sorted_joinids) and sorted_joinids[row + 1] == joinid:
             row += 1
-        elif sorted_ids[row] != joinid:
-            row = min(np.searchsorted(sorted_ids, joinid), len(sorted_ids) - 1)
-        if sorted_ids[row] == joinid:
+        elif sorted_joinids[row] != joinid:
+            row = min(np.searchsorted(sorted_joinids, joinid), len(sorted_joinids) - 1)
+        if sorted_joinids[row] == joinid:
             rows[n_runs], starts[n_runs], stops[n_runs] = row, start, k
             n_runs += 1
     return n_runs
 
 
 @jit
-def count_kept(
+def count_wanted(
     dim_1: NDArray[np.int64],
     first: int,
     col_of: NDArray[np.int32],
@@ -47,30 +47,31 @@ def count_kept(
     stops: NDArray[np.int32],
     lengths: NDArray[np.int32],
 ) -> None:
-    """Count the entries of each run whose column is wanted: which is in `col_of`, and not negative there.
+    """Count the entries of each run whose column is wanted.
 
-    `col_of` is about the columns from `first` on; there may be others.
+    `col_of` has the number in `X` of the columns from `first` on, and -1 for those that are not wanted.
+    Columns outside of it are not wanted.
     """
     n_cols = np.uint64(len(col_of))
     for r in range(len(starts)):
-        n_kept = 0
+        n_wanted = 0
         for k in range(starts[r], stops[r]):
             number = np.uint64(dim_1[k] - first)  # huge for a column before the first
             if number < n_cols:
-                n_kept += col_of[number] >= 0
-        lengths[r] = n_kept
+                n_wanted += col_of[number] >= 0
+        lengths[r] = n_wanted
 
 
 @jit
 def count_nonzeros(
     block: NDArray[Any], lines: NDArray[np.int32], col_of: NDArray[np.int32], lengths: NDArray[np.int32]
 ) -> None:
-    """Count the entries of some lines of a dense block that are not zero and whose column is wanted."""
+    """Count the entries of each of these lines of a dense block that are not zero and in a wanted column."""
     for r in range(len(lines)):
-        n_kept = 0
+        n_wanted = 0
         for k in range(len(col_of)):
-            n_kept += (block[lines[r], k] != 0) & (col_of[k] >= 0)
-        lengths[r] = n_kept
+            n_wanted += (block[lines[r], k] != 0) & (col_of[k] >= 0)
+        lengths[r] = n_wanted
 
 
 @jit
@@ -79,23 +80,23 @@ def copy_nonzeros(
     lines: NDArray[np.int32],
     col_of: NDArray[np.int32],
     begins: NDArray[np.int64],
-    cols: NDArray[Any],
-    kept: NDArray[Any],
+    cols_out: NDArray[Any],
+    values_out: NDArray[Any],
 ) -> None:
-    """Copy the entries of each line that `count_nonzeros` counts to `cols` and `kept`, from `begins` on."""
+    """Copy the entries that `count_nonzeros` counts to the last two arguments, each line from `begins` on."""
     for r in range(len(lines)):
-        place = begins[r]
+        slot = begins[r]
         for k in range(len(col_of)):
             value = block[lines[r], k]
             if value != 0 and col_of[k] >= 0:
-                cols[place] = col_of[k]
-                kept[place] = value
-                place += 1
+                cols_out[slot] = col_of[k]
+                values_out[slot] = value
+                slot += 1
 
 
 @jit
 def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
-    """Whether all of some floating-point numbers are whole, and none is negative, a negative zero or NaN."""
+    """Return whether floating-point numbers are whole, and none is negative, a negative zero or NaN."""
     all_bits = bits[0]
     n_fractions = 0
     for k in range(len(values)):
@@ -114,21 +115,21 @@ def copy_runs(
     starts: NDArray[np.int32],
     stops: NDArray[np.int32],
     begins: NDArray[np.int64],
-    cols: NDArray[Any],
-    kept: NDArray[Any],
+    cols_out: NDArray[Any],
+    values_out: NDArray[Any],
 ) -> None:
-    """Copy the entries of each run that `count_kept` counts to `cols` and `kept`, from `begins` on."""
+    """Copy the entries that `count_wanted` counts to the last two arguments, each run from `begins` on."""
     n_cols = np.uint64(len(col_of))
     for r in range(len(starts)):
-        place = begins[r]
+        slot = begins[r]
         for k in range(starts[r], stops[r]):
             number = np.uint64(dim_1[k] - first)
             if number < n_cols:
                 col = col_of[number]
                 if col >= 0:
-                    cols[place] = col
-                    kept[place] = values[k]
-                    place += 1
+                    cols_out[slot] = col
+                    values_out[slot] = values[k]
+                    slot += 1
 
 
 @jit
@@ -148,11 +149,11 @@ def place_runs(
     indices: NDArray[Any],
     data: NDArray[Any],
 ) -> None:
-    """Put each run at `free[row]`, the next free place of its row, and move that place on."""
+    """Write each run to `free[row]`, the next free slot of its row, and add its length to `free[row]`."""
     start = 0
     for r in range(len(rows)):
-        place, n = free[rows[r]], lengths[r]
-        free[rows[r]] = place + n
-        indices[place : place + n] = cols[start : start + n]
-        data[place : place + n] = values[start : start + n]
+        slot, n = free[rows[r]], lengths[r]
+        free[rows[r]] = slot + n
+        indices[slot : slot + n] = cols[start : start + n]
+        data[slot : slot + n] = values[start : start + n]
         start += n

@@ -1,1 +1,1 @@
-"""Which rows an epoch has, in which order, and who yields them: NumPy on joinids, and nothing is read."""
+"""The rows of an epoch, their order, and the ranks and workers that yield them: NumPy, without reads."""

@@ -1,6 +1,6 @@
-"""The plan of an epoch: in which order its rows come, what is read together, and who yields what.
+"""`Plan` and `PartPlan`: the order of an epoch, its IO batches, and the ranks and workers that yield rows.
 
-A dataset has one `Plan`, and an epoch of it one `PartPlan` in each process that reads.
+A dataset has one `Plan`. In each epoch, each process that reads has one `PartPlan`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tiledbsoma_ml._query_ids import Partition, QueryIDs, Tail, rows_per_rank
 
 @attrs.frozen(kw_only=True)
 class EpochPart:
-    """What one worker of one rank reads of an epoch.
+    """The part of an epoch that one worker of one rank reads.
 
     Attributes:
         ids: The whole query.
-        place: The worker and its rank.
+        partition: The worker and its rank.
         seed: The seed of the shuffle.
         epoch: The number of the epoch.
-        skip: How many of its mini-batches were yielded before.
-        earlier: What was yielded before by other ranks or workers.
+        skip: Number of its mini-batches that were yielded before a resume.
+        earlier: The stages of the epoch before a resume with other ranks or workers.
     """
 
     ids: QueryIDs
-    place: Partition
+    partition: Partition
     seed: int
     epoch: int
     skip: int = 0
@@ -50,16 +50,15 @@ class EpochPart:
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """How the rows of a query are ordered, and put into windows that are read together.
+    """The rules by which the rows of a query are ordered and divided into windows.
 
     Attributes:
-        shuffle_chunk_size: Neighbouring rows that stay together until they are read; None: all, in the order
-            of the query.
+        shuffle_chunk_size: Rows per shuffle chunk; None for the order of the query, without a shuffle.
         io_batch_size: Rows of a window.
         batch_size: Rows per mini-batch.
         permutes: Whether the rows of each window are permuted.
-        mixing: The mixing that "auto" should reach, see `choose_sizes`.
-        layout: How the layer is stored, and what a window may hold; needed where a size is "auto".
+        mixing: The mixing that "auto" should reach; see `choose_sizes`.
+        layout: The layout of the layer; needed if a size is "auto".
         scope: See `ShuffleScope`.
         tail: See `Tail`.
     """
@@ -80,35 +79,23 @@ class Plan:
 
     @property
     def order_key(self) -> list[object]:
-        """What the order of rows depends on, beside what the user gave: what "auto" is chosen from."""
+        """The values that the order of rows depends on beside the options: those that "auto" is chosen by."""
         if self.layout is None:
             return []
         rows, tile = self.layout.window_rows, self.layout.row_tile
         return [tile, rows if tile > 1 or rows is None else min(rows, ENOUGH_ROWS), self.mixing]
 
     def of(self, part: EpochPart) -> PartPlan:
-        """Return the plan of a part of an epoch; keep it for all that is asked about that part."""
+        """Return the plan of a part of an epoch; keep it, because it computes its order once."""
         return PartPlan(plan=self, part=part)
 
-    def n_mini_batches(self, part: EpochPart) -> int:
-        """Return how many mini-batches a part has, with those that it skips."""
-        return self.of(part).n_mini_batches
-
-    def batches_of(self, part: EpochPart) -> Iterator[NDArrayJoinId]:
-        """Yield the joinids of a part, as many at a time as are read together."""
-        return self.of(part).batches()
-
-    def padding_of(self, part: EpochPart) -> NDArrayJoinId:
-        """Return the joinids of the rows of a part that another rank has as well."""
-        return self.of(part).padding()
-
     def id_batches(self, ids: QueryIDs, *, seed: int, epoch: int) -> Iterator[NDArrayJoinId]:
-        """Yield all joinids of an epoch that nobody shares, as many at a time as are read together."""
-        whole = attrs.evolve(ids, partition=None)
-        return self.batches_of(EpochPart(ids=whole, place=ALONE, seed=seed, epoch=epoch))
+        """Yield the joinids of an epoch that one process reads alone, one IO batch at a time."""
+        query = attrs.evolve(ids, partition=None)
+        return self.of(EpochPart(ids=query, partition=ALONE, seed=seed, epoch=epoch)).io_batches()
 
     def sizes(self, ids: QueryIDs, world_size: int = 1) -> Sizes:
-        """Return what "auto" stands for, where so many ranks share the rows."""
+        """Return the sizes that "auto" stands for, if `world_size` ranks share the rows."""
         assert self.layout is not None
         window_rows = self.io_batch_size
         if window_rows == "auto":
@@ -130,26 +117,26 @@ class Plan:
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class PartPlan:
-    """The plan of what one worker of one rank reads of an epoch; its order is computed once.
+    """The plan of a part of an epoch, which computes its order once.
 
-    In the scope "partition" the epoch has the rows of this worker alone, in the scope "global" all rows of
-    the query. Beside that, only the rule differs where windows end.
+    In the scope "partition", the epoch has only the rows of this worker; in the scope "global", it has all
+    rows of the query. Otherwise the two scopes differ only in the rows after which windows end.
 
     Attributes:
         plan: The plan of the dataset.
-        part: The part that is planned.
+        part: The part of the epoch.
     """
 
     plan: Plan
     part: EpochPart
 
-    # Who yields what --------------------------------------------------------------------------------------
+    # Mini-batches -----------------------------------------------------------------------------------------
 
     @cached_property
     def ids(self) -> QueryIDs:
-        """The rows of the epoch."""
+        """Joinids of the rows of the epoch."""
         plan, part = self.plan, self.part
-        return part.ids if plan.scope == "global" else part.ids.partitioned(part.place, plan.tail)
+        return part.ids if plan.scope == "global" else part.ids.partitioned(part.partition, plan.tail)
 
     @cached_property
     def _deal(self) -> Deal:
@@ -163,53 +150,53 @@ class PartPlan:
 
     @property
     def n_mini_batches(self) -> int:
-        """How many mini-batches the part has, with those that it skips."""
-        return self._deal.n_mini_batches(self.part.place)
+        """Number of mini-batches of the part, including those that it skips."""
+        return self._deal.n_mini_batches(self.part.partition)
 
     @property
     def first_mini_batch(self) -> int:
-        """How many mini-batches were made before those of the part, by the same draws."""
-        return self._deal.mini_batches(self.part.place)[0] + self.part.skip
+        """Number of mini-batches that the same sequence of draws makes before those that the part yields."""
+        return self._deal.mini_batches(self.part.partition)[0] + self.part.skip
 
     @property
     def permutes(self) -> bool:
-        """Whether the rows of windows come permuted, and not only on the device.
+        """Whether rows are permuted here, also where a device would permute them.
 
-        A device permutes whole windows only, and of these the part may have a piece.
+        A device can only permute complete windows, but a part may have incomplete windows.
         """
         may_cut = self.plan.scope == "global" or self.part.skip > 0
         return self.plan.permutes or (self.plan.shuffle_chunk_size is not None and may_cut)
 
     # Rows -------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[NDArrayJoinId]:
-        """Yield the joinids of the part, as many at a time as are read together."""
-        return self._batches(self._deal.spans(self.part.place, self.part.skip))
+    def io_batches(self) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids of the part, one IO batch at a time."""
+        return self._io_batches(self._deal.spans(self.part.partition, self.part.skip))
 
     @cached_property
     def obs_joinids(self) -> NDArrayJoinId:
-        """All joinids of the part, in any order; those that it skips may be among them."""
-        deal, place = self._deal.own(self.part.place)
-        if (place.world_size, place.n_workers) == (1, 1) and not deal.earlier:
+        """All joinids of the part, in any order, perhaps with those that it skips."""
+        deal, partition = self._deal.own(self.part.partition)
+        if (partition.world_size, partition.n_workers) == (1, 1) and not deal.earlier:
             return self.ids.obs_joinids
-        return _concatenated(self.batches())
+        return _concatenated(self.io_batches())
 
     @property
     def var_joinids(self) -> NDArrayJoinId:
-        """The columns of the query."""
+        """Joinids of the columns of the query."""
         return self.ids.var_joinids
 
     def padding(self) -> NDArrayJoinId:
-        """Return the joinids of rows that another rank has as well: those of the part, at least."""
+        """Return the joinids of rows that another rank yields as well: at least those of the part."""
         if self.plan.scope == "global":
-            return _concatenated(self._batches(self._deal.padding(self.part.place)))
-        start, _ = self.part.place.bounds(self._deal.n_rows, self.plan.tail)
+            return _concatenated(self._io_batches(self._deal.padding(self.part.partition)))
+        start, _ = self.part.partition.bounds(self._deal.n_rows, self.plan.tail)
         return self.ids.obs_joinids[max(0, self._deal.n_rows - start) :]
 
-    def _batches(self, spans: list[tuple[int, int]]) -> Iterator[NDArrayJoinId]:
-        return self._windows.batches(spans) if spans else iter(())
+    def _io_batches(self, spans: list[tuple[int, int]]) -> Iterator[NDArrayJoinId]:
+        return self._windows.io_batches(spans) if spans else iter(())
 
-    # What is shuffled, and what is read together ----------------------------------------------------------
+    # Order and windows ------------------------------------------------------------------------------------
 
     @cached_property
     def order(self) -> Order:
@@ -224,7 +211,7 @@ class PartPlan:
         return Chunked.draw(joinids, size, rng)
 
     def _tile_borders(self) -> NDArrayJoinId:
-        """Return after how many rows of the query a tile ends, where its rows are in order."""
+        """Return the numbers of rows after which a tile ends, if the rows are in the order of the layer."""
         joinids = self.ids.obs_joinids
         if self.sizes is None or self.plan.scope == "global" or not is_sorted(joinids):
             return joinids[:0]
@@ -232,12 +219,12 @@ class PartPlan:
 
     @cached_property
     def sizes(self) -> Sizes | None:
-        """What "auto" stands for; None where both sizes are numbers."""
+        """The sizes that "auto" stands for; None if no size is "auto"."""
         return self.plan.sizes(self.ids, self._world_size) if self.plan.is_auto else None
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a shuffle chunk, or of a run of the layer from which a chunk is taken."""
+        """Rows per shuffle chunk; with "auto", rows of the run of the layer that has the rows of a chunk."""
         size = self.plan.shuffle_chunk_size
         if isinstance(size, int):
             return size
@@ -246,18 +233,20 @@ class PartPlan:
 
     @property
     def window_rows(self) -> int:
-        """Rows of a window, but for the first ones, the last one, and the chunk in which it ends."""
+        """Rows of a window. The first and last ones may be smaller, and a chunk at the end is not cut."""
         plan, sizes = self.plan, self.sizes
         if sizes is None:
             assert isinstance(plan.io_batch_size, int)
-            return plan.io_batch_size if plan.scope == "partition" else self._whole(plan.io_batch_size)
+            if plan.scope == "partition":
+                return plan.io_batch_size
+            return max(1, plan.io_batch_size // plan.batch_size) * plan.batch_size  # whole mini-batches
         if plan.scope == "partition" and isinstance(plan.shuffle_chunk_size, int):
             return -(-sizes.window_rows // plan.shuffle_chunk_size) * plan.shuffle_chunk_size
         return sizes.window_rows
 
     @property
     def predicted_mixing(self) -> float:
-        """See the function of this name."""
+        """The predicted mixing of mini-batches; see the function `predicted_mixing`."""
         n_rows = max(1, len(self.ids.obs_joinids) // self._world_size)
         if self.window_rows >= n_rows:
             return 1.0
@@ -266,14 +255,14 @@ class PartPlan:
 
     @property
     def _world_size(self) -> int:
-        """The number of ranks among which windows are cut: those that began the epoch."""
+        """Number of ranks that began the epoch, for which windows are cut."""
         if self.part.earlier:
             return self.part.earlier[0].world_size
-        return self._deal.own(self.part.place)[1].world_size
+        return self._deal.own(self.part.partition)[1].world_size
 
     @cached_property
     def _windows(self) -> Windows:
-        deal, _ = self._deal.own(self.part.place)
+        deal, _ = self._deal.own(self.part.partition)
         n_rows, world_size, tail = deal.n_rows, self._world_size, self.plan.tail
         n_rows_of_rank = rows_per_rank(n_rows, world_size, tail)
         return Windows(
@@ -285,10 +274,10 @@ class PartPlan:
         )
 
     def _borders(self, n_rows: int) -> Sequence[int]:
-        """Return after how many rows of a rank each window ends, but for the last one.
+        """Return the number of rows of a rank up to the end of each window except the last one.
 
-        In the scope "global" windows are whole mini-batches, so that none needs two windows. In the scope
-        "partition" they are as they were in tiledbsoma-ml 0.1.0, and under "auto" no chunk needs two windows.
+        In the scope "global", a window consists of whole mini-batches, so no mini-batch needs two windows. In
+        the scope "partition", windows are those of tiledbsoma-ml 0.1.0; with "auto", no chunk needs two.
         """
         is_global = self.plan.scope == "global"
         if self.sizes is None or not (is_global or len(self.order.borders)):
@@ -300,10 +289,6 @@ class PartPlan:
             borders = next_borders(self.order.borders, borders)
         return sorted({border for border in borders if border < n_rows})
 
-    def _whole(self, n_rows: int) -> int:
-        """Return how many rows the mini-batches have that fit into so many rows; one at least."""
-        return max(1, n_rows // self.plan.batch_size) * self.plan.batch_size
 
-
-def _concatenated(batches: Iterator[NDArrayJoinId]) -> NDArrayJoinId:
-    return np.concatenate([np.empty(0, dtype=np.int64), *batches])
+def _concatenated(io_batches: Iterator[NDArrayJoinId]) -> NDArrayJoinId:
+    return np.concatenate([np.empty(0, dtype=np.int64), *io_batches])

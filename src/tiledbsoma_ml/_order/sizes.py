@@ -1,7 +1,7 @@
-"""What "auto" stands for, and how it is predicted: how well a window mixes, how often a tile is decoded.
+"""The sizes that "auto" stands for, and the predictions behind them: mixing, and how often tiles are decoded.
 
-The sizes are chosen from the joinids, from how a layer is stored (`Layout`) and from a budget of memory, so
-that whoever has these chooses the same. The page `shuffle_viz` has the same formulas in TypeScript.
+The sizes depend only on the joinids, the layout of the layer, and the budget of memory. So all processes
+choose the same sizes. The page `shuffle_viz` has the same formulas in TypeScript.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ Size: TypeAlias = int | Literal["auto"]
 """A number of rows, or "auto"."""
 
 REFERENCE_CHUNKS = 1024
-"""Chunks in a window of the documented defaults, 65,536 rows in chunks of 64: "auto" mixes no worse."""
+"""Number of chunks of a window with the default sizes (65,536 rows in chunks of 64).
+
+"auto" mixes as well as such a window.
+"""
 
 TOLERANCE = 0.005
-"""A smaller difference in predicted mixing says nothing: the prediction is right to about one hundredth."""
+"""Difference in predicted mixing that does not matter: the prediction is accurate to about one hundredth."""
 
 ENOUGH_ROWS = 65_536
-"""Rows read together at most where more would only keep the first ones waiting.
+"""Largest number of rows of a read if more rows would only delay the first mini-batch.
 
-That is where nothing is shuffled, and where every row can be read by itself, so that chunks are single rows.
+This is so if nothing is shuffled, and if each row can be read by itself, so that chunks are single rows.
 """
 
 
 @attrs.frozen
 class Layout:
-    """How a layer is stored, as far as planning needs to know.
+    """The facts about the storage of a layer that "auto" needs.
 
     Attributes:
-        row_tile: Neighbouring rows that are decoded together; 1 where every row can be read by itself.
-        bytes_per_row: Memory that a row of the query takes up while it waits in a window.
-        window_rows: Rows that a window may hold; as many as the budget of memory holds if None.
+        row_tile: Number of neighbouring rows that are decoded together; 1 if each can be read by itself.
+        bytes_per_row: Mean memory of a row of the query in a window.
+        window_rows: Largest number of rows of a window; if None, the budget of memory decides.
     """
 
     row_tile: int
@@ -57,15 +60,15 @@ class Layout:
 
 @attrs.frozen(kw_only=True)
 class Sizes:
-    """What "auto" stands for.
+    """The sizes that "auto" stands for.
 
     Attributes:
-        run_length: Rows of the layer, wanted or not, from which a chunk is taken; tiles consist of whole
-            runs.
-        window_rows: Rows of a window, but for the chunk in which it ends.
+        run_length: Length of a run of the layer. A chunk has the rows of the query in one run. A tile
+            consists of whole runs.
+        window_rows: Rows of a window, without the rest of the chunk at its end.
         first_window_rows: Rows of the first window, for which training waits. Each window after it is twice
             as large, up to `window_rows`.
-        mixing: See `predicted_mixing`.
+        mixing: The predicted mixing; see `predicted_mixing`.
     """
 
     run_length: int
@@ -75,7 +78,7 @@ class Sizes:
 
 
 def choose_sizes(
-    sorted_ids: NDArrayJoinId,
+    sorted_joinids: NDArrayJoinId,
     *,
     layout: Layout,
     window_rows: int,
@@ -83,25 +86,25 @@ def choose_sizes(
     mixing: float | None,
     world_size: int,
 ) -> Sizes:
-    """Return the longest runs, of whole tiles at most, that mix well enough, and windows for them.
+    """Return the longest runs, up to whole tiles, that reach a mixing, and the sizes of windows for them.
 
     Args:
-        sorted_ids: The rows.
-        layout: How they are stored.
-        window_rows: Number of rows that fit into a window.
+        sorted_joinids: The joinids of the rows.
+        layout: The layout of the layer.
+        window_rows: Largest number of rows of a window.
         batch_size: Rows per mini-batch.
-        mixing: The mixing that is well enough; if None, that of the documented defaults.
+        mixing: The mixing to reach; if None, that of the default sizes.
         world_size: Number of ranks that share the rows.
     """
     window_rows = max(1, window_rows if layout.row_tile > 1 else min(window_rows, ENOUGH_ROWS))
-    n_rows = math.ceil(len(sorted_ids) / world_size)
+    n_rows = math.ceil(len(sorted_joinids) / world_size)
     n_windows = max(1, math.ceil(n_rows / window_rows))
     rows = math.ceil(n_rows / n_windows)
     if n_windows == 1 or layout.row_tile == 1:
         return Sizes(run_length=layout.row_tile, window_rows=rows, first_window_rows=rows, mixing=1.0)
     target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
     for run_length in _run_lengths(layout.row_tile):
-        per_chunk = _rows_per_chunk(sorted_ids, run_length)
+        per_chunk = _rows_per_chunk(sorted_joinids, run_length)
         reached = predicted_mixing(rows / per_chunk, batch_size)
         if reached >= target:
             break
@@ -112,7 +115,7 @@ def choose_sizes(
 
 
 def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
-    """Return after how many rows each window should end: growing ones first, then equal ones."""
+    """Return the number of rows up to the end of each window: windows grow at first, then all are equal."""
     borders, size = [0], sizes.first_window_rows
     while size < sizes.window_rows and borders[-1] + size < n_rows:
         borders.append(borders[-1] + size)
@@ -123,12 +126,12 @@ def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
 
 
 def predicted_mixing(n_chunks: float, batch_size: int) -> float:
-    """Return the mean entropy of labels in a mini-batch as a share of that in a truly random one.
+    """Return the mean entropy of labels in a mini-batch as a share of that in a truly random mini-batch.
 
-    The labels are those of a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
-    the other, so that a chunk has one label. A mini-batch of `batch_size` rows drawn from a window of
-    `n_chunks` chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from everywhere.
-    Few rows say little about that: 16 that follow each other are looked at where `batch_size` is smaller.
+    The labels come from a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
+    the other, so that a chunk has one label. A mini-batch of `batch_size` rows from a window of `n_chunks`
+    chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from the whole query. If
+    `batch_size` is below 16, the entropy of 16 neighbouring rows is returned, because few rows say little.
     """
     size = min(max(batch_size, 16), 4096)
     return max(0.0, float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)))
@@ -147,9 +150,9 @@ def _entropy(n_draws: float) -> float:
 
 
 def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_rows: int) -> float:
-    """Return how many times a tile is decoded in an epoch of shuffled chunks of neighbouring rows.
+    """Return how often a tile is decoded in an epoch of shuffled chunks of neighbouring rows.
 
-    Chunks of one IO batch that lie in one tile share its decoding.
+    A tile is decoded once for all its chunks in one IO batch.
     """
     n_tiles = max(1.0, n_rows / row_tile)
     n_io_batches = max(1.0, n_rows / io_batch_rows)
@@ -160,7 +163,7 @@ def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_row
 
 
 def _run_lengths(row_tile: int) -> Iterator[int]:
-    """Yield what divides tiles evenly, longest first."""
+    """Yield the lengths that divide a tile evenly by powers of two, longest first."""
     length = row_tile
     yield length
     while length % 2 == 0:
@@ -168,11 +171,13 @@ def _run_lengths(row_tile: int) -> Iterator[int]:
         yield length
 
 
-def _rows_per_chunk(sorted_ids: NDArrayJoinId, run_length: int) -> float:
-    """Return the mean number of joinids in a chunk; of many joinids, samples are counted."""
+def _rows_per_chunk(sorted_joinids: NDArrayJoinId, run_length: int) -> float:
+    """Return the mean number of joinids per chunk, counted on samples if there are many joinids."""
     size, n_samples = 2**14, 64
-    if len(sorted_ids) <= size * n_samples:
-        return len(sorted_ids) / len(chunk_starts(sorted_ids, run_length))
-    begins = np.linspace(0, len(sorted_ids) - size, n_samples).astype(int)
-    n_chunks = sum(np.count_nonzero(np.diff(sorted_ids[b : b + size] // run_length)) for b in begins.tolist())
+    if len(sorted_joinids) <= size * n_samples:
+        return len(sorted_joinids) / len(chunk_starts(sorted_joinids, run_length))
+    begins = np.linspace(0, len(sorted_joinids) - size, n_samples).astype(int)
+    n_chunks = sum(
+        np.count_nonzero(np.diff(sorted_joinids[b : b + size] // run_length)) for b in begins.tolist()
+    )
     return size * n_samples / max(1, n_chunks)

@@ -1,4 +1,4 @@
-"""What is read together: windows of an order, and how their rows are permuted."""
+"""`Windows`: divides an order into windows, and permutes the rows of each window."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from tiledbsoma_ml._order.share import Spans
 
 @attrs.frozen(kw_only=True, eq=False)
 class Windows:
-    """Windows of an order: each rank's share of it is cut anew, and its rows are permuted a window at a time.
+    """The windows of an order, which divide the share of each rank; the rows of each window are permuted.
 
-    A share may have fewer rows than lie between its start and that of the next one. The rows between, and
-    rows behind the last one of the order, are in no window: they are not permuted. Behind the last row of the
-    order comes the first one again.
+    A share can end before the next one starts. Rows between two shares, and rows behind the end of the order,
+    are in no window and are not permuted. Behind the last row of the order, the first rows follow again.
 
     Attributes:
-        order: The order before rows are permuted.
-        starts: The first row of each rank's share.
-        n_rows_of_rank: Rows of a share.
-        borders: After how many rows of a share a window ends, ascending; the end of the share is not named.
-        make_rng: Makes the generator that permutes the rows of a share, by one draw for each window; None
-            where rows come as they are in the order.
+        order: The order, in which rows are not permuted yet.
+        starts: The first row of the share of each rank.
+        n_rows_of_rank: Number of rows of a share.
+        borders: Number of rows of a share up to the end of each window except the last one, ascending.
+        make_rng: Makes the generator of a share, from which one permutation is drawn for each window; None
+            if rows are not permuted.
     """
 
     order: Order
@@ -38,8 +37,8 @@ class Windows:
     borders: Sequence[int]
     make_rng: Callable[[], np.random.Generator] | None
 
-    def batches(self, spans: Spans) -> Iterator[NDArrayJoinId]:
-        """Yield the joinids of the rows of an epoch with these numbers, those of one window at a time."""
+    def io_batches(self, spans: Spans) -> Iterator[NDArrayJoinId]:
+        """Yield the joinids of spans of an epoch, one IO batch at a time: the rows of one window in them."""
         permutations = None if self.make_rng is None else _Permutations(self, self.make_rng)
         for start, stop in spans:
             while start < stop:
@@ -72,7 +71,7 @@ class Windows:
         return _Window(rank=rank, number=number, start=start, stop=stop)
 
     def _rows(self, start: int, stop: int) -> NDArrayJoinId:
-        """Return the joinids of rows; behind the last row comes the first one."""
+        """Return the joinids of rows of the order; behind the last row, the first rows follow again."""
         n_rows, found = self.order.n_rows, []
         while start < stop:
             begin = start % n_rows
@@ -84,7 +83,7 @@ class Windows:
 
 @attrs.frozen(kw_only=True)
 class _Window:
-    """Rows that are read together; `number` is None where they are in no window."""
+    """A window, or rows that are in no window; for these `number` is None."""
 
     rank: int
     number: int | None
@@ -93,7 +92,7 @@ class _Window:
 
 
 class _Permutations:
-    """The permutations of windows, which are drawn in sequence: quickly where windows come in turn."""
+    """The permutations of windows, which are drawn in sequence; fast if windows are asked for in sequence."""
 
     def __init__(self, windows: Windows, make_rng: Callable[[], np.random.Generator]) -> None:
         self._windows = windows
@@ -113,6 +112,6 @@ class _Permutations:
 
 
 def next_borders(borders: Borders, wanted: Sequence[int]) -> list[int]:
-    """Return the first of `borders` that reaches each wanted one."""
+    """Return, for each wanted border, the first of `borders` that is not smaller."""
     found: list[int] = np.asarray(borders)[np.searchsorted(borders, wanted)].tolist()
     return found

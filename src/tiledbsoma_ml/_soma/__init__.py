@@ -1,1 +1,1 @@
-"""A query on an experiment, as a source."""
+"""The source of a query on an experiment."""

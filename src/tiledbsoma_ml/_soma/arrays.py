@@ -1,4 +1,4 @@
-"""Arrays of an experiment: which coordinates to ask them for, and where it is that one cannot be read."""
+"""Helpers for reading arrays of an experiment: coordinates, conversion, and errors that name the rows."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from tiledbsoma_ml._common import NDArrayJoinId
 
 
 def ranges(
-    sorted_ids: NDArrayJoinId, starts: NDArray[np.int64], at_most: float = math.inf
+    sorted_joinids: NDArrayJoinId, starts: NDArray[np.int64], at_most: float = math.inf
 ) -> slice | NDArrayJoinId:
-    """Return the ids from the first to the last of each run, as a slice if these touch.
+    """Return all joinids from the first to the last of each run; a slice if they have no gaps.
 
     Args:
-        sorted_ids: The ids.
-        starts: The places in them where runs start.
-        at_most: Number of ids above which, without a slice, `sorted_ids` alone are returned.
+        sorted_joinids: The joinids of the runs, with gaps within a run.
+        starts: Index of the first joinid of each run.
+        at_most: Largest number of joinids to return; if there are more, `sorted_joinids` are returned.
     """
-    firsts, lasts = sorted_ids[starts], sorted_ids[np.append(starts[1:], len(sorted_ids)) - 1]
+    firsts, lasts = sorted_joinids[starts], sorted_joinids[np.append(starts[1:], len(sorted_joinids)) - 1]
     lengths = lasts - firsts + 1
     total = int(lengths.sum())
     if total == lasts[-1] - firsts[0] + 1:
         return slice(int(firsts[0]), int(lasts[-1]))
     if total > at_most:
-        return sorted_ids
+        return sorted_joinids
     offset: NDArrayJoinId = np.repeat(firsts - (np.cumsum(lengths) - lengths), lengths)
     return np.arange(total) + offset
 
 
 def to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return a column as one array, without a copy if it is one."""
-    whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which always copies
-    array: NDArray[Any] = whole.to_numpy(zero_copy_only=False)
+    """Return a column as one array of NumPy, without a copy if it has one chunk."""
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # this always copies
+    array: NDArray[Any] = chunk.to_numpy(zero_copy_only=False)
     return array
 
 
 @contextmanager
-def telling_where(
-    array: soma.SparseNDArray | soma.DenseNDArray | soma.DataFrame, sorted_ids: NDArrayJoinId
+def naming_rows(
+    array: soma.SparseNDArray | soma.DenseNDArray | soma.DataFrame, sorted_joinids: NDArrayJoinId
 ) -> Iterator[None]:
-    """Tell with an error of TileDB in which rows of which array it happened: TileDB itself does not."""
+    """Raise errors of TileDB anew with the array and the rows that were read: TileDB does not name them."""
     try:
         yield
     except (soma.SOMAError, RuntimeError) as err:
         reason = str(err).strip().rstrip(".")
-        rows = f"rows {sorted_ids[0]} to {sorted_ids[-1]}" if len(sorted_ids) else "no rows"
+        rows = f"rows {sorted_joinids[0]} to {sorted_joinids[-1]}" if len(sorted_joinids) else "no rows"
         raise soma.SOMAError(
             f"{rows} of {array.uri!r} must be readable, but: {reason}; try "
             "again if the storage could not be reached, else a file is damaged: restore it, or write the "

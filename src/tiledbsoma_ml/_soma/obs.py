@@ -1,4 +1,4 @@
-"""Columns of `obs`: read in one scan, kept as Arrow has them (categories stay codes), decoded on use."""
+"""Columns of `obs`: read in one scan, stored as Arrow arrays (categories as codes), and decoded on use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._query_ids import check_once
 from tiledbsoma_ml._shared_array import SharedArray
-from tiledbsoma_ml._soma.arrays import ranges, telling_where, to_numpy
+from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
 from tiledbsoma_ml.x_locator import XLocator
 
 GAP_ROWS = 1024
-"""Rows of `obs` that are this near are asked for in one range, with those between them."""
+"""Largest gap between two rows of `obs` that are read in one range, together with the rows in the gap."""
 
 _NULLABLE_DTYPES = {
     pa.bool_(): pd.BooleanDtype(),
@@ -34,7 +34,7 @@ _NULLABLE_DTYPES = {
 
 
 class ObsColumns:
-    """Columns of `obs` (or `var`) for a set of rows, by joinid."""
+    """Columns of `obs` or `var` for some rows, which are taken by joinid."""
 
     def __init__(
         self, joinids: NDArrayJoinId, columns: dict[str, pa.Array], types: ObsTypes | None = None
@@ -52,34 +52,34 @@ class ObsColumns:
         joinids: NDArrayJoinId,
         types: ObsTypes | None = None,
     ) -> ObsColumns:
-        """Read the columns for the rows of `joinids`, in one scan.
+        """Read columns for the rows of `joinids`, in one scan.
 
         Args:
-            obs: The open `obs`, or `var`.
+            obs: The open `obs` or `var`.
             column_names: The columns.
             joinids: The rows.
-            types: The types that the columns have in the whole query; decided by what is read if None.
+            types: The types that the columns have in the query; if None, the rows that are read decide.
 
         Raises:
-            ValueError: If `obs` lacks one of the rows, or has one twice.
+            ValueError: If a row does not exist, or exists twice.
         """
         wanted = ascending(joinids)
         names = list(dict.fromkeys(["soma_joinid", *column_names]))
-        with telling_where(obs, wanted):
+        with naming_rows(obs, wanted):
             table = obs.read(coords=_coords(obs, wanted), column_names=names).concat()
         found = to_numpy(table["soma_joinid"])
         if not np.array_equal(found, wanted):
-            table = table.take(pa.array(_places(obs, wanted, found)))
-        # A copy: what a read returns lies in buffers that are much larger.
+            table = table.take(pa.array(_indices_in(obs, found, wanted)))
+        # Chunks are copied, because a read returns them in buffers that are much larger.
         columns = {name: table[name].unify_dictionaries().combine_chunks() for name in column_names}
         if types is not None:
             types.learn(obs, columns)
         return cls(wanted, columns, types)
 
     def codes(self, column_name: str) -> NDArray[np.int64]:
-        """Return a number for each row, in the order of the joinids, that is the same where the value is.
+        """Return a code for each row, in the order of joinids; rows with the same value have the same code.
 
-        They belong to the caller.
+        The caller may write to the array.
         """
         column = self._columns[column_name]
         if not pa.types.is_dictionary(column.type):
@@ -87,11 +87,11 @@ class ObsColumns:
         return _codes(column.indices).copy()
 
     def take(self, joinids: NDArrayJoinId) -> pd.DataFrame:
-        """Return the rows of `joinids`, in that order, with a fresh index; see `ObsTable`."""
+        """Return the rows of `joinids`, in this order, with a fresh index; see `ObsTable`."""
         return self._table.take(self._rows_of(joinids))
 
     def columns_of(self, joinids: NDArrayJoinId) -> dict[str, pa.Array]:
-        """Return the columns for the rows of `joinids`, in that order, as Arrow has them."""
+        """Return the columns for the rows of `joinids`, in this order, as Arrow arrays."""
         if joinids is self._joinids:
             return dict(self._columns)
         rows = pa.array(self._rows_of(joinids))
@@ -104,12 +104,12 @@ class ObsColumns:
 
 
 def ascending(joinids: NDArrayJoinId) -> NDArrayJoinId:
-    """Return joinids in ascending order, none twice; themselves if they are."""
+    """Return the distinct joinids in ascending order; the same array if it is so already."""
     return joinids if (joinids[1:] > joinids[:-1]).all() else np.unique(joinids)
 
 
-def _places(obs: soma.DataFrame, wanted: NDArrayJoinId, found: NDArrayJoinId) -> NDArray[np.int64]:
-    """Return where each joinid of `wanted`, which is sorted, is in `found`."""
+def _indices_in(obs: soma.DataFrame, found: NDArrayJoinId, wanted: NDArrayJoinId) -> NDArray[np.int64]:
+    """Return the index in `found` of each joinid of `wanted`, which is sorted."""
     order = np.argsort(found, kind="stable")
     order = order[np.isin(found[order], wanted)]
     check_once(obs, found[order])
@@ -122,12 +122,12 @@ def _places(obs: soma.DataFrame, wanted: NDArrayJoinId, found: NDArrayJoinId) ->
     return order
 
 
-def _coords(obs: soma.DataFrame, sorted_ids: NDArrayJoinId) -> tuple[slice | NDArrayJoinId, ...]:
-    """Return coordinates that cover the rows that can exist; all rows where another column is the index."""
+def _coords(obs: soma.DataFrame, sorted_joinids: NDArrayJoinId) -> tuple[slice | NDArrayJoinId, ...]:
+    """Return coordinates that cover these rows; all coordinates if `obs` is indexed by another column."""
     if obs.index_column_names != ("soma_joinid",):
         return ()
     first, last = obs.domain[0]
-    inside = sorted_ids[(first <= sorted_ids) & (sorted_ids <= last)]
+    inside = sorted_joinids[(first <= sorted_joinids) & (sorted_joinids <= last)]
     if not len(inside):
         return (inside,)
     gaps = np.diff(inside, prepend=inside[0] - GAP_ROWS - 1)
@@ -135,7 +135,7 @@ def _coords(obs: soma.DataFrame, sorted_ids: NDArrayJoinId) -> tuple[slice | NDA
 
 
 def in_one_piece(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array, without a copy if it is one."""
+    """Return a column as one array of Arrow, without a copy if it has one chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.unify_dictionaries().combine_chunks()
 
 
@@ -146,11 +146,11 @@ _UNKNOWN, _PLAIN, _NULLABLE = range(3)
 
 
 class ObsTypes:
-    """Which columns of `obs` come as pandas' nullable types: decided once for a query.
+    """The columns of `obs` that have nullable types of pandas in a query.
 
-    Every part of the query has the same types then: of a worker, of a rank, of a split, or after a resume. A
-    column of integers or booleans is nullable if a value is missing in one of the rows of the query. Found
-    out when it is first needed; what a forked worker found out, all know, and so does a pickled copy.
+    A column of integers or booleans is nullable if a value is missing in any row of the query. So its type is
+    the same in all mini-batches: of each worker, rank and split, and after a resume. The columns are found
+    when they are first needed. Forks share the result, and a pickled copy has it.
 
     Args:
         locator: Address of the experiment.
@@ -166,17 +166,17 @@ class ObsTypes:
 
     @property
     def nullable(self) -> frozenset[str]:
-        """Names of the columns that are nullable."""
+        """Names of the nullable columns."""
         self._find_out()
         kinds = zip(self._column_names, self._kinds.numbers, strict=True)
         return frozenset(name for name, kind in kinds if kind == _NULLABLE)
 
     def learn(self, obs: soma.DataFrame, columns: Mapping[str, pa.Array] | None = None) -> None:
-        """Find out what is nullable.
+        """Find the nullable columns, unless they are known.
 
         Args:
-            obs: The open `obs`; it is read unless `columns` have all rows.
-            columns: Columns for rows of the query, none twice.
+            obs: The open `obs`. It is read unless `columns` have all rows of the query.
+            columns: Columns for distinct rows of the query.
         """
         if self._is_known:
             return
@@ -203,7 +203,7 @@ class ObsTypes:
 
 
 def with_missing(columns: Mapping[str, pa.Array], rows: NDArray[np.int64] | None = None) -> frozenset[str]:
-    """Return the columns of integers or booleans without a value in one of `rows`, or in any row."""
+    """Return the columns of integers or booleans in which a value of `rows` (all if None) is missing."""
     found = {name for name, x in columns.items() if x.null_count and x.type in _NULLABLE_DTYPES}
     if rows is not None:
         found = {name for name in found if columns[name].take(pa.array(rows)).null_count}
@@ -211,42 +211,42 @@ def with_missing(columns: Mapping[str, pa.Array], rows: NDArray[np.int64] | None
 
 
 def _read_missing(
-    obs: soma.DataFrame, column_names: Sequence[str], sorted_ids: NDArrayJoinId
+    obs: soma.DataFrame, column_names: Sequence[str], sorted_joinids: NDArrayJoinId
 ) -> frozenset[str]:
-    """Do what `with_missing` does by reading those columns of `obs` in which a value may be missing."""
+    """Return what `with_missing` returns, from those columns of `obs` in which a value can be missing."""
     fields = {name: obs.schema.field(name) for name in column_names}
     names = {name for name, field in fields.items() if field.nullable and field.type in _NULLABLE_DTYPES}
     found: set[str] = set()
-    if names and len(sorted_ids):
-        with telling_where(obs, sorted_ids):
-            for table in obs.read(coords=_coords(obs, sorted_ids), column_names=["soma_joinid", *names]):
-                found |= {name for name in names - found if _is_missing_in(table, name, sorted_ids)}
+    if names and len(sorted_joinids):
+        with naming_rows(obs, sorted_joinids):
+            for table in obs.read(coords=_coords(obs, sorted_joinids), column_names=["soma_joinid", *names]):
+                found |= {name for name in names - found if _is_missing_in(table, name, sorted_joinids)}
                 if found == names:
                     break
     return frozenset(found)
 
 
-def _is_missing_in(table: pa.Table, name: str, sorted_ids: NDArrayJoinId) -> bool:
-    """Whether a column has no value in one of some rows: a table may have others beside them."""
+def _is_missing_in(table: pa.Table, name: str, sorted_joinids: NDArrayJoinId) -> bool:
+    """Return whether a value of a column is missing in one of these rows; the table may have others, too."""
     if not table[name].null_count:
         return False
     joinids = to_numpy(table["soma_joinid"].filter(table[name].is_null()))
-    places = np.searchsorted(sorted_ids, joinids)
-    return bool((sorted_ids.take(places, mode="clip") == joinids).any())
+    indices = np.searchsorted(sorted_joinids, joinids)
+    return bool((sorted_joinids.take(indices, mode="clip") == joinids).any())
 
 
 # Decoding -------------------------------------------------------------------------------------------------
 
 
 class ObsTable:
-    """Columns of `obs`, by row number.
+    """Columns of `obs`, whose rows are taken by row number.
 
     Dictionary columns become categoricals with all their categories.
 
     Args:
-        columns: The columns by name, each in one piece; they may be mapped.
-        nullable: Columns of integers or booleans that become the nullable types of pandas, which hold every
-            value exactly and tell which are missing.
+        columns: The columns by name; they may be mapped from a file.
+        nullable: Columns of integers or booleans that get nullable types of pandas, which hold all values
+            exactly, and show which ones are missing.
     """
 
     def __init__(self, columns: Mapping[str, pa.Array], nullable: Collection[str]) -> None:
@@ -254,13 +254,13 @@ class ObsTable:
         self._takers = {name: _Taker(column, name in nullable) for name, column in columns.items()}
 
     def take(self, rows: NDArray[np.int64]) -> pd.DataFrame:
-        """Return rows, in that order, with a fresh index."""
+        """Return these rows, in this order, with a fresh index."""
         decoded = {name: taker.take(rows) for name, taker in self._takers.items()}
         return pd.DataFrame(decoded, index=pd.RangeIndex(len(rows)), copy=False)
 
 
 class _Taker:
-    """Takes values of a column, by the shortest way that gives what Arrow gives."""
+    """A column whose values are taken in the fastest way that equals Arrow's `to_pandas`."""
 
     def __init__(self, column: pa.Array, is_nullable: bool) -> None:
         self._nullable: Any = _NULLABLE_DTYPES.get(column.type) if is_nullable else None

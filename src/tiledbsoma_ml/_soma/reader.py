@@ -1,4 +1,4 @@
-"""`SOMAReader`: rows of a SOMA experiment, from joinids."""
+"""`SOMAReader`: reads rows of a SOMA experiment."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from typing import Any, TypeAlias
 import numpy as np
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_obs_column_names
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.arrays import ranges, telling_where, to_numpy
-from tiledbsoma_ml._soma.blocks import Extents, Pages
+from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
 from tiledbsoma_ml._soma.obs import ObsColumns, ObsTypes
-from tiledbsoma_ml._soma.window import Columns, Room, Window
+from tiledbsoma_ml._soma.stores import Extents, Pages
+from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
 from tiledbsoma_ml._threads import at_rest
 
 DENSE_READ_BYTES = 64 * 2**20
-"""A dense layer is read in blocks of TileDB's buffer, but of no more than this, where nobody sized that."""
+"""Largest block of a dense layer that is read at once; TileDB's buffer can be larger."""
 
 DENSE_GAP_ROWS = 64
-"""Rows of a dense layer that are this near are read in one request, with those between them."""
+"""Largest gap between two rows of a dense layer that are read at once, together with the rows in the gap."""
 
 GAP_ROWS = 16
-"""Rows of a sparse layer that are this near, in one tile, are asked for in one range, with those between.
+"""Largest gap between two rows of a tile of a sparse layer that are read in one range, with those between.
 
-TileDB decodes whole tiles in any case and pays for every range: dropping ten rows afterwards is cheaper.
+TileDB decodes whole tiles in any case, and each range costs time: dropping ten rows afterwards is cheaper.
 """
 
 MAX_COLUMNS = 2**20
-"""Coordinates of so many columns may be asked for, or sixteen times those that are wanted."""
+"""Largest number of columns to ask for, unless sixteen times the wanted columns are more."""
 
 BYTES_PER_JOINID = 48
-"""What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
+"""Bytes of a row beside its entries, while it is in a window: its joinid, indices and counts."""
 
 
 class SOMAReader:
-    """Reads rows of an `X` layer and of `obs` from a SOMA experiment, wherever it is stored.
+    """A reader of the rows of an `X` layer, and of their `obs`, from a SOMA experiment, local or remote.
 
     Args:
-        X: An open layer, sparse or dense.
+        X: The open layer, sparse or dense.
         obs: The open `obs` of the same experiment.
-        var_joinids: Columns of `X`, in the order in which they are wanted; unique.
-        obs_column_names: Columns of `obs`, in the order in which they are wanted.
-        obs_joinids: Every row that will be asked for: their `obs` is read once, at the first `read`.
-        obs_types: Types that columns of `obs` have in the whole query; found out from these rows if None.
-        n_parts: In how many pieces to give out what is read at once.
-        use_eager_fetch: Whether to fetch the next entries on a thread while those before are sorted.
-        room: What limits the bytes held.
-        store: Where to keep rows until they are wanted; in memory of its own if None.
-        opened: What to leave when this is closed.
+        var_joinids: Columns of `X` to return, in this order; unique.
+        obs_column_names: Columns of `obs` to return, in this order.
+        obs_joinids: All rows that may be asked for. Their `obs` is read once, at the first `read`.
+        obs_types: Types that the columns of `obs` have in the query; if None, these rows decide.
+        n_pieces: Number of pieces of a read.
+        use_eager_fetch: Whether the next entries are fetched on a thread while those before are sorted.
+        byte_limit: Limit to the bytes of windows; None for no limit.
+        store: The store of windows; pages of memory of its own if None.
+        opened: Contexts to leave when this is closed.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class SOMAReader:
         obs_column_names: Sequence[str],
         obs_joinids: NDArrayJoinId,
         obs_types: ObsTypes | None = None,
-        n_parts: int = 1,
+        n_pieces: int = 1,
         use_eager_fetch: bool = False,
-        room: Room | None = None,
+        byte_limit: ByteLimit | None = None,
         store: Pages | Extents | None = None,
         opened: ExitStack | None = None,
     ) -> None:
-        check_obs_column_names(obs_column_names, obs)
+        check_obs_column_names(obs_column_names, obs.keys())
         self._X = X
         self._obs = obs
         self._obs_column_names = list(obs_column_names)
@@ -84,12 +84,12 @@ class SOMAReader:
         self._use_eager_fetch = use_eager_fetch
         self._written = X.non_empty_domain()
         self._window_options: dict[str, Any] = {
-            "n_parts": n_parts,
-            "room": room,
+            "n_pieces": n_pieces,
+            "byte_limit": byte_limit,
             "store": store or Pages(),
             "may_repeat": _may_repeat(X),
         }
-        self._room, self._opened = room, opened
+        self._byte_limit, self._opened = byte_limit, opened
         self._in_use = threading.Lock()
         self._is_closed = False
 
@@ -97,7 +97,7 @@ class SOMAReader:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows, in exactly this order.
         """
         with self._alone():
             if self._is_closed:
@@ -110,9 +110,9 @@ class SOMAReader:
         return self._with_obs(obs_joinids, window)
 
     def close(self) -> None:
-        """Close what is open, when no other thread reads it; whoever waits for room waits no longer."""
-        if self._room is not None:
-            self._room.close()
+        """End the waits of windows, and close the arrays when no other thread reads them."""
+        if self._byte_limit is not None:
+            self._byte_limit.close()
         with self._alone():
             self._is_closed = True
             if self._opened is not None:
@@ -120,7 +120,7 @@ class SOMAReader:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Use what is open on no other thread; a fork need not wait for whoever waits here."""
+        """Let one thread at a time use the open arrays; a fork does not wait for a thread that waits here."""
         with at_rest():
             self._in_use.acquire()
         try:
@@ -129,29 +129,29 @@ class SOMAReader:
             self._in_use.release()
 
     def read_window(self, obs_joinids: NDArrayJoinId) -> Window:
-        """Read the rows of `obs_joinids`, without their `obs`."""
+        """Return a window of the rows of `obs_joinids`, without their `obs`."""
         dtype = np.dtype(self._X.schema.field("soma_data").type.to_pandas_dtype())
         window = Window(obs_joinids, self._columns, dtype, **self._window_options)
-        rows, columns = self._existing(window.sorted_ids)
+        rows, columns = self._existing(window.sorted_joinids)
         if len(rows) and len(columns):
             is_dense = isinstance(self._X, soma.DenseNDArray)
-            pieces: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
+            read: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
             add: Callable[..., None] = window.add_block if is_dense else window.add
-            found = pieces(self._X, rows, columns)
+            found = read(self._X, rows, columns)
             with closing(EagerIterator(found) if self._use_eager_fetch else found) as ahead:
-                for piece in ahead:
-                    add(*piece)
+                for entries in ahead:
+                    add(*entries)
         return window
 
-    def _existing(self, sorted_ids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayJoinId]:
-        """Return the rows and columns among which anything is written; all others are zero.
+    def _existing(self, sorted_joinids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayJoinId]:
+        """Return those rows and columns that may have entries; all others are zero.
 
-        Asking for what is beyond the shape of a layer is an error to TileDB, or not, as it is asked.
+        TileDB can raise an error if it is asked for coordinates outside the shape of a layer.
         """
         (first_row, last_row), (first_col, last_col) = self._written
-        start, stop = np.searchsorted(sorted_ids, [first_row, last_row + 1]).tolist()
+        start, stop = np.searchsorted(sorted_joinids, [first_row, last_row + 1]).tolist()
         are_within = (first_col <= self._var_joinids) & (self._var_joinids <= last_col)
-        return sorted_ids[start:stop], self._var_joinids[are_within]
+        return sorted_joinids[start:stop], self._var_joinids[are_within]
 
     def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[Rows[CSR_IO_Buffer]]:
         assert self._obs_columns is not None
@@ -162,14 +162,8 @@ class SOMAReader:
             start += len(X)
 
 
-def check_obs_column_names(names: Sequence[str], obs: soma.DataFrame) -> None:
-    """Raise a ValueError or TypeError unless `names` are distinct columns of `obs`, at least one."""
-    for name in check_distinct("obs_column_names", names):
-        check_name("obs_column_names", name, obs.keys(), of="a column of obs")
-
-
 def measure_row_bytes(reader: SOMAReader, obs_joinids: NDArrayJoinId) -> float:
-    """Return the bytes that a row takes up while it waits, from a sample of `obs_joinids`."""
+    """Return the mean size of a row in a window, measured on a sample of `obs_joinids`."""
     n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
@@ -180,13 +174,14 @@ def measure_row_bytes(reader: SOMAReader, obs_joinids: NDArrayJoinId) -> float:
 # X --------------------------------------------------------------------------------------------------------
 
 Entries: TypeAlias = tuple[NDArrayJoinId, NDArrayJoinId, NDArrayNumber]
-"""Row and column, as joinids, and value of each of some entries of a layer."""
+"""The rows and columns, as joinids, and the values of entries of a layer."""
 
 
 def row_tile(X: soma.SparseNDArray | soma.DenseNDArray) -> int:
-    """Return how many neighbouring rows of a layer are stored, and so decoded, together.
+    """Return the number of neighbouring rows of a layer that are decoded together.
 
-    A tile that is larger than what is written counts as the smallest power of two that holds all rows.
+    If a tile is larger than all written rows, this is the smallest power of two that is not below their
+    number.
     """
     (_, last_row), _ = X.non_empty_domain()
     return min(_tile(X, "soma_dim_0"), 1 << int(last_row).bit_length())
@@ -197,46 +192,46 @@ def _tile(X: soma.SparseNDArray | soma.DenseNDArray, dim: str) -> int:
 
 
 def _may_repeat(X: soma.SparseNDArray | soma.DenseNDArray) -> bool:
-    """Whether a layer keeps all values that were written to a coordinate, as those of the Census do."""
+    """Return whether a layer keeps all values that were written to a coordinate, as in the Census."""
     return isinstance(X, soma.SparseNDArray) and bool(X.schema_config_options().allows_duplicates)
 
 
 def _sparse_entries(
-    X: soma.SparseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
+    X: soma.SparseNDArray, sorted_joinids: NDArrayJoinId, var_joinids: NDArrayJoinId
 ) -> Generator[Entries, None, None]:
-    """Yield the entries of rows and columns of a sparse layer, and some beside them, as they are stored."""
-    coords = (_rows_to_read(X, sorted_ids), _columns_to_read(X, var_joinids))
-    with telling_where(X, sorted_ids):
+    """Yield the entries of these rows and columns of a sparse layer, as they are stored, and some others."""
+    coords = (_rows_to_read(X, sorted_joinids), _columns_to_read(X, var_joinids))
+    with naming_rows(X, sorted_joinids):
         for table in X.read(coords=coords).tables():
             dim_0, dim_1, values = (to_numpy(table[f"soma_{name}"]) for name in ("dim_0", "dim_1", "data"))
             yield dim_0, dim_1, values
 
 
 def _dense_blocks(
-    X: soma.DenseNDArray, sorted_ids: NDArrayJoinId, var_joinids: NDArrayJoinId
+    X: soma.DenseNDArray, sorted_joinids: NDArrayJoinId, var_joinids: NDArrayJoinId
 ) -> Generator[tuple[int, int, NDArrayNumber], None, None]:
-    """Yield what holds rows and columns of a dense layer, in blocks: first row, first column and values."""
-    for rows, left, right in _blocks(X, sorted_ids, np.sort(var_joinids)):
+    """Yield blocks that cover these rows and columns of a dense layer: first row, first column and values."""
+    for rows, left, right in _blocks(X, sorted_joinids, np.sort(var_joinids)):
         top, bottom = int(rows[0]), int(rows[-1])
-        with telling_where(X, rows):
+        with naming_rows(X, rows):
             block = X.read(coords=(slice(top, bottom), slice(left, right))).to_numpy()
         yield top, left, block
 
 
 def _blocks(
-    X: soma.DenseNDArray, sorted_ids: NDArrayJoinId, sorted_columns: NDArrayJoinId
+    X: soma.DenseNDArray, sorted_joinids: NDArrayJoinId, sorted_columns: NDArrayJoinId
 ) -> Iterator[tuple[NDArrayJoinId, int, int]]:
-    """Yield blocks that cover rows and columns of a dense layer: the rows, and the first and last column.
+    """Yield blocks that cover these rows and columns: the rows of each, and its first and last column.
 
-    TileDB decodes tiles anew whenever its buffer is full, so a block fits into that. It is as many tiles
-    below each other as fit with all columns, or as many beside each other, or some rows of one tile.
+    TileDB decodes tiles again each time its buffer is full, so a block must fit into the buffer. A block is
+    some tiles below each other with all columns, or some tiles beside each other, or some rows of one tile.
     """
     itemsize = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype()).itemsize
     buffer_bytes = int(X.context.tiledb_config.get("soma.init_buffer_bytes", 2**30))
     n_values = min(buffer_bytes, DENSE_READ_BYTES) // itemsize
     row_tile, col_tile = _tile(X, "soma_dim_0"), _tile(X, "soma_dim_1")
     width = int(sorted_columns[-1] - sorted_columns[0] + 1)
-    for rows in _near_runs(sorted_ids, row_tile * max(1, n_values // (row_tile * width))):
+    for rows in _near_runs(sorted_joinids, row_tile * max(1, n_values // (row_tile * width))):
         n_tiles = max(1, n_values // int(rows[-1] - rows[0] + 1) // col_tile)
         strips = np.flatnonzero(np.diff(sorted_columns // (n_tiles * col_tile))) + 1
         for columns in np.split(sorted_columns, strips):
@@ -246,26 +241,26 @@ def _blocks(
                 yield some, left, right
 
 
-def _near_runs(sorted_ids: NDArrayJoinId, height: int) -> list[NDArrayJoinId]:
-    """Return runs of `sorted_ids` that lie in one stretch of so many rows, without a step over a gap."""
-    is_start = (np.diff(sorted_ids) > DENSE_GAP_ROWS) | (np.diff(sorted_ids // height) != 0)
-    return np.split(sorted_ids, np.flatnonzero(is_start) + 1)
+def _near_runs(sorted_joinids: NDArrayJoinId, height: int) -> list[NDArrayJoinId]:
+    """Return `sorted_joinids` in groups without large gaps, none of which crosses a multiple of `height`."""
+    is_start = (np.diff(sorted_joinids) > DENSE_GAP_ROWS) | (np.diff(sorted_joinids // height) != 0)
+    return np.split(sorted_joinids, np.flatnonzero(is_start) + 1)
 
 
-def _rows_to_read(X: soma.SparseNDArray, sorted_ids: NDArrayJoinId) -> slice | NDArrayJoinId:
-    """Return the rows to ask the layer for: cheaper to read than `sorted_ids` alone, and covering them."""
-    tile = sorted_ids // _tile(X, "soma_dim_0")
-    is_start = (np.diff(sorted_ids, prepend=-GAP_ROWS - 1) > GAP_ROWS) | (np.diff(tile, prepend=-1) != 0)
-    return ranges(sorted_ids, np.flatnonzero(is_start))
+def _rows_to_read(X: soma.SparseNDArray, sorted_joinids: NDArrayJoinId) -> slice | NDArrayJoinId:
+    """Return the rows to ask a layer for, which cover `sorted_joinids` and are faster to read."""
+    tile = sorted_joinids // _tile(X, "soma_dim_0")
+    is_start = (np.diff(sorted_joinids, prepend=-GAP_ROWS - 1) > GAP_ROWS) | (np.diff(tile, prepend=-1) != 0)
+    return ranges(sorted_joinids, np.flatnonzero(is_start))
 
 
 def _columns_to_read(X: soma.SparseNDArray, var_joinids: NDArrayJoinId) -> slice | NDArrayJoinId:
-    """Return the columns to ask the layer for: cheaper to read than `var_joinids` alone, and covering them.
+    """Return the columns to ask a layer for, which cover `var_joinids` and are faster to read.
 
-    A layer is decoded tile by tile, and TileDB pays for every range of coordinates, so in each tile the
-    range from the first to the last wanted column is asked for; what is not wanted is dropped afterwards.
-    In a layer of 20,000 columns in tiles of 2,048, 2,000 scattered columns take 2.6 times as long by their
-    own coordinates as all columns do; 2,000 neighbours take a fifth of it.
+    TileDB decodes whole tiles, and each range of coordinates costs time. So this returns, for each tile, the
+    range from the first to the last wanted column; other columns are dropped afterwards. In a layer of 20,000
+    columns in tiles of 2,048, reading 2,000 scattered columns by their own coordinates takes 2.6 times as
+    long as reading all columns; reading 2,000 neighbours takes a fifth of that.
     """
     wanted = np.sort(var_joinids)
     starts = np.flatnonzero(np.diff(wanted // _tile(X, "soma_dim_1"), prepend=-1))

@@ -1,4 +1,4 @@
-"""`SOMASource`: a query on an experiment, read within a budget of memory wherever it is stored."""
+"""`SOMASource`: the rows of a query on an experiment, local or remote, read within a budget of memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import attrs
 import pandas as pd
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, check_names, check_obs_column_names
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs, check_among
-from tiledbsoma_ml._soma.blocks import Extents, Pages
 from tiledbsoma_ml._soma.obs import ObsColumns, ObsTypes
-from tiledbsoma_ml._soma.reader import SOMAReader, check_obs_column_names, measure_row_bytes, row_tile
+from tiledbsoma_ml._soma.reader import SOMAReader, measure_row_bytes, row_tile
+from tiledbsoma_ml._soma.stores import Extents, Pages
 from tiledbsoma_ml._soma.versions import written_at
-from tiledbsoma_ml._soma.window import Room, preload_kernels
+from tiledbsoma_ml._soma.window import ByteLimit, preload_kernels
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -28,25 +28,25 @@ class SOMASource(Source):
 
     Args:
         locator: Address of the layer of `X`.
-        ids: Rows and columns.
-        make_room: What makes the room of an iterator, from its size in bytes.
+        ids: Joinids of the rows and columns.
+        make_limit: Makes the limit of an iterator from its number of bytes.
 
     Attributes:
         locator: Address of the layer of `X`.
     """
 
     def __init__(
-        self, locator: XLocator, ids: QueryIDs, *, make_room: Callable[[float], Room] = Room
+        self, locator: XLocator, ids: QueryIDs, *, make_limit: Callable[[float], ByteLimit] = ByteLimit
     ) -> None:
         self.locator: XLocator = locator
         self.query_ids = ids
-        self._make_room = make_room
+        self._make_limit = make_limit
         self._types: dict[tuple[str, ...], ObsTypes] = {}
         preload_kernels()
 
     @property
     def content(self) -> Mapping[str, str]:
-        """The measurement, the layer, and a digest of what was written to each array, where that is known."""
+        """The measurement, the layer, and a digest of the writes to each array that TileDB can list."""
         locator = self.locator
         written = written_at(locator, [locator.layer_name])
         versions = {f"content of {array}": found for array, found in written.versions.items()}
@@ -54,49 +54,48 @@ class SOMASource(Source):
         return named | (versions or {"uri": written.uri})
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
-        """Raise a ValueError or TypeError unless there are such rows, columns and fields."""
+        """Raise a ValueError or TypeError unless these rows, columns and fields exist."""
         check_among("obs_joinids", ids.obs_joinids, self.query_ids.obs_joinids)
         check_among("var_joinids", ids.var_joinids, self.query_ids.var_joinids)
         with self.locator.open() as (_, obs):
-            check_obs_column_names(fields.obs_column_names, obs)
+            check_obs_column_names(fields.obs_column_names, obs.keys())
         self.expect(fields)
 
     def expect(self, fields: Fields) -> None:
-        """Let copies of this, and forks, share the types of these columns: those in the whole query."""
+        """Prepare the types of these columns of `obs`, so that copies of this and forks share them."""
         names = fields.obs_column_names
         if names not in self._types:
             self._types[names] = ObsTypes(self.locator, names, self.query_ids.obs_joinids)
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` of some rows, in that order, with a fresh index."""
+        """Return columns of `obs` for these rows, in this order, with a fresh index."""
         with self.locator.open() as (_, obs):
-            check_obs_column_names(column_names, obs)
+            check_obs_column_names(column_names, obs.keys())
             types = ObsTypes(self.locator, column_names, self.query_ids.obs_joinids)
             return ObsColumns.read(obs, column_names, obs_joinids, types).take(obs_joinids)
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""
+        """Return columns of `var` (all if None) for these columns of `X`, in order, with a fresh index."""
         with self.locator.open_experiment() as experiment:
             var = experiment.ms[self.locator.measurement_name].var
-            names = var.keys() if column_names is None else column_names
-            for name in names:
-                check_name("column_names", name, var.keys(), of="a column of var")
+            given = list(var.keys()) if column_names is None else column_names
+            names = check_names("column_names", given, var.keys(), of="a column of var")
             return ObsColumns.read(var, names, var_joinids).take(var_joinids)
 
     def of_rows(self, ids: QueryIDs) -> SOMASource:
-        """Return the same with these rows alone; types of columns stay those of the whole query."""
+        """Return a source of these rows only; columns of `obs` keep the types that they have in the query."""
         source = copy.copy(self)
         source.query_ids = ids
         return source
 
     @cached_property
     def row_tile(self) -> int:
-        """Neighbouring rows that are decoded together."""
+        """Number of neighbouring rows that are decoded together."""
         with self.locator.open() as (X, _):
             return row_tile(X)
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored, from a sample of them, and how many a window may hold."""
+        """Return how the rows are stored; the size of a row is measured on a sample."""
         preload_kernels()
         budget = self._budget(budget)
         with self.locator.open(budget) as (X, obs):
@@ -107,7 +106,7 @@ class SOMASource(Source):
         return Layout(tile, bytes_per_row, int(budget.share_of_windows().planned_bytes / bytes_per_row))
 
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> SOMAReader:
-        """Return what reads rows; it is closed after an epoch."""
+        """Return a reader, which the caller closes after an epoch."""
         preload_kernels()
         budget = self._budget(budget)
         windows, folder = budget.share_of_windows(), budget.window_dir
@@ -122,9 +121,9 @@ class SOMASource(Source):
                 obs_column_names=fields.obs_column_names,
                 obs_joinids=ids.obs_joinids,
                 obs_types=self._types[fields.obs_column_names],
-                n_parts=windows.n_parts,
+                n_pieces=windows.n_pieces,
                 use_eager_fetch=budget.use_eager_fetch,
-                room=self._make_room(windows.n_bytes),
+                byte_limit=self._make_limit(windows.n_bytes),
                 store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
                 opened=opened,
             )

@@ -1,4 +1,4 @@
-"""What was written to the arrays of an experiment until it was opened: whether it is the same as before."""
+"""Digests of the writes to the arrays of an experiment, which show whether it changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tiledbsoma_ml.x_locator import XLocator
 
 @attrs.frozen(kw_only=True)
 class Written:
-    """What an experiment holds.
+    """The writes to an experiment.
 
     Attributes:
         uri: URI of the experiment, the same in every working directory.
-        versions: For each array a digest of what was written to it; without those for which that is not
-            known. Arrays are named "obs", "var", "X/raw", "obsm/X_pca", ….
+        versions: A digest of the writes to each array, by a name like "obs", "var", "X/raw" or "obsm/X_pca".
+            Arrays that TileDB cannot list are left out.
     """
 
     uri: str
@@ -29,7 +29,7 @@ class Written:
 
 
 def written_at(locator: XLocator, layer_names: Sequence[str], obsm_names: Sequence[str] = ()) -> Written:
-    """Return what was written until the timestamp of an address, to some layers and what comes with them."""
+    """Return the writes until the timestamp of an address to `obs`, `var`, and these layers and `obsm`."""
     with opened(locator) as (measurement, obs):
         arrays = {"obs": obs, "var": measurement.var}
         arrays |= {f"X/{name}": measurement.X[name] for name in layer_names}
@@ -40,7 +40,7 @@ def written_at(locator: XLocator, layer_names: Sequence[str], obsm_names: Sequen
 
 @contextmanager
 def opened(locator: XLocator) -> Iterator[tuple[soma.Measurement, soma.DataFrame]]:
-    """Open the measurement, and `obs`, of an address."""
+    """Open the measurement of an address, and `obs`."""
     with locator.open_experiment() as experiment:
         yield experiment.ms[locator.measurement_name], experiment.obs
 
@@ -54,10 +54,10 @@ def _absolute(uri: str) -> str:
 
 
 def _versions(uris: dict[str, str], locator: XLocator) -> dict[str, str]:
-    """Return, for each array, a digest of the names of what was written to it until a timestamp.
+    """Return, for each array, a digest of the names of the writes until the timestamp of an address.
 
-    Whenever an experiment is opened it gets a new timestamp, which says nothing. Arrays that cannot be listed
-    are left out.
+    The timestamp itself says nothing: it is new each time an experiment is opened. Arrays that TileDB cannot
+    list are left out.
     """
     found = {}
     with suppress(OSError), open_vfs(locator.tiledb_config) as vfs:
@@ -70,7 +70,7 @@ def _versions(uris: dict[str, str], locator: XLocator) -> dict[str, str]:
 
 
 def _version(fragments: list[str], commits: list[str], timestamp_ms: int) -> str | None:
-    """Return a digest of the fragments, deletions and updates until a timestamp; None if it is not known."""
+    """Return a digest of the writes until a timestamp; None if a name has an unknown form."""
     names = [*fragments, *(name for name in commits if name.endswith((".del", ".upd")))]
     try:
         times = [int(name.lstrip("_").split("_")[0]) for name in names]

@@ -1,4 +1,4 @@
-"""Rows in memory, as a source: SciPy, NumPy, AnnData."""
+"""The source of rows in memory: SciPy, NumPy, AnnData."""
 
 from tiledbsoma_ml.memory.source import MemorySource
 

@@ -1,7 +1,7 @@
-"""Matrices in HDF5 files, as AnnData has them with `backed="r"`: read in the order in which they are stored.
+"""Matrices in HDF5 files, like those of an AnnData that was opened with `backed="r"`.
 
-HDF5 decodes chunks of many rows, and each request takes a tenth of a millisecond. So all rows that are asked
-for at once wait, compactly, in a `Window`, and are given out in the order asked for.
+HDF5 decodes chunks of many rows, and each request takes a tenth of a millisecond. So all rows of a read are
+read in the order in which they are stored, into a `Window`, which gives them out in the order asked for.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from tiledbsoma_ml._budget import Budget, WindowShare
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.blocks import Extents, Pages
-from tiledbsoma_ml._soma.window import Columns, Room, Window, preload_kernels
+from tiledbsoma_ml._soma.stores import Extents, Pages
+from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window, preload_kernels
 from tiledbsoma_ml.memory.frame import Columns as ObsColumns
 from tiledbsoma_ml.memory.frame import Frame
 from tiledbsoma_ml.memory.matrices import check_dtype
 
 TILE_BYTES = 2**20
-"""Neighbouring rows of so many bytes are read in hardly more time than one of them."""
+"""Number of bytes of neighbouring rows that are read in hardly more time than one of these rows."""
 
 GAP_BYTES = 2**18
-"""Rows that are this near are read in one request, with those between them."""
+"""Largest gap between two rows that are read in one request, together with the rows in the gap."""
 
-PIECE_BYTES = 2**24
-"""So much is read in one request at most, but for a row that is larger."""
+REQUEST_BYTES = 2**24
+"""Largest size of a request, unless one row is larger."""
 
 CACHE_BYTES = 2**26
-"""HDF5 keeps so much of what it has decoded."""
+"""Size of HDF5's cache of decoded chunks."""
 
 Entries: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64], NDArrayNumber]
-"""Row, column and value of each of some entries."""
+"""The rows, columns and values of entries."""
 
 
 @attrs.frozen(kw_only=True)
 class BackedMatrix:
-    """A matrix in an HDF5 file, sparse by rows or dense; nothing is open between two epochs.
+    """A matrix in an HDF5 file, sparse by rows or dense; between two epochs the file is closed.
 
     Attributes:
         path: Path of the file.
-        name: Name of the group or dataset in it.
+        name: Name of the group or dataset in the file.
         shape: Number of rows and columns.
         dtype: Type of the values.
-        is_sparse: Whether it is a group of three arrays.
-        stored_bytes: Size of its values, and of their columns.
-        chunk_bytes: Size of what HDF5 decodes at once.
-        version: Size of the file, and when it was last changed.
+        is_sparse: Whether the matrix is a group of three arrays.
+        stored_bytes: Size of its values and columns.
+        chunk_bytes: Size of a decoded chunk.
+        version: Size of the file, and the time of its last change.
     """
 
     path: Path
@@ -70,11 +70,11 @@ class BackedMatrix:
 
     @classmethod
     def of(cls, X: Any) -> BackedMatrix | None:
-        """Return the matrix if it is one of an HDF5 file.
+        """Return `X` as a matrix in an HDF5 file; None if it is not in one.
 
         Raises:
-            TypeError: If it is in a file of another format, or its values are of another type.
-            ValueError: If the file is open for writing.
+            TypeError: If its values are of another type.
+            ValueError: If the file is open for writing, or `X` does not have two dimensions.
         """
         h5py: Any = sys.modules.get("h5py")
         if h5py is None:
@@ -88,53 +88,50 @@ class BackedMatrix:
                 f"X={node.file.filename!r} must be a file that is open for reading only, mode 'r' and not "
                 f"{node.file.mode!r}; try anndata.read_h5ad(path, backed='r')."
             )
-        parts = [node] if isinstance(node, h5py.Dataset) else [node["indices"], node["data"]]
-        check_dtype(parts[-1].dtype)
-        n_bytes = [part.dtype.itemsize for part in parts]
+        arrays = [node] if isinstance(node, h5py.Dataset) else [node["indices"], node["data"]]
+        check_dtype(arrays[-1].dtype)
         if len(X.shape) != 2:
             raise ValueError(f"X must have two dimensions, not the shape {X.shape}; choose another dataset.")
         return cls(
             path=path,
             name=node.name,
             shape=(int(X.shape[0]), int(X.shape[1])),
-            dtype=parts[-1].dtype.newbyteorder("="),
-            is_sparse=len(parts) == 2,
-            stored_bytes=sum(part.size * size for part, size in zip(parts, n_bytes, strict=True)),
-            chunk_bytes=sum(
-                int(np.prod(part.chunks or (0,))) * size for part, size in zip(parts, n_bytes, strict=True)
-            ),
+            dtype=arrays[-1].dtype.newbyteorder("="),
+            is_sparse=len(arrays) == 2,
+            stored_bytes=sum(array.size * array.dtype.itemsize for array in arrays),
+            chunk_bytes=sum(int(np.prod(array.chunks or (0,))) * array.dtype.itemsize for array in arrays),
             version=_version(path),
         )
 
     @property
     def row_tile(self) -> int:
-        """Neighbouring rows that are read in hardly more time than one: a power of two."""
+        """Number of neighbouring rows that are read in hardly more time than one; a power of two."""
         bytes_per_row = max(1.0, self.stored_bytes / max(1, self.shape[0]))
         n_rows = min(max(TILE_BYTES, self.chunk_bytes) / bytes_per_row, self.shape[0])
         return 1 << round(math.log2(max(1.0, n_rows)))
 
     def share(self, budget: Budget) -> WindowShare:
-        """Return how rows wait within a budget."""
+        """Return the share of a budget that windows of this matrix get."""
         return budget.share_of_windows(self.stored_bytes)
 
     def window_rows(self, budget: Budget, bytes_per_row: float) -> int:
-        """Return how many rows may wait together."""
+        """Return the number of rows that a window may hold."""
         return max(1, int(self.share(budget).planned_bytes / bytes_per_row))
 
-    def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
-        """Return the size of some rows of some columns while they wait."""
+    def n_bytes(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> int:
+        """Return the size of these rows and columns in a window."""
         preload_kernels()
-        window = Window(rows, Columns(numbers), self.dtype)
+        window = Window(rows, Columns(columns), self.dtype)
         with closing(self.open()) as X:
-            X.fill(window, numbers)
+            X.fill(window, columns)
         return window.nbytes
 
     def content(self) -> Mapping[str, str]:
-        """The address of the matrix, and when the file was last changed."""
+        """Return the address of the matrix, and the version of the file."""
         return {"X": f"{self.name} of {self.path}", "file": self.version}
 
     def open(self) -> OpenMatrix:
-        """Return the matrix, open.
+        """Open the file, and return the matrix.
 
         Raises:
             ValueError: If the file has changed.
@@ -152,7 +149,7 @@ def _version(path: Path) -> str:
 
 
 class OpenMatrix:
-    """A matrix in an open file; may be used by several threads."""
+    """A matrix in an open file; several threads may use this."""
 
     def __init__(self, matrix: BackedMatrix) -> None:
         import h5py
@@ -163,48 +160,50 @@ class OpenMatrix:
         self._starts = self._read_starts() if matrix.is_sparse else None
 
     def fill(self, window: Window, columns: NDArray[np.int64]) -> None:
-        """Put the rows that a window lacks into it.
+        """Read the rows of a window, and add them to it.
 
         Raises:
             RuntimeError: If the file is closed meanwhile.
         """
-        if not len(window.sorted_ids) or not len(columns):
+        if not len(window.sorted_joinids) or not len(columns):
             return
         if self._starts is None:
             left, right = int(columns.min()), int(columns.max()) + 1
-            row_bytes = np.full(len(window.sorted_ids), (right - left) * self._matrix.dtype.itemsize)
-            for first, last in _runs(window.sorted_ids, row_bytes):
+            row_bytes = np.full(len(window.sorted_joinids), (right - left) * self._matrix.dtype.itemsize)
+            for first, last in _runs(window.sorted_joinids, row_bytes):
                 window.add_block(first, left, self._get("", (slice(first, last + 1), slice(left, right))))
         else:
             entry_bytes = self._matrix.dtype.itemsize + 4
-            row_bytes = (self._starts[window.sorted_ids + 1] - self._starts[window.sorted_ids]) * entry_bytes
-            for first, last in _runs(window.sorted_ids, row_bytes):
+            row_bytes = (
+                self._starts[window.sorted_joinids + 1] - self._starts[window.sorted_joinids]
+            ) * entry_bytes
+            for first, last in _runs(window.sorted_joinids, row_bytes):
                 window.add(*self._entries(self._starts[first : last + 2], first))
 
     def close(self) -> None:
-        """Close the file, when what is being read from it has been read."""
+        """Close the file, when no other thread reads from it."""
         with self._lock:
             self._file.close()
 
     def _entries(self, starts: NDArray[np.int64], first: int) -> Entries:
-        where = slice(int(starts[0]), int(starts[-1]))
+        entries = slice(int(starts[0]), int(starts[-1]))
         rows = np.repeat(np.arange(first, first + len(starts) - 1), np.diff(starts))
-        return rows, self._get("indices", where).astype(np.int64), self._get("data", where)
+        return rows, self._get("indices", entries).astype(np.int64), self._get("data", entries)
 
-    def _get(self, part: str, where: Any) -> Any:
-        """Return some of the matrix, or of one of its three arrays, in the byte order of this machine."""
+    def _get(self, array: str, selection: Any) -> Any:
+        """Return a selection of one of the three arrays, or of the dense matrix, in native byte order."""
         with self._lock:
             if not self._file:
                 raise RuntimeError(f"{str(self._matrix.path)!r} was closed while rows were read from it")
-            node = self._file[f"{self._matrix.name}/{part}" if part else self._matrix.name]
-            found = node[where]
+            node = self._file[f"{self._matrix.name}/{array}" if array else self._matrix.name]
+            found = node[selection]
         return found.astype(found.dtype.newbyteorder("="), copy=False)
 
     def _read_starts(self) -> NDArray[np.int64]:
         starts: NDArray[np.int64] = self._get("indptr", slice(None)).astype(np.int64)
         n_rows, n_values = self._matrix.shape[0], len(self._file[f"{self._matrix.name}/data"])
-        is_whole = len(starts) == n_rows + 1 and starts[0] == 0 and starts[-1] == n_values
-        if not is_whole or (starts[1:] < starts[:-1]).any():
+        has_ends = len(starts) == n_rows + 1 and starts[0] == 0 and starts[-1] == n_values
+        if not has_ends or (starts[1:] < starts[:-1]).any():
             self._file.close()
             raise ValueError(
                 f"{self._matrix.name} of {str(self._matrix.path)!r} must have an indptr that ascends from 0 "
@@ -214,26 +213,26 @@ class OpenMatrix:
 
 
 def _runs(rows: NDArray[np.int64], row_bytes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last row of each request for ascending `rows`, of which each has so many bytes."""
+    """Yield the first and last row of each request for ascending `rows`, whose sizes are `row_bytes`."""
     mean = max(1.0, float(row_bytes.sum()) / len(rows))
     between = (np.diff(rows, prepend=rows[0] - 1) - 1) * mean
     is_start = between > GAP_BYTES
     ends = np.cumsum(row_bytes + np.where(is_start, 0, between))
-    is_start |= np.diff(ends // PIECE_BYTES, prepend=0) != 0
+    is_start |= np.diff(ends // REQUEST_BYTES, prepend=0) != 0
     is_start[0] = True
     starts = np.flatnonzero(is_start)
     yield from zip(rows[starts].tolist(), rows[np.append(starts[1:], len(rows)) - 1].tolist(), strict=True)
 
 
 class BackedReader:
-    """Reads rows of a matrix in a file, and of `obs`.
+    """A reader of the rows of a matrix in a file, and of their `obs`.
 
     Args:
         matrix: The matrix.
-        frame: Finds rows by joinid.
-        obs: Columns of `obs`.
-        numbers: Numbers of the columns of `X`, in the order in which they are wanted.
-        budget: The memory, or the space in a file, in which rows wait.
+        frame: `obs`, which has the row of each joinid.
+        obs: The columns of `obs` to return.
+        columns: The columns of `X` to return, in this order.
+        budget: The memory, or the space in a file, for the rows of windows.
     """
 
     def __init__(
@@ -241,14 +240,15 @@ class BackedReader:
         matrix: BackedMatrix,
         frame: Frame,
         obs: ObsColumns,
-        numbers: NDArray[np.int64],
+        columns: NDArray[np.int64],
         budget: Budget,
     ) -> None:
         preload_kernels()
         self._frame, self._obs = frame, obs
-        self._numbers, self._columns, self._dtype = numbers, Columns(numbers), matrix.dtype
+        self._columns, self._dtype = columns, matrix.dtype
+        self._window_columns = Columns(columns)
         share, folder = matrix.share(budget), budget.window_dir
-        self._n_parts, self._room = share.n_parts, Room(share.n_bytes)
+        self._n_pieces, self._byte_limit = share.n_pieces, ByteLimit(share.n_bytes)
         self._store = Pages() if folder is None else Extents(folder, share.extent_bytes)
         self._matrix = matrix.open()
 
@@ -256,19 +256,25 @@ class BackedReader:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows, in exactly this order.
         """
         rows = self._frame.rows(obs_joinids)
-        options: dict[str, Any] = {"n_parts": self._n_parts, "room": self._room, "store": self._store}
-        window = Window(rows, self._columns, self._dtype, may_repeat=True, **options)
-        self._matrix.fill(
-            window, self._numbers
-        )  # here, not when it is iterated: what came before is used meanwhile
+        window = Window(
+            rows,
+            self._window_columns,
+            self._dtype,
+            n_pieces=self._n_pieces,
+            byte_limit=self._byte_limit,
+            store=self._store,
+            may_repeat=True,
+        )
+        # The window is filled now, not when it is iterated, while the rows of the window before are used.
+        self._matrix.fill(window, self._columns)
         return self._with_obs(obs_joinids, rows, window)
 
     def close(self) -> None:
-        """Close the file; whoever waits for the use of rows that were read, or reads, gets a RuntimeError."""
-        self._room.close()
+        """Close the file; a `read` that waits, or still reads, raises a RuntimeError."""
+        self._byte_limit.close()
         self._matrix.close()
 
     def _with_obs(

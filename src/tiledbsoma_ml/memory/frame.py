@@ -1,4 +1,4 @@
-"""`Frame`: a table of pandas, `obs` or `var`, whose rows have joinids."""
+"""`Frame`: `obs` or `var` as a table of pandas whose rows have joinids."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from tiledbsoma_ml._query_ids import check_joinids
 
 
 class Frame:
-    """A table whose rows have joinids: those of its column "soma_joinid", or their numbers.
+    """A table whose rows have joinids: those of its column "soma_joinid", or else their row numbers.
 
-    Columns keep the types that pandas has, and categoricals all categories. The index is a column, too, under
-    its name, or as "index" where it has none, unless another column has that name. The table is not copied.
+    Columns keep their types, and categoricals keep all categories. The index is a column as well, with the
+    name of the index, or "index" if it has none, unless another column has that name. The table is not
+    copied.
 
     Args:
         name: "obs" or "var".
         frame: The table.
-        has_index: Whether its index says anything.
+        has_index: Whether the index of the table is a column.
 
     Attributes:
-        joinids: The joinid of each row; they belong to this object.
+        joinids: The joinid of each row, read-only.
 
     Raises:
-        TypeError: If it is no DataFrame, or its joinids are not integers.
-        ValueError: If a column is there twice, or a joinid.
+        TypeError: If `frame` is not a DataFrame, or its joinids are not integers.
+        ValueError: If a column or a joinid repeats.
     """
 
     def __init__(self, name: str, frame: pd.DataFrame, *, has_index: bool = True) -> None:
@@ -65,11 +66,11 @@ class Frame:
         return list(self._columns)
 
     def rows(self, joinids: object) -> NDArray[np.int64]:
-        """Return the number of the row of each joinid.
+        """Return the row of each joinid.
 
         Raises:
-            TypeError: If they are not integers.
-            ValueError: If one is that of no row.
+            TypeError: If the joinids are not integers.
+            ValueError: If no row has one of them.
         """
         parameter = f"{self._name}_joinids"
         ids = check_joinids(parameter, joinids)
@@ -89,15 +90,15 @@ class Frame:
         return found
 
     def check(self, parameter: str, names: Sequence[str]) -> tuple[str, ...]:
-        """Return names of columns, at least one and all different; raise a ValueError or TypeError if not."""
+        """Return names if they are different columns, and at least one; see `check_names`."""
         return check_names(parameter, names, self._columns, of=f"a column of {self._name}")
 
     def columns(self, parameter: str, names: Sequence[str]) -> Columns:
-        """Return some columns, in this order; see `check`."""
+        """Return columns, in this order; see `check`."""
         return Columns({name: _values(self._columns[name]) for name in self.check(parameter, names)})
 
     def digest(self) -> str:
-        """Return a digest of names, types and values of the columns."""
+        """Return a digest of the names, types and values of the columns."""
         found = hashlib.blake2b(digest_size=16)
         for name, column in self._columns.items():
             found.update(repr((name, str(column.dtype))).encode())
@@ -106,20 +107,20 @@ class Frame:
             values = pd.Series(column).reset_index(drop=True)
             try:
                 hashed = pd.util.hash_pandas_object(values, index=False, categorize=False)
-            except (TypeError, ValueError):  # lists and the like
+            except (TypeError, ValueError):  # lists and other objects without a hash
                 hashed = pd.util.hash_pandas_object(values.map(repr), index=False, categorize=False)
             found.update(hashed.to_numpy().data)
         return found.hexdigest()
 
 
 class Columns:
-    """Some columns of a table; may be used by several threads at once."""
+    """Columns of a table; several threads may use this at once."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)
 
     def take(self, rows: NDArray[np.int64]) -> pd.DataFrame:
-        """Return the rows with these numbers, in this order, with a fresh index."""
+        """Return these rows, in this order, with a fresh index."""
         taken = {name: values.take(rows) for name, values in self._values.items()}
         return pd.DataFrame(taken, index=pd.RangeIndex(len(rows)), copy=False)
 
@@ -132,5 +133,5 @@ def _joinids(name: str, column: Any) -> NDArrayJoinId:
 
 
 def _values(column: Any) -> Any:
-    """Return what `take` is fast on: an array of NumPy if it is one, else of pandas."""
+    """Return the values of a column as the array whose `take` is fastest."""
     return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array

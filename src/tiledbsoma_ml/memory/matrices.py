@@ -1,8 +1,9 @@
-"""Matrices in memory, whose rows are given out in any order, straight into what is handed out."""
+"""Matrices in memory, whose rows are copied in any order directly into the arrays that are returned."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -10,22 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tiledbsoma_ml._batch.gather import Found, ShardColumns
+from tiledbsoma_ml._batch.gather import LocatedRows, ShardColumns
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 
 PIECE_ROWS, PIECE_BYTES = 4096, 2**24
-"""Rows are read in pieces of so many, or of so many bytes where they are dense."""
+"""Largest number of rows of a piece, and largest number of its bytes if the matrix is dense."""
 
 HASHED_BYTES = 2**26
-"""So much of a dense matrix is hashed at once."""
+"""Number of bytes of a dense matrix that are hashed at once."""
 
 
 class ChosenColumns(Protocol):
-    """Some columns of a matrix, in one order; may be used by several threads at once.
+    """Columns of a matrix, in one order; several threads may use this at once.
 
-    Rows are asked for by their numbers, which exist. What is given out belongs to whoever asked.
+    The rows that are asked for must exist. The caller may write to the rows that are returned.
     """
 
     @property
@@ -37,38 +38,70 @@ class ChosenColumns(Protocol):
         """Type of the values."""
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
-        """Return rows."""
+        """Return these rows, in this order."""
 
     def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return rows as a canonical matrix."""
+        """Return these rows, in this order, as a canonical `csr_matrix`."""
 
     def fill_dense(self, rows: NDArray[np.int64], out: NDArrayNumber) -> None:
-        """Write rows into `out`, zeros included."""
+        """Write these rows into `out`, zeros included."""
 
 
 def check_dtype(dtype: np.dtype[Any]) -> None:
-    """Raise a TypeError unless SciPy and NumPy both have loops for values of a type."""
+    """Raise a TypeError unless SciPy and NumPy both support values of this type."""
     if not (dtype.kind in "biu" or (dtype.kind == "f" and dtype.itemsize in (4, 8))):
         raise TypeError(
             f"X must hold booleans, integers, float32 or float64, not {dtype}; try X.astype('float32')."
         )
 
 
+class InMemoryMatrix(ABC):
+    """A matrix in memory: each of its rows can be read by itself.
+
+    Attributes:
+        shape: Number of rows and columns.
+        dtype: Type of the values.
+        row_tile: Number of neighbouring rows that are read together: 1.
+        piece_rows: Number of rows of a piece.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    row_tile = 1
+    piece_rows: int
+
+    @abstractmethod
+    def choose(self, columns: NDArray[np.int64]) -> ChosenColumns:
+        """Return these columns, in this order."""
+
+    @abstractmethod
+    def content(self) -> Mapping[str, str]:
+        """Return a digest of the matrix, by the name "X"."""
+
+    def n_bytes(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> int:
+        """Return the size of these rows and columns as sparse rows."""
+        return self.choose(columns).buffer(rows).nbytes
+
+    def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
+        """Return None: rows of a window need no memory, so the budget does not limit their number."""
+        return
+
+
 # Sparse ---------------------------------------------------------------------------------------------------
 
 
-class SparseMatrix:
-    """A sparse matrix by rows. Its arrays are those of `X` where these are in order and as they must be.
+class SparseMatrix(InMemoryMatrix):
+    """A sparse matrix by rows, which shares the arrays of `X` if these are in CSR and sorted by column.
 
     Args:
         X: A sparse matrix of any format.
 
     Raises:
         TypeError: If its values are of another type.
-        ValueError: If it has not two dimensions, or its arrays contradict each other.
+        ValueError: If it does not have two dimensions, or its arrays contradict each other.
     """
 
-    row_tile, piece_rows = 1, PIECE_ROWS
+    piece_rows = PIECE_ROWS
 
     def __init__(self, X: Any) -> None:
         if len(X.shape) != 2:
@@ -86,10 +119,10 @@ class SparseMatrix:
             assert is_ordered
 
     def _take_over(self, indptr: NDArray[Any], indices: NDArray[Any], data: NDArrayNumber) -> bool:
-        """Keep arrays of a matrix and return whether the columns of each row ascend."""
+        """Use the arrays of a matrix, and return whether the columns of each row ascend."""
         from tiledbsoma_ml._kernels.snapshot import first_bad_row
 
-        starts = indptr.astype(np.int64)  # a copy: where a row starts must not change any more
+        starts = indptr.astype(np.int64)  # a copy, because row starts must not change any more
         self.nnz = int(starts[-1])
         has_rows = len(starts) == self.shape[0] + 1 and starts[0] == 0 and (starts[1:] >= starts[:-1]).all()
         if not has_rows or self.nnz > min(len(indices), len(data)):
@@ -106,29 +139,20 @@ class SparseMatrix:
         self._values = np.ascontiguousarray(data[: self.nnz], dtype=self.dtype)
         return first_bad_row(starts, self._columns, self.shape[1]) < 0
 
-    def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
-        """Return how many rows may wait together: none needs to."""
-        return
-
-    def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
-        """Return the size of some rows of some columns, without zeros."""
-        return self.choose(numbers).buffer(rows).nbytes
-
     def content(self) -> Mapping[str, str]:
-        """Return a digest of the values and where they are."""
+        """Return a digest of the entries, by the name "X"."""
         found = hashlib.blake2b(repr((self.shape, self.dtype.str)).encode(), digest_size=16)
         for array in (self._starts, self._columns, self._values):
             found.update(array.view(np.uint8).data)
         return {"X": found.hexdigest()}
 
-    def choose(self, numbers: NDArray[np.int64]) -> ShardColumns:
-        """Return the columns with these numbers, in this order."""
-        shard = _OneShard(self._starts, self._columns, self._values, self.shape[1])
-        return ShardColumns(shard, places=_places(numbers, self.shape[1]), n_vars=len(numbers))
+    def choose(self, columns: NDArray[np.int64]) -> ShardColumns:
+        """Return these columns, in this order."""
+        return ShardColumns(_OneShard(self._starts, self._columns, self._values, self.shape[1]), columns)
 
 
 class _OneShard:
-    """A matrix in memory as the compiled loops take it: see `Shards`."""
+    """The arrays of a matrix in memory as `Shards` of one shard."""
 
     def __init__(
         self, starts: NDArray[np.int64], columns: NDArray[np.uint32], values: NDArrayNumber, n: int
@@ -137,51 +161,40 @@ class _OneShard:
 
         self.dtype, self.indices_dtype, self.n_vars = values.dtype, columns.dtype, n
         self._starts = starts
-        self._arrays = columns, values  # which the addresses below are of
+        self._arrays = columns, values  # they keep the addresses below valid
         self.indices_at, self.data_at = (np.array([array.ctypes.data]) for array in self._arrays)
         self.indices_kinds = np.array([KINDS[columns.dtype.str]], dtype=np.uint8)
         self.data_kinds = np.array([AS_GIVEN_OUT], dtype=np.uint8)
 
-    def locate(self, rows: NDArray[np.int64]) -> Found:
-        """Return where rows are, of which each is one."""
+    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+        """Return the places of rows, which must exist."""
         begins = self._starts[rows]
         indptr = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(self._starts[rows + 1] - begins, out=indptr[1:])
-        return Found(rows, np.zeros(len(rows), dtype=np.int32), begins, indptr)
+        return LocatedRows(rows, np.zeros(len(rows), dtype=np.int32), begins, indptr)
 
-    def check_columns(self, found: Found, wrong: int) -> None:
-        """Raise a ValueError if a loop has found a row with a column that does not exist."""
+    def check_columns(self, located: LocatedRows, wrong: int) -> None:
+        """Raise a ValueError if the row with the index `wrong` has a column that does not exist."""
         if wrong >= 0:
             raise ValueError(
-                f"X must stay as it is while it is read, but row {found.rows[wrong]:,} was changed; give the "
-                "source a copy."
+                f"X must stay as it is while it is read, but row {located.rows[wrong]:,} was changed; give "
+                "the source a copy."
             )
-
-
-def _places(numbers: NDArray[np.int64], n_stored: int) -> NDArray[np.int32] | None:
-    """Return where each stored column goes, -1 if nowhere; None if all stay where they are."""
-    if np.array_equal(numbers, np.arange(n_stored)):
-        return None
-    places = np.full(n_stored, -1, dtype=np.int32)
-    places[numbers] = np.arange(len(numbers), dtype=np.int32)
-    return places
 
 
 # Dense ----------------------------------------------------------------------------------------------------
 
 
-class DenseMatrix:
+class DenseMatrix(InMemoryMatrix):
     """A dense matrix.
 
     Args:
-        X: An array; itself if its values are in the order of bytes of this machine.
+        X: An array. It is copied only if its byte order is not that of this machine.
 
     Raises:
-        TypeError: If some of it is masked, or its values are of another type.
-        ValueError: If it has not two dimensions.
+        TypeError: If values are masked, or of another type.
+        ValueError: If it does not have two dimensions.
     """
-
-    row_tile = 1
 
     def __init__(self, X: NDArrayNumber) -> None:
         if X.ndim != 2:
@@ -196,52 +209,44 @@ class DenseMatrix:
         self._X = np.asarray(X, dtype=self.dtype)
         self.piece_rows = min(PIECE_ROWS, max(1, PIECE_BYTES // max(1, self.shape[1] * self.dtype.itemsize)))
 
-    def window_rows(self, budget: Budget, bytes_per_row: float) -> None:
-        """Return how many rows may wait together: none needs to."""
-        return
-
-    def n_bytes(self, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> int:
-        """Return the size of some rows of some columns, without zeros."""
-        return self.choose(numbers).buffer(rows).nbytes
-
     def content(self) -> Mapping[str, str]:
-        """Return a digest of the values."""
+        """Return a digest of the values, by the name "X"."""
         found = hashlib.blake2b(repr((self.shape, self.dtype.str)).encode(), digest_size=16)
         step = max(1, HASHED_BYTES // max(1, self.shape[1] * self.dtype.itemsize))
         for start in range(0, self.shape[0], step):
             found.update(np.ascontiguousarray(self._X[start : start + step]).view(np.uint8).data)
         return {"X": found.hexdigest()}
 
-    def choose(self, numbers: NDArray[np.int64]) -> DenseColumns:
-        """Return the columns with these numbers, in this order."""
-        return DenseColumns(self._X, numbers)
+    def choose(self, columns: NDArray[np.int64]) -> DenseColumns:
+        """Return these columns, in this order."""
+        return DenseColumns(self._X, columns)
 
 
 class DenseColumns:
-    """Some columns of a dense matrix: see `ChosenColumns`."""
+    """Columns of a dense matrix; see `ChosenColumns`."""
 
-    def __init__(self, X: NDArrayNumber, numbers: NDArray[np.int64]) -> None:
-        self.n_vars, self.dtype = len(numbers), X.dtype
+    def __init__(self, X: NDArrayNumber, columns: NDArray[np.int64]) -> None:
+        self.n_vars, self.dtype = len(columns), X.dtype
         self._X = X
-        self._numbers = None if np.array_equal(numbers, np.arange(X.shape[1])) else numbers
+        self._columns = None if np.array_equal(columns, np.arange(X.shape[1])) else columns
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
-        """Return rows."""
+        """Return these rows, in this order."""
         X = self.csr(rows)
         return CSR_IO_Buffer.from_pjd(X.indptr, X.indices, X.data, X.shape)
 
     def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
-        """Return rows as a canonical matrix."""
+        """Return these rows, in this order, as a canonical `csr_matrix`."""
         dense = np.empty((len(rows), self.n_vars), dtype=self.dtype)
         self.fill_dense(rows, dense)
         return sparse.csr_matrix(dense)
 
     def fill_dense(self, rows: NDArray[np.int64], out: NDArrayNumber) -> None:
-        """Write rows into `out`."""
+        """Write these rows into `out`, zeros included."""
         assert (out.shape, out.dtype) == ((len(rows), self.n_vars), self.dtype)
         if not (self._X.flags.c_contiguous and self._X.flags.aligned):  # np.take would copy all of it
-            out[...] = self._X[rows] if self._numbers is None else self._X[rows[:, None], self._numbers]
-        elif self._numbers is None:
+            out[...] = self._X[rows] if self._columns is None else self._X[rows[:, None], self._columns]
+        elif self._columns is None:
             np.take(self._X, rows, axis=0, out=out, mode="clip")  # with "raise" it would write to a copy
         else:
-            np.take(self._X.take(rows, axis=0), self._numbers, axis=1, out=out, mode="clip")
+            np.take(self._X.take(rows, axis=0), self._columns, axis=1, out=out, mode="clip")

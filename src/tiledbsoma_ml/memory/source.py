@@ -1,4 +1,4 @@
-"""`MemorySource`: rows of a SciPy matrix, of an array, or of an AnnData."""
+"""`MemorySource`: the rows of a SciPy matrix, of an array, or of an AnnData."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ from tiledbsoma_ml.memory.matrices import ChosenColumns, DenseMatrix, SparseMatr
 __all__ = ["MemorySource"]
 
 BYTES_PER_JOINID = 48
-"""What a row takes up beside its entries, while it is read and given out: its joinid, places, counts."""
+"""Bytes of a row beside its entries, while it is in a window."""
 
 SAMPLED_RUNS, RUN_ROWS = 6, 128
-"""So many runs of so many rows are looked at to tell how large a row is."""
+"""Largest number of runs of neighbouring rows that are sampled for the size of a row, and rows of each."""
 
 _Matrix: TypeAlias = SparseMatrix | DenseMatrix | BackedMatrix
 
 
 class MemorySource(Source):
-    """The rows of a matrix in memory, and the `obs` that belongs to them.
+    """The rows of a matrix in memory, with their `obs`.
 
-    A row has the joinid that `obs` has in a column "soma_joinid", or else its number; a column of `X` has the
-    joinid of `var`. Columns of `obs` keep their types, and categoricals all categories. The index of `obs` is
-    a column as well, under its name, or as "index" where it has none.
+    The joinid of a row is in the column "soma_joinid" of `obs`; without this column, it is the number of the
+    row. The same holds for `var` and the columns of `X`. Columns of `obs` keep their types, and categoricals
+    keep all categories. The index of `obs` is a column as well, with its name, or "index" if it has none.
 
-    The source changes nothing of `X`, `obs` and `var`, and never hands out a view of them. It does not copy
-    them either, so they must stay as they are. But it converts some matrices once, into a copy: a sparse
-    matrix of another format than CSR; a CSR matrix whose indices are int64, or whose entries are not sorted
-    by column or repeat (these are added up); an array in another order of bytes.
+    The source never changes `X`, `obs` and `var`, and never returns a view of them. It does not copy them
+    either, so you must not change them. It converts some matrices once, into a copy: a sparse matrix of
+    another format than CSR; a CSR matrix whose indices are int64, or whose entries repeat (these are added
+    up) or are not sorted by column; an array in another byte order.
 
     `X` of an AnnData that was opened with `backed="r"` stays on disk, and each epoch opens the file by its
-    path. A matrix that is stored by columns there (CSC) is read into memory, because each of its rows is
+    path. A matrix that is stored there by columns (CSC) is read into memory, because each of its rows is
     scattered over the file.
 
-    A worker process that is spawned gets a copy of what is in memory. Threads of the training process need no
-    copy: `num_workers=0` is a good start.
+    A worker process that is spawned gets a copy of the matrix in memory. Threads of the training process need
+    no copy: start with `num_workers=0`.
 
     Args:
-        X: A SciPy matrix or array of any format, an array of NumPy, or `X` of a backed AnnData; of booleans,
-            integers, float32 or float64.
-        obs: A row for each row of `X`.
-        var: A row for each column of `X`; without it, "soma_joinid" is all that is known of columns.
+        X: A SciPy matrix or array of any format, an array of NumPy, or `X` of a backed AnnData. Its values
+            are booleans, integers, float32 or float64.
+        obs: A table with a row for each row of `X`.
+        var: A table with a row for each column of `X`. If left out, its only column is "soma_joinid".
 
     Attributes:
-        query_ids: All rows and columns, in the order in which they are there.
+        query_ids: Joinids of all rows and columns, in their order.
 
     Raises:
         TypeError: If `X`, `obs` or `var` is of another type.
-        ValueError: If they do not fit together, or a joinid is negative or repeats.
+        ValueError: If their numbers of rows do not match, or a joinid is negative or repeats.
     """
 
     def __init__(self, X: Any, obs: pd.DataFrame, var: pd.DataFrame | None = None) -> None:
@@ -86,12 +86,12 @@ class MemorySource(Source):
         """Return the rows of an AnnData, in memory or backed.
 
         Args:
-            adata: The AnnData. Joinids are those of its `obs` and `var`, if they have a column "soma_joinid".
-            layer: The layer to take; `X` if None.
+            adata: The AnnData.
+            layer: The layer to take as `X`; `X` itself if None.
 
         Raises:
-            TypeError: If it is no AnnData.
-            ValueError: If there is no such layer, or no `X`.
+            TypeError: If `adata` is not an AnnData.
+            ValueError: If the layer or `X` does not exist.
         """
         if not all(hasattr(adata, name) for name in ("obs", "var", "layers")):
             raise TypeError(
@@ -107,53 +107,53 @@ class MemorySource(Source):
         return cls(X, adata.obs, adata.var)
 
     def __repr__(self) -> str:
-        """Return how many rows and columns there are, in a line."""
+        """Return the numbers of rows and columns, in one line."""
         n_obs, n_vars = self._X.shape
         return f"<MemorySource: {n_obs:,} rows by {n_vars:,} columns of {self._X.dtype}>"
 
     @cached_property
     def query_ids(self) -> QueryIDs:  # type: ignore[override]  # it is made once
-        """All rows and columns, in the order in which they are there."""
+        """Joinids of all rows and columns, in their order."""
         return QueryIDs(obs_joinids=self._obs.joinids, var_joinids=self._var.joinids)
 
     @cached_property
     def content(self) -> Mapping[str, str]:
-        """Digests of `X`, `obs` and `var`, which are computed once; of a file the path, size and date."""
+        """Digests of `X`, `obs` and `var`, computed once; for `X` in a file, its path, size and date."""
         return {**self._X.content(), "obs": self._obs.digest(), "var": self._var.digest()}
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` of some rows, in that order, with a fresh index.
+        """Return columns of `obs` for these rows, in this order, with a fresh index.
 
         Raises:
-            TypeError: If the joinids are not integers, or the columns not a list of names.
-            ValueError: If there is no such column or row.
+            TypeError: If the joinids are not integers, or `column_names` is not a list.
+            ValueError: If a column or row does not exist.
         """
         columns = self._obs.columns("column_names", column_names)
         return columns.take(self._obs.rows(obs_joinids))
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index.
+        """Return columns of `var` (all if None) for these columns of `X`, in this order, with a fresh index.
 
         Raises:
-            TypeError: If the joinids are not integers, or the columns not a list of names.
-            ValueError: If there is no such column, of `var` or of `X`.
+            TypeError: If the joinids are not integers, or `column_names` is not a list.
+            ValueError: If a column of `var` or of `X` does not exist.
         """
         names = self._var.column_names if column_names is None else column_names
         return self._var.columns("column_names", names).take(self._var.rows(var_joinids))
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
-        """Raise a ValueError or TypeError unless there are such rows, columns and fields."""
+        """Raise a ValueError or TypeError unless these rows, columns and fields exist."""
         self._obs.rows(ids.obs_joinids)
         self._var.rows(ids.var_joinids)
         self._obs.check("obs_column_names", fields.obs_column_names)
 
     @property
     def row_tile(self) -> int:
-        """Neighbouring rows that are decoded together: 1 in memory."""
+        """Number of neighbouring rows that are read together: 1 in memory."""
         return self._X.row_tile
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored; a sample of them is measured."""
+        """Return how the rows are stored; the size of a row is measured on a sample."""
         rows = self._obs.rows(ids.obs_joinids)
         n_runs = max(1, min(SAMPLED_RUNS, len(rows) // RUN_ROWS))
         starts = np.linspace(0, max(0, len(rows) - RUN_ROWS), n_runs).astype(int)
@@ -163,22 +163,22 @@ class MemorySource(Source):
         return Layout(self._X.row_tile, bytes_per_row, self._X.window_rows(budget, bytes_per_row))
 
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> Reader:
-        """Return what reads rows; in memory it has `RandomAccess`."""
-        numbers = self._var.rows(ids.var_joinids)
-        columns = self._obs.columns("obs_column_names", fields.obs_column_names)
+        """Return a reader; that of a matrix in memory has `RandomAccess`."""
+        columns = self._var.rows(ids.var_joinids)
+        obs = self._obs.columns("obs_column_names", fields.obs_column_names)
         if isinstance(self._X, BackedMatrix):
-            return BackedReader(self._X, self._obs, columns, numbers, budget)
-        return MemoryReader(self._X.choose(numbers), self._obs, columns, self._X.piece_rows)
+            return BackedReader(self._X, self._obs, obs, columns, budget)
+        return MemoryReader(self._X.choose(columns), self._obs, obs, self._X.piece_rows)
 
 
 class MemoryReader:
-    """Reads rows of a matrix in memory, and of `obs`; may be used by several threads at once.
+    """A reader of the rows of a matrix in memory, and of their `obs`; several threads may use it at once.
 
     Args:
-        X: Columns of the matrix.
-        frame: Finds rows by joinid.
-        obs: Columns of `obs`.
-        piece_rows: `read` gives out so many rows at a time.
+        X: The columns of the matrix to return.
+        frame: `obs`, which has the row of each joinid.
+        obs: The columns of `obs` to return.
+        piece_rows: Number of rows of a piece.
     """
 
     def __init__(self, X: ChosenColumns, frame: Frame, obs: Columns, piece_rows: int) -> None:
@@ -198,7 +198,7 @@ class MemoryReader:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows, in exactly this order.
         """
         rows = self._frame.rows(obs_joinids)
         for start in range(0, len(rows), self._piece_rows):
@@ -207,7 +207,7 @@ class MemoryReader:
             yield Rows(obs_joinids=obs_joinids[piece], X=X, obs=obs)
 
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
-        """Return `X` of the rows of `obs_joinids`, in that order, as a canonical matrix."""
+        """Return `X` of the rows of `obs_joinids`, in this order, as a canonical `csr_matrix`."""
         return self._X.csr(self._frame.rows(obs_joinids))
 
     def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
@@ -215,21 +215,21 @@ class MemoryReader:
         self._X.fill_dense(self._frame.rows(obs_joinids), out)
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
-        """Return `obs` of the rows of `obs_joinids`, in that order, with a fresh index."""
+        """Return `obs` of the rows of `obs_joinids`, in this order, with a fresh index."""
         return self._obs.take(self._frame.rows(obs_joinids))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because nothing is open."""
 
 
 def _matrix(X: Any) -> _Matrix:
-    """Return a matrix whose rows can be read.
+    """Return `X` as a matrix whose rows can be read.
 
     Raises:
-        TypeError: If it is of another kind, or its values are of another type.
-        ValueError: If it is not a table, or its arrays contradict each other.
+        TypeError: If `X` or its values are of another type.
+        ValueError: If it does not have two dimensions, or its arrays contradict each other.
     """
-    if getattr(X, "format", None) == "csc" and hasattr(X, "to_memory"):  # AnnData's, on disk
+    if getattr(X, "format", None) == "csc" and hasattr(X, "to_memory"):  # a matrix of AnnData, on disk
         X = X.to_memory()
     backed = BackedMatrix.of(X)
     if backed is not None:

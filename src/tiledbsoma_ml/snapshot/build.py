@@ -1,6 +1,6 @@
-"""Parts become a snapshot: read in the order of storage, shard by shard, in a folder beside it.
+"""`create`: makes a snapshot of segments, which it reads in the order of storage, shard by shard.
 
-Nothing here knows where rows come from: see `Part`.
+The snapshot is made in a folder beside its path. This module does not know the origin of rows: see `Segment`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from tiledbsoma_ml.snapshot.format import (
     indices_dtype,
 )
 from tiledbsoma_ml.snapshot.frames import read_frames, write_frames
-from tiledbsoma_ml.snapshot.part import PIECE_BYTES, Part, ShardRows, StoredLayer
 from tiledbsoma_ml.snapshot.progress import Progress, check_own_folder, locked
 from tiledbsoma_ml.snapshot.resume import PARTIAL, Finished, keep_partial, shard_name, take_over
+from tiledbsoma_ml.snapshot.segment import PIECE_BYTES, Segment, ShardRows, StoredLayer
 from tiledbsoma_ml.snapshot.shards import ShardWriter
 
 
 @attrs.frozen(kw_only=True)
 class ShardSizes:
-    """How a snapshot is cut into shards: into so many at least, as long as they are not too small.
+    """The sizes of the shards of a snapshot.
 
     Attributes:
-        min_bytes: A shard has at least about so many bytes, unless there are no more.
-        max_bytes: And at most about so many, unless a tile has more.
-        min_number: Number of shards from which on they become larger.
+        min_bytes: Approximate smallest size of a shard, unless the snapshot has fewer bytes.
+        max_bytes: Approximate largest size of a shard, unless a tile has more bytes.
+        min_number: Number of shards up to which shards have the smallest size.
     """
 
     min_bytes: int = 2**25
@@ -64,7 +64,7 @@ DEFAULT_SHARDS = ShardSizes()
 
 def create(
     path: Path,
-    parts: Sequence[Part],
+    segments: Sequence[Segment],
     *,
     obs_column_names: Sequence[str],
     layers: Sequence[str],
@@ -77,31 +77,31 @@ def create(
 
     Args:
         path: The folder to make.
-        parts: Its rows, one part after the other.
+        segments: The segments of the snapshot, in order.
         obs_column_names: Columns of `obs`.
         layers: Further layers of `X`.
         obsm: Arrays of `obsm`.
-        budget: The memory that this may take.
+        budget: The memory that this may use.
         progress: Callback for progress.
         shards: Sizes of its shards.
 
     Raises:
-        ValueError: If a name does not exist, parts do not fit together, or there is something else.
+        ValueError: If a name does not exist, segments differ in columns or types, or the path has other data.
         OSError: If the disk cannot be written to, or is too small.
     """
-    content = describe(parts, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
+    content = describe(segments, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
     if is_there(path, content):
         return
     with locked(path, progress.say):
         if not is_there(path, content):
-            _Builder(path, parts, content, budget, progress, shards).build()
+            _Builder(path, segments, content, budget, progress, shards).build()
 
 
 def is_there(path: Path, content: Content) -> bool:
-    """Return whether a snapshot of this content is at the path.
+    """Return whether the path has a snapshot with this content.
 
     Raises:
-        ValueError: If something else is.
+        ValueError: If the path has other data.
     """
     if not os.path.lexists(path):
         return False
@@ -123,26 +123,26 @@ def is_there(path: Path, content: Content) -> bool:
 
 
 def describe(
-    parts: Sequence[Part],
+    segments: Sequence[Segment],
     *,
     obs_column_names: Sequence[str],
     layers: Sequence[str],
     obsm: Sequence[str],
 ) -> Content:
-    """Return what a snapshot of parts holds, having checked that it exists."""
-    first = parts[0]
+    """Check that layers, columns and arrays exist in all segments, and return the content of the snapshot."""
+    first = segments[0]
     layer_names = tuple(dict.fromkeys([first.layer_name, *layers]))
-    for part in parts[1:]:
-        if not np.array_equal(part.ids.var_joinids, first.ids.var_joinids):
+    for segment in segments[1:]:
+        if not np.array_equal(segment.ids.var_joinids, first.ids.var_joinids):
             raise ValueError(
-                f"query must be several ones on the same columns, but that on {part.name!r} has "
-                f"{len(part.ids.var_joinids):,} other var_joinids than the {len(first.ids.var_joinids):,} of "
-                "the first; select the same columns, in the same order."
+                f"query must be several ones on the same columns, but that on {segment.name!r} has "
+                f"{len(segment.ids.var_joinids):,} other var_joinids than the "
+                f"{len(first.ids.var_joinids):,} of the first; select the same columns, in the same order."
             )
-    for part in parts:
-        part.check(layer_names=layer_names, obs_column_names=obs_column_names, obsm_names=obsm)
+    for segment in segments:
+        segment.check(layer_names=layer_names, obs_column_names=obs_column_names, obsm_names=obsm)
     return Content(
-        sources=tuple(part.origin(layer_names=layer_names, obsm_names=obsm) for part in parts),
+        sources=tuple(segment.origin(layer_names=layer_names, obsm_names=obsm) for segment in segments),
         n_vars=len(first.ids.var_joinids),
         var_digest=digest(first.ids.var_joinids),
         layer_names=layer_names,
@@ -152,15 +152,15 @@ def describe(
 
 
 class _Builder:
-    """Makes one snapshot, in a folder beside its path that is renamed at the end.
+    """A builder of one snapshot, in a folder beside its path, which is renamed at the end.
 
-    The folder of a creation that was killed is taken up again: `partial.json` tells what is finished.
+    It continues in the folder of a creation that was killed: `partial.json` lists the finished shards.
     """
 
     def __init__(
         self,
         path: Path,
-        parts: Sequence[Part],
+        segments: Sequence[Segment],
         content: Content,
         budget: Budget,
         progress: Progress,
@@ -168,7 +168,7 @@ class _Builder:
     ) -> None:
         self._path = path
         self._folder = path.with_name(f".{path.name}.building")
-        self._parts = parts
+        self._segments = segments
         self._content = content
         self._budget = budget
         self._progress = progress
@@ -184,7 +184,7 @@ class _Builder:
         preload_kernels()
         check_own_folder(self._folder, self._path)
         if not self._is_only_to_be_renamed():
-            self._stored = {name: self._layers_of_parts(name) for name in self._content.layer_names}
+            self._stored = {name: self._layers_of_segments(name) for name in self._content.layer_names}
             dtypes = {name: self._dtype_of(name) for name in self._content.layer_names}
             finished = take_over(self._folder, self._content, dtypes)
             self._borders, self._finished = finished.borders, finished.shards
@@ -208,7 +208,7 @@ class _Builder:
         fsync(self._path.parent)
 
     def _is_only_to_be_renamed(self) -> bool:
-        """Whether a creation that was killed had finished all."""
+        """Return whether a creation that was killed had finished everything but the renaming."""
         try:
             manifest = Manifest.read(self._folder)
             if manifest.content.fingerprint != self._content.fingerprint or not self._content.tells_changes:
@@ -222,26 +222,26 @@ class _Builder:
         keep_partial(self._folder, self._content, Finished(borders=self._borders, shards=self._finished))
 
     def _open_to_others(self) -> None:
-        """Let those look into the folder who can read its files: what the umask lets."""
+        """Give the folder the permissions of its files, which follow the umask."""
         special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
         mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)
         with suppress(OSError):  # a file system without modes
             self._folder.chmod(special | mode | (mode & 0o444) >> 2)
 
-    # How much there is ------------------------------------------------------------------------------------
+    # Types and sizes --------------------------------------------------------------------------------------
 
-    def _layers_of_parts(self, name: str) -> list[StoredLayer]:
-        return [part.layer(name, self._budget) for part in self._parts]
+    def _layers_of_segments(self, name: str) -> list[StoredLayer]:
+        return [segment.layer(name, self._budget) for segment in self._segments]
 
     def _dtype_of(self, name: str) -> str:
-        """Return the type of a layer, which is the same in all parts that have rows.
+        """Return the type of a layer, which must be the same in all segments with rows.
 
         Raises:
-            ValueError: If it is not, or if a snapshot cannot hold it.
+            ValueError: If the types differ, or a snapshot cannot hold the type.
         """
-        pairs = list(zip(self._parts, self._stored[name], strict=True))
+        pairs = list(zip(self._segments, self._stored[name], strict=True))
         pairs = [pair for pair in pairs if len(pair[0].ids.obs_joinids)] or pairs[:1]
-        dtypes = {stored.dtype.str: part.name for part, stored in pairs}
+        dtypes = {stored.dtype.str: segment.name for segment, stored in pairs}
         if len(dtypes) > 1:
             listed = ", ".join(f"{dtype} in {uri!r}" for dtype, uri in dtypes.items())
             raise ValueError(
@@ -255,31 +255,31 @@ class _Builder:
         return dtype
 
     def _measure(self) -> dict[str, float]:
-        """Return about how many bytes a row of each layer and of each array of `obsm` takes up."""
-        part = max(self._parts, key=lambda part: len(part.ids.obs_joinids))
-        found = {name: part.bytes_per_row(name, self._budget) for name in self._content.layer_names}
+        """Return the approximate size of a row of each layer and of each array of `obsm`."""
+        segment = max(self._segments, key=lambda segment: len(segment.ids.obs_joinids))
+        found = {name: segment.bytes_per_row(name, self._budget) for name in self._content.layer_names}
         for name in self._content.obsm_names:
-            array = part.array(name)
+            array = segment.array(name)
             found[f"obsm {name}"] = float(array.n_cols * array.dtype.itemsize)
         return found
 
     def _cut(self) -> list[int]:
-        """Return the borders of shards: whole tiles of rows, unless one is too large for the budget."""
+        """Return the borders of shards, which have whole tiles, unless a tile is too large for the budget."""
         first_layer = self._content.layer_names[0]
         bytes_per_row = self._bytes_per_row[first_layer]
         sizes = self._shards
         size = max(bytes_per_row * self._content.n_obs / sizes.min_number, sizes.min_bytes)
         borders = [0]
-        for part, stored in zip(self._parts, self._stored[first_layer], strict=True):
+        for segment, stored in zip(self._segments, self._stored[first_layer], strict=True):
             tile = stored.row_tile
             n_bytes = min(max(min(size, sizes.max_bytes), tile * bytes_per_row), self._budget.windows / 4)
-            found = _shard_borders(part.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
+            found = _shard_borders(segment.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
             first = borders[-1]
             borders += [first + border for border in found]
         return borders
 
     def _needed(self) -> int:
-        """Return how many bytes are still to be written, about."""
+        """Return the approximate number of bytes that are still to be written."""
         per_row = 8 + 16 * len(self._content.obs_column_names) + sum(self._bytes_per_row.values())
         done = sum(file.lstat().st_size for file in self._folder.glob("*"))
         return max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
@@ -313,7 +313,7 @@ class _Builder:
 
     def _write_frames(self) -> dict[str, File]:
         with self._reading():
-            frames = read_frames(self._parts, self._content.obs_column_names)
+            frames = read_frames(self._segments, self._content.obs_column_names)
         return write_frames(self._folder, frames)
 
     def _write_layer(self, name: str, fsyncs: Fsyncs) -> Layer:
@@ -335,21 +335,21 @@ class _Builder:
         return Layer(name=name, dtype=dtype, indices_dtype=columns, shards=tuple(shards))
 
     def _read(self, name: str, borders: Sequence[tuple[int, int]]) -> Generator[ShardRows, None, None]:
-        """Yield the rows between borders, which may be cut within parts but not across them."""
+        """Yield the rows of each shard; a shard has rows of one segment only."""
         first = 0
-        for part in self._parts:
-            end = first + len(part.ids.obs_joinids)
+        for segment in self._segments:
+            end = first + len(segment.ids.obs_joinids)
             mine = [(start - first, stop - first) for start, stop in borders if first <= start < end]
             if mine:
                 n_rows = max(stop - start for start, stop in mine)
                 n_pieces = ceil(n_rows * self._bytes_per_row[name] / PIECE_BYTES)
                 with self._reading():
-                    yield from part.shards(name, mine, n_pieces=n_pieces, budget=self._budget)
+                    yield from segment.shards(name, mine, n_pieces=n_pieces, budget=self._budget)
             first = end
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Remember an error of a file that a part is read from: it says nothing of the snapshot's disk."""
+        """Remember an error of reading a segment, because it says nothing about the disk of the snapshot."""
         try:
             yield
         except OSError as err:
@@ -357,20 +357,20 @@ class _Builder:
             raise
 
     def _write_obsm(self, number: int, name: str) -> Embedding:
-        arrays = {part.array(name) for part in self._parts}
+        arrays = {segment.array(name) for segment in self._segments}
         if len(arrays) > 1:
             listed = ", ".join(f"{array.n_cols} columns of {array.dtype}" for array in arrays)
             raise ValueError(f"obsm={name!r} must be alike in all queries, not {listed}; leave it out.")
         with HashedFile(self._folder / f"obsm{number}") as file:
-            for part in self._parts:
-                for rows in part.array_rows(name):
+            for segment in self._segments:
+                for rows in segment.array_rows(name):
                     file.write(rows)
         [array] = arrays
         return Embedding(name=name, dtype=array.dtype.str, n_cols=array.n_cols, values=file.written)
 
 
 def _shard_borders(tiles: NDArray[np.int64], n_rows: int) -> list[int]:
-    """Return where shards of about `n_rows` rows end: between tiles, or within one that is larger."""
+    """Return the ends of shards of about `n_rows` rows: between tiles, or within a tile that is larger."""
     starts = np.append(np.flatnonzero(np.diff(tiles, prepend=tiles[:1])), len(tiles))
     borders = [0]
     while borders[-1] < len(tiles):

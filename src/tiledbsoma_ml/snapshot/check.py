@@ -1,4 +1,4 @@
-"""Whether the files of a snapshot hold what they must: joinids, row starts, columns, `obs` and `var`."""
+"""Checks of the files of a snapshot: joinids, row starts, columns, `obs` and `var`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tiledbsoma_ml.snapshot.format import Manifest, Shard
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Raise a ValueError that names the first file that was altered, or that breaks a rule."""
+    """Raise a ValueError that names the first file that was altered or breaks a rule."""
     for file in manifest.files:
         file.check_content(folder)
     check_content(folder, manifest)
 
 
 def check_content(folder: Path, manifest: Manifest) -> None:
-    """Read all files but values, and raise a ValueError that names the first one that breaks a rule."""
+    """Read all files except values, and raise a ValueError that names the first one that breaks a rule."""
     manifest.check(folder)
     manifest.check_files(folder)
     _check_joinids(folder, manifest)
@@ -39,7 +39,7 @@ def check_content(folder: Path, manifest: Manifest) -> None:
 
 
 def check_shard(folder: Path, indices_dtype: str, shard: Shard, n_vars: int) -> None:
-    """Raise a ValueError unless each row has columns that exist, ascending, and none twice."""
+    """Raise a ValueError unless the columns of each row exist, ascend, and differ."""
     from tiledbsoma_ml._kernels import snapshot as kernels
 
     starts = map_file(folder, shard.indptr, "<i8")
@@ -55,7 +55,7 @@ def check_shard(folder: Path, indices_dtype: str, shard: Shard, n_vars: int) -> 
 
 
 def check_starts(folder: Path, shard: Shard, starts: NDArray[np.int64]) -> None:
-    """Raise a ValueError unless row starts lead from 0 to the number of values, and never back."""
+    """Raise a ValueError unless row starts ascend from 0 to the number of values."""
     from tiledbsoma_ml._kernels import snapshot as kernels
 
     wrong = kernels.first_descent(starts, False)
@@ -74,31 +74,31 @@ def check_starts(folder: Path, shard: Shard, starts: NDArray[np.int64]) -> None:
 
 
 def read_obs_joinids(folder: Path, manifest: Manifest) -> NDArrayJoinId:
-    """Return the joinids of the rows, mapped.
+    """Return the mapped joinids of the rows.
 
     Raises:
-        ValueError: Unless those of each source ascend, and none is negative.
+        ValueError: If one is negative, or those of an origin do not ascend.
     """
     from tiledbsoma_ml._kernels import snapshot as kernels
 
     file = manifest.obs_joinids
     joinids = map_file(folder, file, "<i8")
-    for start, stop in _parts(manifest):
-        part = joinids[start:stop]
-        if len(part) and part[0] < 0:
-            raise damaged(folder, file, f"must hold no negative joinids, but has {part[0]}")
-        wrong = kernels.first_descent(part, True)
+    for start, stop in _rows_of_origins(manifest):
+        own = joinids[start:stop]
+        if len(own) and own[0] < 0:
+            raise damaged(folder, file, f"must hold no negative joinids, but has {own[0]}")
+        wrong = kernels.first_descent(own, True)
         if wrong >= 0:
-            pair = f"{part[wrong]} after {part[wrong - 1]}"
+            pair = f"{own[wrong]} after {own[wrong - 1]}"
             raise damaged(folder, file, f"must hold ascending joinids, but has {pair}")
     return joinids
 
 
 def read_var_joinids(folder: Path, manifest: Manifest) -> NDArrayJoinId:
-    """Return the joinids of the columns, mapped.
+    """Return the mapped joinids of the columns.
 
     Raises:
-        ValueError: If one is negative or there twice.
+        ValueError: If one is negative or repeats.
     """
     file = manifest.var_joinids
     joinids = map_file(folder, file, "<i8")
@@ -109,14 +109,14 @@ def read_var_joinids(folder: Path, manifest: Manifest) -> NDArrayJoinId:
     return joinids
 
 
-def _parts(manifest: Manifest) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each source, and its last plus one."""
+def _rows_of_origins(manifest: Manifest) -> Iterator[tuple[int, int]]:
+    """Yield the start and stop of the rows of each origin."""
     return pairwise(accumulate((source.n_obs for source in manifest.content.sources), initial=0))
 
 
 def _check_joinids(folder: Path, manifest: Manifest) -> None:
     content, joinids = manifest.content, read_obs_joinids(folder, manifest)
-    for source, (start, stop) in zip(content.sources, _parts(manifest), strict=True):
+    for source, (start, stop) in zip(content.sources, _rows_of_origins(manifest), strict=True):
         if digest(joinids[start:stop]) != source.obs_digest:
             raise damaged(folder, manifest.obs_joinids, f"must hold those of {source.uri!r}, not others")
     if digest(read_var_joinids(folder, manifest)) != content.var_digest:
@@ -127,16 +127,16 @@ def _check_joinids(folder: Path, manifest: Manifest) -> None:
 
 
 def read_frame(folder: Path, file: File, n_rows: int) -> pa.Table:
-    """Return a table of so many rows, mapped, without a look at its values; see `checked_column`.
+    """Return a mapped table of `n_rows` rows, whose values are not checked yet; see `checked_column`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the file has no such table.
     """
     buffer = pa.py_buffer(map_file(folder, file, "|u1"))
     try:
         table = pa.ipc.open_file(buffer).read_all()
         table.validate()
-        names = table.column_names  # decoded when they are asked for
+        names = table.column_names  # this decodes them, and can raise
     except (pa.ArrowException, OSError, ValueError) as err:
         raise damaged(folder, file, f"must be an Arrow IPC file, but: {first_line(err)}") from err
     if len(set(names)) < len(names):
@@ -147,10 +147,10 @@ def read_frame(folder: Path, file: File, n_rows: int) -> pa.Table:
 
 
 def checked_column(folder: Path, file: File, table: pa.Table, name: str) -> pa.Array:
-    """Return a column of a table that was read, in one piece, having checked every value and its type.
+    """Return a column of a table as one array, after checking its type and every value.
 
     Raises:
-        ValueError: If there is none, or it does not hold what Arrow and pandas can read.
+        ValueError: If the column does not exist, or Arrow or pandas cannot read it.
     """
     if name not in table.column_names:
         raise damaged(folder, file, f"must have the column {name!r}, but has {table.column_names}")
@@ -158,7 +158,7 @@ def checked_column(folder: Path, file: File, table: pa.Table, name: str) -> pa.A
         column = in_one_piece(table[name])
         column.validate(full=True)
         column.slice(0, 0).to_pandas()
-    except Exception as err:  # whatever Arrow and pandas make of it
+    except Exception as err:  # Arrow and pandas raise many kinds of errors for damaged data
         raise damaged(folder, file, f"must hold a column {name!r}, but: {first_line(err)}") from err
     return column
 

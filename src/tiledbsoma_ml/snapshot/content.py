@@ -1,4 +1,4 @@
-"""What a snapshot holds, and where that came from: two with the same content hold the same."""
+"""`Content`: the rows, columns and layers of a snapshot, and their origin, which identify what it holds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from tiledbsoma_ml._common import warn
 from tiledbsoma_ml.snapshot.files import COUNT, TEXT
 
 SOURCE = "source:"
-"""What the URI of a `Source` begins with."""
+"""Prefix of the URI of a `Source`."""
 
 _TEXTS = attrs.validators.deep_iterable(TEXT)
 
 
 @attrs.frozen(kw_only=True)
 class Origin:
-    """Where neighbouring rows of a snapshot come from: a query on an experiment, or a `Source`.
+    """The origin of consecutive rows of a snapshot: a query on an experiment, or a `Source`.
 
     Attributes:
-        uri: URI of the experiment; `SOURCE` and the name of its class for a `Source`.
-        measurement_name: For instance "RNA"; "" for a `Source`.
-        tiledb_timestamp_ms: At which the experiment was opened; 0 for a `Source`.
-        versions: What was written to each array, as a digest; without those for which that is not known. Of a
-            `Source`, its content.
+        uri: URI of the experiment; for a `Source`, the prefix `SOURCE` and the name of its class.
+        measurement_name: Name of the measurement, for instance "RNA"; "" for a `Source`.
+        tiledb_timestamp_ms: Timestamp at which the experiment was opened; 0 for a `Source`.
+        versions: A digest of the writes to each array that TileDB can list; for a `Source`, its content.
         n_obs: Number of rows.
         obs_digest: Digest of their joinids.
     """
@@ -43,16 +42,16 @@ class Origin:
 
     @property
     def is_source(self) -> bool:
-        """Whether it is a `Source`, not a query on an experiment."""
+        """Whether the origin is a `Source`, and not a query on an experiment."""
         return self.uri.startswith(SOURCE)
 
     @property
     def tells_changes(self) -> bool:
-        """Whether it says of some of what it holds whether that changed."""
+        """Whether some changes of the origin can be noticed."""
         return bool(self.versions) or not self.is_source
 
     def differences(self, other: Origin) -> list[str]:
-        """Return in words what `other` has, and what this has instead, but for the rows."""
+        """Return the differences from another origin in words, except for the rows."""
         found = _differences(
             ("the source" if self.is_source and other.is_source else "the experiment", self.uri, other.uri),
             ("the measurement", self.measurement_name, other.measurement_name),
@@ -69,13 +68,13 @@ class Origin:
 
 @attrs.frozen(kw_only=True)
 class Content:
-    """What a snapshot holds; two with the same fingerprint hold the same.
+    """The content of a snapshot; snapshots with the same fingerprint hold the same.
 
     Attributes:
-        sources: Where the rows come from, one after the other.
+        sources: The origins of the rows, in order.
         n_vars: Number of columns.
         var_digest: Digest of the joinids of the columns.
-        layer_names: Layers of `X`; the first is the one that is read if none is named.
+        layer_names: Layers of `X`; the first is read by default.
         obs_column_names: Columns of `obs`.
         obsm_names: Arrays of `obsm`.
     """
@@ -94,27 +93,27 @@ class Content:
 
     @property
     def stored_obs_names(self) -> tuple[str, ...]:
-        """Columns that `obs` has: "soma_source" as well where there are several sources."""
+        """Columns that `obs` has in the snapshot: also "soma_source" if there are several origins."""
         return self.obs_column_names if len(self.sources) == 1 else (*self.obs_column_names, "soma_source")
 
     @property
     def tells_changes(self) -> bool:
-        """Whether each of its sources says of some of what it holds whether that changed."""
+        """Whether some changes of each origin can be noticed."""
         return all(source.tells_changes for source in self.sources)
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Arrays that it comes from."""
+        """Names of the arrays that the content comes from, as in `Origin.versions`."""
         return arrays_of(self.layer_names, self.obsm_names)
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all but the timestamps, which are new whenever an experiment is opened."""
+        """A digest of everything but the timestamps, which are new each time an experiment is opened."""
         text = json.dumps(attrs.asdict(self, filter=lambda a, _: a.name != "tiledb_timestamp_ms"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def differences(self, other: Content) -> list[str]:
-        """Return in words what `other` has, and what this has instead."""
+        """Return the differences from another content in words."""
         found = _differences(
             ("the number of queries", len(self.sources), len(other.sources)),
             ("the number of rows", self.n_obs, other.n_obs),
@@ -135,7 +134,7 @@ class Content:
 
 
 def arrays_of(layer_names: Sequence[str], obsm_names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return how versions name the arrays that layers and arrays of `obsm` come with."""
+    """Return the names, as in `Origin.versions`, of `obs`, `var`, these layers and arrays of `obsm`."""
     return ("obs", "var", *(f"X/{name}" for name in layer_names), *(f"obsm/{name}" for name in obsm_names))
 
 
@@ -144,7 +143,7 @@ def _differences(*compared: tuple[str, Any, Any]) -> list[str]:
 
 
 def warn_of_unknown(path: Path, made: Origin, asked: Origin, arrays: Sequence[str]) -> None:
-    """Warn that of some arrays it cannot be told whether they were written to since a snapshot was made."""
+    """Warn if changes of some arrays since a snapshot was made could not be noticed."""
     if not made.tells_changes and not asked.tells_changes:
         warn(
             f"snapshot={str(path)!r} holds {made.uri!r}; whether that changed since cannot be told, because "

@@ -1,4 +1,4 @@
-"""What is wrong with the disk on which a snapshot is made."""
+"""Errors of the disk on which a snapshot is made, in words that say what to do."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _DISK_FAILS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EFBIG)
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Raise an OSError unless so many bytes are free where a path is."""
+    """Raise an OSError unless the disk of a path has `needed` free bytes."""
     if shutil.disk_usage(path.parent).free < needed:
         raise disk_error(path, OSError(errno.ENOSPC, ""), needed)
 
 
 def disk_error(path: Path, err: OSError, needed: int) -> OSError:
-    """Return an error that says what is wrong with the disk; others are returned as they are.
+    """Return an error that says what is wrong with the disk; other errors are returned unchanged.
 
     Args:
         path: The path of the snapshot that is made.
-        err: The error that came up.
-        needed: Bytes that were still to be written, about.
+        err: The error that was raised.
+        needed: Estimated number of bytes that were still to be written.
     """
     free = shutil.disk_usage(path.parent).free
     where = f" ({err.filename!r})" if err.filename else ""

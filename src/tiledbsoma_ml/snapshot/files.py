@@ -1,4 +1,4 @@
-"""The files of a snapshot: written once, each with its checksum; opened and mapped with care."""
+"""Files of a snapshot, which are written once, each with its checksum, and opened and mapped with checks."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class File:
 
     @contextmanager
     def open(self, folder: Path) -> Iterator[BufferedReader]:
-        """Open the file to read it, having checked what `check_size` checks."""
+        """Check the file with `check_size`, and open it for reading."""
         self.check_size(folder)
         with open_plain(folder / self.name) as file:
             yield file
 
     def check_size(self, folder: Path) -> None:
-        """Raise a ValueError if the file is missing, a link or a folder, or not as long as it was written."""
+        """Raise a ValueError if the file is missing, is a link or a folder, or has another size."""
         path = folder / self.name
         expected = f"{self.nbytes:,} bytes (SHA-256 {self.sha256})"
         try:
@@ -63,7 +63,7 @@ class File:
             raise ValueError(f"{str(path)!r} must have {expected}, not {found.st_size:,}; {WAY_OUT}")
 
     def check_content(self, folder: Path) -> None:
-        """Raise a ValueError if the file is not, byte for byte, as it was written."""
+        """Raise a ValueError if the bytes of the file have changed since it was written."""
         with self.open(folder) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
@@ -74,7 +74,7 @@ class File:
 
 
 def damaged(folder: Path, file: File, rule: str) -> ValueError:
-    """Return the error of a file that is as long as it was written, but breaks a rule."""
+    """Return the error for a file that has its size, but breaks a rule."""
     return ValueError(
         f"{str(folder / file.name)!r} {rule}: it is damaged; `Snapshot.verify()` tells which files are, "
         "then remove the snapshot and make it again, or restore them."
@@ -85,15 +85,15 @@ def damaged(folder: Path, file: File, rule: str) -> ValueError:
 
 
 def sealed(fields: dict[str, Any]) -> str:
-    """Return fields as JSON, with the SHA-256 of the JSON without it as the last one."""
+    """Return fields as JSON; the last field is the SHA-256 of the JSON of the others."""
     return _json({**fields, "sha256": hashlib.sha256(_json(fields).encode()).hexdigest()})
 
 
 def read_sealed(path: Path, what: str) -> dict[str, Any]:
-    """Return the fields of a file that `sealed` made.
+    """Return the fields of a file whose text `sealed` made.
 
     Raises:
-        ValueError: If there is none, it was altered, or is of a newer format.
+        ValueError: If the file does not exist, was altered, or has a newer format.
     """
     try:
         with open_plain(path) as file:
@@ -128,11 +128,11 @@ def _json(fields: dict[str, Any]) -> str:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Open a plain file to read it; no link is followed, and nothing else is waited for.
+    """Open a plain file for reading, without following a link, or waiting for a pipe.
 
     Raises:
-        ValueError: If it is a link, a folder, or anything else.
-        OSError: If it is not there or cannot be read.
+        ValueError: If it is not a plain file.
+        OSError: If it does not exist or cannot be read.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,13 +147,13 @@ def open_plain(path: Path) -> BufferedReader:
 
 
 def open_new(path: Path) -> BufferedWriter:
-    """Open a new file to write to it, in place of what has its name; a link is not followed."""
+    """Open a new file for writing, and remove any file or link with its name before."""
     path.unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is there whole, or is not there."""
+    """Write a file so that it exists completely, or not at all."""
     new = path.with_name(path.name + ".new")
     with open_new(new) as file:
         file.write(text.encode())
@@ -162,7 +162,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,7 +171,7 @@ def fsync(path: Path) -> None:
 
 
 class Fsyncs:
-    """Files whose bytes go to the disk on a thread; all are there when the context ends."""
+    """A context that writes files to the disk on a thread, and waits for all of them at its end."""
 
     def __enter__(self) -> Fsyncs:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fsync")
@@ -179,7 +179,7 @@ class Fsyncs:
         return self
 
     def add(self, path: Path) -> None:
-        """Bring the bytes of a file to the disk, on the thread."""
+        """Make the thread call `fsync` for a file."""
         self._pending.append(self._pool.submit(at_work()(fsync), path))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -193,7 +193,7 @@ class Fsyncs:
 
 
 class HashedFile:
-    """A new file, written to piece by piece; closed by its context."""
+    """A new file with a checksum, which arrays are appended to; a context closes it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -208,7 +208,7 @@ class HashedFile:
         self._file.close()
 
     def write(self, array: NDArray[Any]) -> None:
-        """Append an array, little-endian."""
+        """Append an array, in little-endian byte order."""
         view = little_endian_bytes(array)
         self._sha256.update(view)
         self._nbytes += len(view)
@@ -216,12 +216,12 @@ class HashedFile:
 
     @property
     def written(self) -> File:
-        """What was written so far."""
+        """The file as it was written so far."""
         return File(self._path.name, self._nbytes, self._sha256.hexdigest())
 
 
 def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
-    """Write arrays, one after the other, into a new file."""
+    """Write arrays, one after the other, to a new file."""
     with HashedFile(path) as file:
         for array in arrays:
             file.write(array)
@@ -229,7 +229,7 @@ def write_array(path: Path, arrays: Sequence[NDArray[Any]]) -> File:
 
 
 def describe_file(path: Path) -> File:
-    """Return name, size and checksum of a file that was written."""
+    """Return the name, size and checksum of a file."""
     with open_plain(path) as file:
         return File(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -240,7 +240,7 @@ def digest(joinids: NDArray[np.int64]) -> str:
 
 
 def little_endian_bytes(array: NDArray[Any]) -> memoryview:
-    """Return the bytes of an array, row after row; without a copy where they are there already."""
+    """Return the bytes of an array in C order; without a copy if the array has this layout already."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
 
@@ -251,12 +251,12 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def map_file(folder: Path, file: File, dtype: str) -> NDArray[Any]:
-    """Return a file as a read-only array in shared memory pages.
+    """Return a file as a read-only array in mapped memory.
 
-    Other than `mmap.mmap`, this keeps no file descriptor: a snapshot has more files than a process may open.
+    Unlike `mmap.mmap`, this keeps no file descriptor: a snapshot can have more files than a process may open.
 
     Raises:
-        ValueError: If the file is missing, no plain file, or has another size.
+        ValueError: If the file is missing, is not a plain file, or has another size.
     """
     with file.open(folder) as opened:
         if not file.nbytes:

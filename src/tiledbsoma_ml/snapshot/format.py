@@ -1,4 +1,4 @@
-"""The manifest of a snapshot: its shards, layers and arrays, and whether they fit together.
+"""`Manifest`: the shards, layers and arrays of a snapshot, and checks that they fit together.
 
 `docs/snapshot_format.md` specifies it to the byte.
 """
@@ -33,16 +33,16 @@ MANIFEST = "manifest.json"
 
 @attrs.frozen(kw_only=True)
 class Shard:
-    """Neighbouring rows of a layer as CSR: three files.
+    """Consecutive rows of a layer in CSR, in three files.
 
     Attributes:
-        row_start: First row.
-        row_stop: Last row, plus one.
-        nnz: Stored values.
-        data_dtype: Type of the values as they are stored.
-        indptr: Where each row starts, and where the last ends; int64, of shape (n_rows + 1,).
-        indices: Columns, ascending within a row.
-        data: Values.
+        row_start: The first row.
+        row_stop: The row after the last one.
+        nnz: Number of stored values.
+        data_dtype: Type of the stored values.
+        indptr: File of the row starts; int64, of shape (n_rows + 1,).
+        indices: File of the columns, which ascend within a row.
+        data: File of the values.
     """
 
     row_start: int = attrs.field(validator=COUNT)
@@ -60,11 +60,11 @@ class Shard:
 
     @property
     def files(self) -> tuple[File, File, File]:
-        """All three."""
+        """The three files."""
         return self.indptr, self.indices, self.data
 
     def contradictions(self, dtype: str, indices_dtype: str, n_vars: int) -> Iterator[str]:
-        """Yield in words what of it does not fit together, or to a layer of these types and columns."""
+        """Yield, in words, contradictions within the shard, or with the types and columns of its layer."""
         name = self.data.name
         if self.data_dtype not in stored_dtypes(dtype):
             yield f"{name} has values of {self.data_dtype!r}, in which {dtype!r} is not kept"
@@ -78,7 +78,7 @@ class Shard:
     def check_ends(self, folder: Path) -> None:
         """Raise a ValueError unless `indptr` begins with 0 and ends with the number of stored values."""
         with self.indptr.open(folder) as file:
-            ends = b"".join(os.pread(file.fileno(), 8, place) for place in (0, self.indptr.nbytes - 8))
+            ends = b"".join(os.pread(file.fileno(), 8, offset) for offset in (0, self.indptr.nbytes - 8))
         first, last = np.frombuffer(ends, "<i8").tolist()
         if (first, last) != (0, self.nnz):
             raise damaged(folder, self.indptr, f"must lead from 0 to {self.nnz:,}, not {first} to {last}")
@@ -90,9 +90,9 @@ class Layer:
 
     Attributes:
         name: Name of the layer.
-        dtype: Type of the values as they are given out.
-        indices_dtype: Type of the columns as they are stored.
-        shards: Together all rows, in order.
+        dtype: Type of the values that readers return.
+        indices_dtype: Type of the stored columns.
+        shards: The shards, which have all rows in order.
     """
 
     name: str = attrs.field(validator=TEXT)
@@ -102,11 +102,11 @@ class Layer:
 
     @property
     def nnz(self) -> int:
-        """Stored values."""
+        """Number of stored values."""
         return sum(shard.nnz for shard in self.shards)
 
     def contradictions(self, n_obs: int, n_vars: int) -> Iterator[str]:
-        """Yield in words what of it does not fit together, or to so many rows and columns."""
+        """Yield, in words, contradictions within the layer, or with the numbers of rows and columns."""
         if self.dtype not in DTYPES:
             yield f"layer {self.name!r} has the dtype {self.dtype!r}, which is none of X"
             return
@@ -125,7 +125,7 @@ class Layer:
 
 @attrs.frozen(kw_only=True)
 class Embedding:
-    """An array of `obsm`: rows of the snapshot times `n_cols`, row after row."""
+    """An array of `obsm`, with a row of `n_cols` values for each row of the snapshot."""
 
     name: str = attrs.field(validator=TEXT)
     dtype: str = attrs.field(validator=TEXT)
@@ -133,7 +133,7 @@ class Embedding:
     values: File
 
     def contradictions(self, n_obs: int) -> Iterator[str]:
-        """Yield in words what of it does not fit together, or to so many rows."""
+        """Yield, in words, contradictions within the array, or with the number of rows."""
         if self.dtype not in DTYPES:
             yield f"obsm {self.name!r} has the dtype {self.dtype!r}, which is none of an array"
         else:
@@ -147,7 +147,7 @@ def _other_size(file: File, n: int, dtype: str) -> Iterator[str]:
 
 
 DTYPES = ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f4", "<f8")
-"""What layers and arrays of `obsm` can have."""
+"""Types that layers and arrays of `obsm` can have."""
 
 _NARROWER = {
     "f": ("|u1", "<u2", "<u4", "<f4"),
@@ -157,21 +157,21 @@ _NARROWER = {
 
 
 def stored_dtypes(dtype: str) -> tuple[str, ...]:
-    """Return the types in which values of a layer can be stored, the first that holds them is taken."""
+    """Return the types in which values of a layer can be stored; the first that holds all values is used."""
     given = np.dtype(dtype)
     narrower = _NARROWER.get(given.kind, ())
     return (*(name for name in narrower if np.dtype(name).itemsize < given.itemsize), dtype)
 
 
 def indices_dtype(n_vars: int) -> np.dtype[Any]:
-    """Return the type of the numbers of so many columns."""
+    """Return the type of the numbers of `n_vars` columns."""
     dtype: np.dtype[Any] = smallest_uint(n_vars).newbyteorder("<")
     return dtype
 
 
 @attrs.frozen(kw_only=True)
 class Manifest:
-    """All that is known about a snapshot without its data."""
+    """The description of a snapshot and its files, without their data."""
 
     created_by: str = attrs.field(validator=TEXT)
     created_at: str = attrs.field(validator=TEXT)
@@ -207,7 +207,7 @@ class Manifest:
         """Read `manifest.json`.
 
         Raises:
-            ValueError: If this is no snapshot, one of a newer format, or the manifest was altered.
+            ValueError: If `folder` is not a snapshot, has a newer format, or the manifest was altered.
         """
         fields = read_sealed(folder / MANIFEST, "a snapshot")
         path = str(folder / MANIFEST)
@@ -223,15 +223,15 @@ class Manifest:
         return manifest
 
     def check(self, folder: Path) -> None:
-        """Raise a ValueError that says what of it does not fit together: names, sizes, types, rows.
+        """Raise a ValueError if names, sizes, types or rows in the manifest contradict each other.
 
-        Nothing is read. What passes can be mapped by what it says, if the files have the sizes it says.
+        No other file is read. After this check, files of the right sizes can be mapped safely.
         """
         if wrong := next(self._contradictions(), None):
             raise ValueError(f"{str(folder / MANIFEST)!r} must fit together, but {wrong}; {WAY_OUT}")
 
     def check_files(self, folder: Path) -> None:
-        """Raise a ValueError that names the first file that is missing, has another size or other ends."""
+        """Raise a ValueError that names the first file that is missing, or has a wrong size or wrong ends."""
         for file in self.files:
             file.check_size(folder)
         for layer in self.layers:
@@ -261,7 +261,7 @@ class Manifest:
 
 
 def _content_from(fields: dict[str, Any]) -> Content:
-    """Return the content that `attrs.asdict` made fields of."""
+    """Return the content from the fields that `attrs.asdict` made of it."""
     return Content(
         sources=tuple(Origin(**source) for source in fields["sources"]),
         n_vars=fields["n_vars"],
@@ -273,7 +273,7 @@ def _content_from(fields: dict[str, Any]) -> Content:
 
 
 def shard_from(fields: dict[str, Any]) -> Shard:
-    """Return the shard that `attrs.asdict` made fields of."""
+    """Return the shard from the fields that `attrs.asdict` made of it."""
     files = {name: File(**fields[name]) for name in ("indptr", "indices", "data")}
     return Shard(**{**fields, **files})
 

@@ -1,4 +1,4 @@
-"""Frames of a snapshot: joinids, `obs` and `var` of its parts, put below each other in one file each."""
+"""`Frames`: the joinids, `obs` and `var` of a snapshot, read from its segments and written to files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pyarrow as pa
 
 from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml.snapshot.files import File, describe_file, open_new, write_array
-from tiledbsoma_ml.snapshot.part import Part
+from tiledbsoma_ml.snapshot.segment import Segment
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Frames:
-    """What is known of rows and columns beside `X`.
+    """The joinids, `obs` and `var` of a snapshot.
 
     Attributes:
-        obs_joinids: Joinids of the rows of each part.
+        obs_joinids: Joinids of the rows of each segment.
         var_joinids: Joinids of the columns.
-        obs: `obs` of each part.
-        var: `var`.
+        obs: `obs` of each segment.
+        var: `var`, which all segments share.
     """
 
     obs_joinids: Sequence[NDArrayJoinId]
@@ -31,28 +31,28 @@ class Frames:
     var: pa.Table
 
 
-def read_frames(parts: Sequence[Part], obs_column_names: Sequence[str]) -> Frames:
-    """Return the frames of parts; of several ones, `obs` has the column "soma_source" as well.
+def read_frames(segments: Sequence[Segment], obs_column_names: Sequence[str]) -> Frames:
+    """Return the frames of segments; if there are several, `obs` gets the column "soma_source".
 
     Raises:
-        ValueError: If they have different features.
+        ValueError: If the segments have different features.
     """
     obs_tables, var_tables = [], []
-    for number, part in enumerate(parts):
-        obs = part.obs(obs_column_names)
-        if len(parts) > 1:
+    for number, segment in enumerate(segments):
+        obs = segment.obs(obs_column_names)
+        if len(segments) > 1:
             obs = obs.append_column("soma_source", pa.array(np.full(obs.num_rows, number, np.uint16)))
         obs_tables.append(obs)
-        var_tables.append(part.var())
-    _check_same_features(parts, var_tables)
-    joinids = [part.ids.obs_joinids for part in parts]
+        var_tables.append(segment.var())
+    _check_same_features(segments, var_tables)
+    joinids = [segment.ids.obs_joinids for segment in segments]
     return Frames(
-        obs_joinids=joinids, var_joinids=parts[0].ids.var_joinids, obs=obs_tables, var=var_tables[0]
+        obs_joinids=joinids, var_joinids=segments[0].ids.var_joinids, obs=obs_tables, var=var_tables[0]
     )
 
 
 def write_frames(folder: Path, frames: Frames) -> dict[str, File]:
-    """Write frames; return the files, as the manifest names them."""
+    """Write frames, and return the files by their names in the manifest."""
     return {
         "obs_joinids": write_array(folder / "obs_joinids", frames.obs_joinids),
         "var_joinids": write_array(folder / "var_joinids", [frames.var_joinids]),
@@ -62,7 +62,7 @@ def write_frames(folder: Path, frames: Frames) -> dict[str, File]:
 
 
 def write_table(path: Path, tables: Sequence[pa.Table]) -> File:
-    """Write tables, put below each other, as an Arrow IPC file of one record batch."""
+    """Write tables, below each other, to an Arrow IPC file with one record batch."""
     try:
         table = pa.concat_tables(_with_wide_codes(tables), promote_options="default").unify_dictionaries()
     except pa.ArrowException as err:
@@ -77,7 +77,7 @@ def write_table(path: Path, tables: Sequence[pa.Table]) -> File:
 
 
 def _with_wide_codes(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
-    """Return tables whose categories are numbered by int32 where these have codes of several types."""
+    """Return tables with int32 codes in each column of categories whose code types differ."""
     first = tables[0]
     for name in first.column_names:
         types = [table.schema.field(name).type for table in tables]
@@ -92,22 +92,22 @@ def _with_wide_codes_in(table: pa.Table, name: str) -> pa.Table:
     return table.set_column(number, name, table[name].cast(wide))
 
 
-def _check_same_features(parts: Sequence[Part], tables: Sequence[pa.Table]) -> None:
+def _check_same_features(segments: Sequence[Segment], tables: Sequence[pa.Table]) -> None:
     first = tables[0]
-    for part, table in zip(parts[1:], tables[1:], strict=True):
+    for segment, table in zip(segments[1:], tables[1:], strict=True):
         pairs = [(first[name].to_pylist(), table[name].to_pylist()) for name in _naming_columns(first, table)]
         if not pairs or any(ours == its for ours, its in pairs):
             continue
         ours, its = pairs[0]
         k = next(k for k, pair in enumerate(zip(ours, its, strict=True)) if len(set(pair)) > 1)
         raise ValueError(
-            f"query must be several ones on the same features, but that on {part.name!r} has "
+            f"query must be several ones on the same features, but that on {segment.name!r} has "
             f"{its[k]!r} where the first has {ours[k]!r}; make one snapshot each."
         )
 
 
 def _naming_columns(first: pa.Table, other: pa.Table) -> list[str]:
-    """Return the columns of two `var` that name features: "feature_id", or else texts that all differ."""
+    """Return the columns of two `var` that name features: "feature_id", or else columns of distinct texts."""
     both = [name for name in first.column_names if name in other.column_names]
     if "feature_id" in both:
         return ["feature_id"]

@@ -1,4 +1,4 @@
-"""The files of a snapshot as one reads them: each is mapped, and checked, when it is first needed."""
+"""`Mapped`: the files of a snapshot, each of which is mapped and checked when it is first needed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._batch.gather import ShardColumns
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_names
 from tiledbsoma_ml._soma.obs import ObsTable, with_missing
-from tiledbsoma_ml._soma.reader import check_obs_column_names
 from tiledbsoma_ml.snapshot.check import checked_column, read_frame, read_obs_joinids, read_var_joinids
 from tiledbsoma_ml.snapshot.files import File, map_file
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
@@ -20,11 +20,11 @@ from tiledbsoma_ml.snapshot.reader import MappedLayer, RowIndex, SnapshotReader
 
 
 class Mapped:
-    """What a snapshot holds, mapped.
+    """The mapped files of a snapshot.
 
     Args:
         folder: The folder of the snapshot.
-        manifest: Its manifest, which was checked.
+        manifest: The manifest, which was checked.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -34,9 +34,9 @@ class Mapped:
         self._frames: dict[str, pa.Table] = {}
         self._columns: dict[tuple[str, str], pa.Array] = {}
 
-    def name(self, what: str) -> str:
-        """Return what messages call a thing of this kind that the snapshot holds."""
-        return f"a {what} in the snapshot {str(self._folder)!r}"
+    def name(self, kind: str) -> str:
+        """Return the name of this kind of thing in the snapshot, for messages."""
+        return f"a {kind} in the snapshot {str(self._folder)!r}"
 
     def reader(
         self,
@@ -46,16 +46,14 @@ class Mapped:
         obs_column_names: Sequence[str],
         *,
         nullable: Collection[str] | None,
-        kept_bytes: int,
+        pool_bytes: int,
     ) -> SnapshotReader:
-        """Return what reads rows of a layer; see `Snapshot.reader`."""
+        """Return a reader of a layer; see `Snapshot.reader`."""
         rows = None if obs_joinids is None else self.index.find(obs_joinids)
         columns = self.obs_columns(obs_column_names)
         obs = ObsTable(columns, with_missing(columns, rows) if nullable is None else nullable)
-        places, n_vars = self.places(var_joinids)
-        return SnapshotReader(
-            self._layer(layer), self.index, obs, places=places, n_vars=n_vars, kept_bytes=kept_bytes
-        )
+        X = ShardColumns(self._layer(layer), self._columns_of(var_joinids), pool_bytes=pool_bytes)
+        return SnapshotReader(X, self.index, obs)
 
     # Rows and columns -------------------------------------------------------------------------------------
 
@@ -71,23 +69,23 @@ class Mapped:
 
     @cached_property
     def index(self) -> RowIndex:
-        """What finds the row of a joinid; of several sources, of a row number."""
+        """The index that finds the row of a joinid; with several segments, row numbers replace joinids."""
         content = self._manifest.content
         joinids = self.obs_joinids if len(content.sources) == 1 else None
         return RowIndex(joinids, content.n_obs, self._folder)
 
-    def places(self, var_joinids: NDArrayJoinId | None) -> tuple[NDArray[np.int32] | None, int]:
-        """Return where stored columns go (-1: nowhere), None if all stay, and the number of columns.
+    def _columns_of(self, var_joinids: NDArrayJoinId | None) -> NDArray[np.int64] | None:
+        """Return the stored column of each joinid; None for all columns.
 
         Raises:
-            ValueError: If one of `var_joinids` is not stored.
+            ValueError: If no column has one of `var_joinids`.
         """
         stored = self.var_joinids
         if var_joinids is None or np.array_equal(var_joinids, stored):
-            return None, len(stored)
+            return None
         order = np.argsort(stored)
         found = np.searchsorted(stored, var_joinids, sorter=order).clip(max=max(0, len(stored) - 1))
-        columns = order[found] if len(stored) else np.empty(0, dtype=np.int64)
+        columns: NDArray[np.int64] = order[found] if len(stored) else np.empty(0, dtype=np.int64)
         if not np.array_equal(stored[columns], var_joinids):
             missing = np.setdiff1d(var_joinids, stored)
             raise ValueError(
@@ -95,9 +93,7 @@ class Mapped:
                 f"{len(var_joinids):,} are not, {missing[0]} for instance: it was made from another query; "
                 "make a snapshot of this query at another path."
             )
-        places = np.full(len(stored), -1, dtype=np.int32)
-        places[columns] = np.arange(len(columns), dtype=np.int32)
-        return places, len(columns)
+        return columns
 
     # X and obsm -------------------------------------------------------------------------------------------
 
@@ -127,10 +123,10 @@ class Mapped:
         return ObsTable(columns, with_missing(columns))
 
     def obs_columns(self, names: Sequence[str]) -> dict[str, pa.Array]:
-        """Return columns of `obs`, or joinids as one.
+        """Return columns of `obs`; "soma_joinid" can always be asked for.
 
         Raises:
-            ValueError: If there is no such column.
+            ValueError: If a column does not exist.
         """
         self.check_columns(names)
         stored = [name for name in names if name in self._manifest.content.stored_obs_names]
@@ -140,11 +136,9 @@ class Mapped:
         return {name: columns[name] for name in names}
 
     def check_columns(self, names: Sequence[str]) -> None:
-        """Raise a ValueError or TypeError unless names are those of different columns of `obs`."""
-        check_obs_column_names(names, dict.fromkeys(names))
+        """Raise a ValueError or TypeError unless these are different columns of `obs`."""
         known = dict.fromkeys([*self._manifest.content.stored_obs_names, "soma_joinid"])
-        for name in names:
-            check_name("obs_column_names", name, known, of=self.name("column of obs"))
+        check_names("obs_column_names", names, known, of=self.name("column of obs"))
 
     def _frame(self, name: str) -> pa.Table:
         if name not in self._frames:

@@ -1,4 +1,4 @@
-"""While a snapshot is made: telling how far it is, and letting others wait for it."""
+"""Helpers for the time in which a snapshot is made: progress, and a lock for other processes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 ProgressCallback: TypeAlias = Callable[[int, int, float, float], object]
-"""Called with: rows done, rows in all, rows per second, seconds left."""
+"""A function that is called with the rows done, the rows in all, rows per second, and seconds left."""
 
 GRACE_S = 0.1
-"""A lock that is free by then was not waited for."""
+"""Time to wait for a lock before telling that another process has it."""
 
 LINE_EVERY_S = 5.0
-"""Without a terminal, or without rich, a line is written after so many seconds."""
+"""Time between two lines of progress, if there is no terminal, or rich is not installed."""
 
 logger = logging.getLogger("tiledbsoma_ml")
 
 
 class Progress:
-    """Tells how far the making of a snapshot is.
+    """The progress of making a snapshot, which is shown to the user.
 
     Args:
-        progress: True for a bar on a terminal (with rich) or a line on stderr every few seconds, False for
-            nothing, or a function to call.
+        progress: True for a bar on a terminal (with rich) or a line on stderr every few seconds, False to
+            show nothing, or a function to call.
         name: Name of the snapshot.
     """
 
@@ -50,7 +50,7 @@ class Progress:
 
     @contextmanager
     def of(self, total: int, done: int) -> Iterator[None]:
-        """Begin with so many rows in all, some of which were done before."""
+        """Begin to show progress: of `total` rows, `done` rows were written before."""
         self._total, self._done, self._new = total, done, 0
         self._start = self._last_line = time.monotonic()
         if self._tell is True and sys.stderr.isatty() and importlib.util.find_spec("rich"):
@@ -62,7 +62,7 @@ class Progress:
         self._bar = None
 
     def advance(self, n_rows: int) -> None:
-        """Tell that more rows are done."""
+        """Show that more rows are done."""
         self._done += n_rows
         self._new += n_rows
         now = time.monotonic()
@@ -77,7 +77,7 @@ class Progress:
             self.say(f"{self._done:,} of {self._total:,} rows, {speed:,.0f} rows/s, {left:,.0f} s left")
 
     def say(self, text: str) -> None:
-        """Write a line, unless nothing is to be told."""
+        """Write a line to stderr, or else to the log."""
         if self._tell is True:
             sys.stderr.write(f"{self._name}: {text}\n")
         else:
@@ -96,13 +96,13 @@ def _rich_bar() -> Any:
 
 @contextmanager
 def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Let one process at a time make what is to be at a path; the others wait, and say so.
+    """Let one process at a time make the snapshot at a path; other processes wait, and say so.
 
     Raises:
-        OSError: If the folder cannot be written to or has no locks, or the lock is another user's.
+        OSError: If the folder cannot be written to or has no locks, or another user has the lock.
     """
     file = path.with_name(f".{path.name}.lock")
-    # A file that is there, without a lock of the system, would be left by a process that was killed.
+    # A process that is killed leaves the file, so only a lock of the operating system counts.
     lock = FileLock(file, fallback_to_soft=False, on_acquired=_sign)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, file: Path, say: Callable[[str], object]) -> None:
-    """Take a lock; say once who holds it, if somebody does."""
+    """Take a lock; if another process holds it, say so once."""
     timeout = GRACE_S
     while not lock.is_locked:
         try:
@@ -133,7 +133,7 @@ def _acquire(lock: FileLock, file: Path, say: Callable[[str], object]) -> None:
 
 
 def _sign(descriptor: int) -> None:
-    """Write to a lock who holds it."""
+    """Write the id of this process to the file of a lock."""
     os.truncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
 
@@ -154,11 +154,11 @@ def _what_is_wrong(lock: Path, err: OSError) -> str:
 
 
 def check_own_folder(folder: Path, path: Path) -> bool:
-    """Return whether the folder is there in which a path is made; then nobody else can look into it.
+    """Return whether the folder in which a snapshot is made exists; make it readable for this user only.
 
     Raises:
         ValueError: If it is a link or a file.
-        OSError: If it is another user's.
+        OSError: If it belongs to another user.
     """
     try:
         mode = folder.lstat().st_mode
@@ -181,7 +181,7 @@ def check_own_folder(folder: Path, path: Path) -> bool:
 
 
 def _owner_if_other(path: Path) -> str | None:
-    """Return the owner of a file or folder; None if that is this user, or it is not there."""
+    """Return the owner of a file or folder; None if it is this user, or there is no such file."""
     try:
         user = path.lstat().st_uid
     except OSError:

@@ -1,4 +1,4 @@
-"""Rows of a snapshot: from its files, which are memory-mapped, straight into what is handed out."""
+"""`SnapshotReader`: copies rows of memory-mapped files directly into the arrays that it returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tiledbsoma_ml._batch.gather import KEPT_BYTES, Found, ShardColumns
+from tiledbsoma_ml._batch.gather import LocatedRows, ShardColumns
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import check_joinids
@@ -22,68 +22,57 @@ from tiledbsoma_ml.snapshot.files import damaged, map_file
 from tiledbsoma_ml.snapshot.format import Layer, Shard
 
 READ_ROWS = 4096
-"""`read` gives out so many rows at a time."""
+"""Number of rows of a piece."""
 
 
 class SnapshotReader:
-    """Reads rows and columns of a snapshot; may be used by several threads at once.
+    """A reader of rows of a snapshot; several threads may use it at once.
 
     Args:
-        layer: The rows of `X`.
-        index: Finds the row of each joinid.
-        obs: Columns of `obs`.
-        places: The place of each stored column among those that are given out; None if all stay as they are.
-        n_vars: Number of columns that are given out.
-        kept_bytes: So much memory of rows that nobody holds any longer is kept for later ones.
-
-    Attributes:
-        n_vars: Number of columns that are given out.
+        X: The columns of a layer to return.
+        index: The row of each joinid.
+        obs: The columns of `obs` to return.
     """
 
-    def __init__(
-        self,
-        layer: MappedLayer,
-        index: RowIndex,
-        obs: ObsTable,
-        *,
-        places: NDArray[np.int32] | None,
-        n_vars: int,
-        kept_bytes: int = KEPT_BYTES,
-    ) -> None:
-        self._X = ShardColumns(layer, places=places, n_vars=n_vars, kept_bytes=kept_bytes)
+    def __init__(self, X: ShardColumns, index: RowIndex, obs: ObsTable) -> None:
+        self._X = X
         self._index = index
         self._obs = obs
-        self.n_vars = n_vars
+
+    @property
+    def n_vars(self) -> int:
+        """Number of columns of `X`."""
+        return self._X.n_vars
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the values."""
+        """Type of the values of `X`."""
         return self._X.dtype
 
     @property
-    def kept_bytes(self) -> int:
-        """Bytes of memory that nobody holds and that is kept for later."""
-        return self._X.kept_bytes
+    def free_bytes(self) -> int:
+        """Bytes of memory that are kept for later rows."""
+        return self._X.free_bytes
 
     @property
     def nullable(self) -> frozenset[str]:
-        """Columns of `obs` that come as pandas' nullable types."""
+        """Columns of `obs` that have nullable types of pandas."""
         return self._obs.nullable
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
         """Read the rows of `obs_joinids`, which may repeat.
 
         Returns:
-            Pieces that together are these rows in exactly this order. What was taken is not held.
+            Pieces that together are these rows, in exactly this order.
         """
         for start in range(0, len(obs_joinids), READ_ROWS):
             yield self.rows(obs_joinids[start : start + READ_ROWS])
 
     def close(self) -> None:
-        """Nothing is to be given up: files stay mapped as long as somebody has them."""
+        """Do nothing: the files stay mapped as long as an object uses them."""
 
     def rows(self, obs_joinids: NDArrayJoinId) -> Rows[CSR_IO_Buffer]:
-        """Return the rows of `obs_joinids`, in that order; they may repeat.
+        """Return the rows of `obs_joinids`, in this order; they may repeat.
 
         Raises:
             ValueError: If a row is not in the snapshot.
@@ -92,7 +81,7 @@ class SnapshotReader:
         return Rows(obs_joinids=obs_joinids, X=self._X.buffer(rows), obs=self._obs.take(rows))
 
     def csr(self, obs_joinids: NDArrayJoinId) -> sparse.csr_matrix:
-        """Return `X` of the rows of `obs_joinids` as a canonical `csr_matrix`, without their `obs`."""
+        """Return `X` of the rows of `obs_joinids`, in this order, as a canonical `csr_matrix`."""
         return self._X.csr(self._index.find(obs_joinids))
 
     def fill_dense(self, obs_joinids: NDArrayJoinId, out: NDArrayNumber) -> None:
@@ -100,7 +89,7 @@ class SnapshotReader:
         self._X.fill_dense(self._index.find(obs_joinids), out)
 
     def obs(self, obs_joinids: NDArrayJoinId) -> pd.DataFrame:
-        """Return `obs` of the rows of `obs_joinids`, with a fresh index."""
+        """Return `obs` of the rows of `obs_joinids`, in this order, with a fresh index."""
         return self._obs.take(self._index.find(obs_joinids))
 
 
@@ -108,11 +97,11 @@ class SnapshotReader:
 
 
 class MappedLayer:
-    """The files of a layer, mapped.
+    """The mapped files of a layer; see `Shards`.
 
     Args:
         folder: Folder of the snapshot.
-        layer: The layer as the manifest, which was checked, describes it.
+        layer: The layer, from a manifest that was checked.
         n_vars: Number of columns.
     """
 
@@ -145,32 +134,32 @@ class MappedLayer:
         """Number of rows."""
         return int(self._borders[-1])
 
-    def locate(self, rows: NDArray[np.int64]) -> Found:
-        """Return where rows are, of which each is one.
+    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+        """Return the places of rows, which must exist.
 
         Raises:
-            ValueError: If the starts of rows are not what they can be.
+            ValueError: If row starts of a file cannot be right.
         """
         from tiledbsoma_ml._kernels import snapshot as kernels
 
         n = len(rows)
-        found = Found(rows, np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n + 1, np.int64))
-        where = self._borders, self._indptr_at, self._n_values
-        wrong = kernels.locate_rows(rows, *where, found.shards, found.begins, found.indptr)
+        located = LocatedRows(rows, np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n + 1, np.int64))
+        shards = self._borders, self._indptr_at, self._n_values
+        wrong = kernels.locate_rows(rows, *shards, located.shards, located.begins, located.indptr)
         if wrong >= 0:
             shard = self._shards[int(np.searchsorted(self._borders, rows[wrong], side="right")) - 1]
             self._check_starts(shard)
             raise damaged(self._folder, shard.indptr, f"must say where row {rows[wrong]:,} is, but does not")
         if self._is_unchecked.any():
-            for number in np.unique(found.shards[self._is_unchecked[found.shards]]).tolist():
+            for number in np.unique(located.shards[self._is_unchecked[located.shards]]).tolist():
                 self._check_starts(self._shards[number])
                 self._is_unchecked[number] = False
-        return found
+        return located
 
-    def check_columns(self, found: Found, wrong: int) -> None:
-        """Raise a ValueError if a loop has found a row, of those that were found, with a column too large."""
+    def check_columns(self, located: LocatedRows, wrong: int) -> None:
+        """Raise a ValueError if the row with the index `wrong` has a column that does not exist."""
         if wrong >= 0:
-            shard, row = self._shards[found.shards[wrong]], found.rows[wrong]
+            shard, row = self._shards[located.shards[wrong]], located.rows[wrong]
             rule = f"must hold columns below {self.n_vars:,}, but row {row:,} has others"
             raise damaged(self._folder, shard.indices, rule)
 
@@ -180,10 +169,10 @@ class MappedLayer:
 
 
 class RowIndex:
-    """Finds the row of each joinid.
+    """An index that finds the row of a joinid.
 
     Args:
-        joinids: Joinids of the rows, ascending and unique; None if rows are known by their numbers.
+        joinids: Joinids of the rows, ascending and unique; None if row numbers are used in place of joinids.
         n_rows: Number of rows.
         path: Path of the snapshot, for messages.
     """
@@ -201,10 +190,10 @@ class RowIndex:
             self._first_rows = np.searchsorted(joinids, starts)
 
     def find(self, joinids: NDArrayJoinId) -> NDArray[np.int64]:
-        """Return the row of each of `joinids`.
+        """Return the row of each joinid.
 
         Raises:
-            ValueError: If one has none.
+            ValueError: If no row has one of them.
         """
         if not isinstance(joinids, np.ndarray) or joinids.dtype != np.int64:
             joinids = check_joinids("obs_joinids", joinids)

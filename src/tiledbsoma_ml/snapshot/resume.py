@@ -1,4 +1,4 @@
-"""What a creation keeps of itself while it goes on, and what the next one takes over if it is killed."""
+"""Resuming: the shards that a creation has finished, which the next one takes over if it is killed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PARTIAL = "partial.json"
 
 @attrs.frozen(kw_only=True)
 class Finished:
-    """What is finished of a creation.
+    """The finished part of a creation.
 
     Attributes:
-        borders: The first row of each shard, and the number of rows; empty where nothing is known.
-        shards: The first shards of each layer.
+        borders: The first row of each shard, and the number of rows; empty if they are not decided yet.
+        shards: The finished shards of each layer, which are its first ones.
     """
 
     borders: list[int]
@@ -32,7 +32,7 @@ class Finished:
 
 
 def keep_partial(folder: Path, content: Content, finished: Finished) -> None:
-    """Write what is finished to `partial.json`."""
+    """Write the finished part of a creation to `partial.json`."""
     fields = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -44,11 +44,13 @@ def keep_partial(folder: Path, content: Content, finished: Finished) -> None:
 
 
 def take_over(folder: Path, content: Content, dtypes: Mapping[str, str]) -> Finished:
-    """Return what is finished, and right, of a creation that was killed; of another one all is removed.
+    """Return the finished part of a creation that was killed, after checking its shards.
+
+    The folder is removed if it belongs to a snapshot with another content.
 
     Args:
-        folder: The folder in which it was made.
-        content: The content of the snapshot to be made.
+        folder: The folder in which the snapshot was being made.
+        content: The content of the snapshot to make now.
         dtypes: The type of each layer.
     """
     nothing = Finished(borders=[], shards={name: [] for name in content.layer_names})
@@ -56,7 +58,7 @@ def take_over(folder: Path, content: Content, dtypes: Mapping[str, str]) -> Fini
         fields = read_sealed(folder / PARTIAL, "a snapshot in the making")
     except ValueError:
         fields = {}
-    # Of a source that tells of no changes, what was read before may be of another one.
+    # If changes of a source cannot be noticed, the finished part may come from an older version of it.
     is_same = fields.get("fingerprint") == content.fingerprint and content.tells_changes
     if not is_same:
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +75,7 @@ def take_over(folder: Path, content: Content, dtypes: Mapping[str, str]) -> Fini
 
 
 def shard_name(content: Content, layer_name: str, number: int) -> str:
-    """Return what the files of a shard are called, but for their endings."""
+    """Return the name of the files of a shard, without the endings."""
     layer = content.layer_names.index(layer_name)
     return f"layer{layer}-shard-{number:05}" if layer else f"shard-{number:05}"
 
@@ -84,11 +86,11 @@ def _right_shards(
     layer_name: str,
     dtype: str,
     borders: Sequence[int],
-    told: Sequence[dict[str, Any]],
+    written: Sequence[dict[str, Any]],
 ) -> Iterator[Shard]:
-    """Yield the first shards of a layer, of those that a killed creation tells of, that are right."""
+    """Yield the shards of a layer that a killed creation finished, up to the first one that is wrong."""
     columns = indices_dtype(content.n_vars).str
-    for number, (shard, rows) in enumerate(zip(map(shard_from, told), pairwise(borders))):  # noqa: B905
+    for number, (shard, rows) in enumerate(zip(map(shard_from, written), pairwise(borders))):  # noqa: B905
         name = shard_name(content, layer_name, number)
         names = [name + ending for ending in (".indptr", ".indices", ".data")]
         if (shard.row_start, shard.row_stop) != rows or [file.name for file in shard.files] != names:
@@ -104,13 +106,13 @@ def _right_shards(
         yield shard
 
 
-def _borders_from(told: Any, n_obs: int) -> list[int]:
-    """Return the borders of shards that a killed creation tells of.
+def _borders_from(written: Any, n_obs: int) -> list[int]:
+    """Return the borders of shards that a killed creation wrote.
 
     Raises:
         ValueError: If they do not ascend from 0 to the number of rows.
     """
-    borders = [0, *(int(border) for border in told[1:])]
-    if borders != told or borders[-1] != n_obs or any(b <= a for a, b in pairwise(borders)):
-        raise ValueError(f"borders={told} must ascend from 0 to {n_obs}.")
+    borders = [0, *(int(border) for border in written[1:])]
+    if borders != written or borders[-1] != n_obs or any(b <= a for a, b in pairwise(borders)):
+        raise ValueError(f"borders={written} must ascend from 0 to {n_obs}.")
     return borders

@@ -1,4 +1,4 @@
-"""Shards: rows of a layer, sorted, in the smallest type that holds their values, written to three files."""
+"""`ShardWriter`: writes sorted rows of a layer to three files, in the smallest type that holds the values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._eager_iter import EagerMap
-from tiledbsoma_ml._soma.window import _narrowed
+from tiledbsoma_ml._soma.window import narrow_dtype
 from tiledbsoma_ml.snapshot.files import HashedFile, write_array
 from tiledbsoma_ml.snapshot.format import stored_dtypes
-from tiledbsoma_ml.snapshot.part import ShardRows
+from tiledbsoma_ml.snapshot.segment import ShardRows
 
 
 class ShardWriter:
-    """Writes shards; values wait, in memory that is used again, until the type that holds all is known."""
+    """A writer of shards, which keeps values in memory until it knows the type that holds all of them."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
         self._folder = folder
@@ -25,10 +25,10 @@ class ShardWriter:
         self._waiting = np.empty(0, dtype=np.uint8)
 
     def write(self, name: str, rows: ShardRows) -> dict[str, Any]:
-        """Write the rows of a shard; return what the manifest says about them, but for their numbers."""
-        paths = {what: self._folder / f"{name}.{what}" for what in ("indptr", "indices", "data")}
+        """Write the rows of a shard; return the fields of its `Shard`, without the numbers of the rows."""
+        paths = {array: self._folder / f"{name}.{array}" for array in ("indptr", "indices", "data")}
         lengths, kept = [np.zeros(1, dtype=np.int64)], []
-        if len(self._waiting) < rows.nbytes:  # enough, but where values have many types
+        if len(self._waiting) < rows.nbytes:  # this is enough, unless values have many types
             self._waiting = np.empty(rows.nbytes, dtype=np.uint8)
 
         def sorted_indices() -> Iterator[NDArray[Any]]:
@@ -45,9 +45,9 @@ class ShardWriter:
             HashedFile(paths["indices"]) as indices,
             EagerMap(indices.write, sorted_indices(), n_threads=1) as written,
         ):
-            for _ in written:  # each while the next piece is sorted
+            for _ in written:  # the columns of a piece are written while the next piece is sorted
                 pass
-        data_dtype = smallest(kept, self._dtype)
+        data_dtype = common_dtype(kept, self._dtype)
         with HashedFile(paths["data"]) as data:
             for values in kept:
                 data.write(values.astype(data_dtype, copy=False))
@@ -61,19 +61,19 @@ class ShardWriter:
         }
 
     def _keep(self, values: NDArray[Any], start: int) -> NDArray[Any]:
-        """Return values, narrowed, in the memory that waits, from `start` on."""
-        dtype = narrowed(values)
+        """Return a copy of values in their narrowest type, in the memory that waits, from `start` on."""
+        dtype = narrowest_dtype(values)
         end = start + len(values) * dtype.itemsize
-        if end > len(self._waiting):  # what was kept before stays where it is, held by its views
+        if end > len(self._waiting):  # views keep the old memory, with the values before
             self._waiting = np.empty(end + end // 4, dtype=np.uint8)
         kept = self._waiting[start:end].view(dtype)
         np.copyto(kept, values, casting="unsafe")
         return kept
 
 
-def narrowed(values: NDArray[Any]) -> np.dtype[Any]:
-    """Return the smallest type that holds every one of some values exactly."""
-    dtype = _narrowed(values)
+def narrowest_dtype(values: NDArray[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds all values exactly, also negative ones and fractions."""
+    dtype = narrow_dtype(values)
     if dtype == values.dtype and dtype.kind == "i" and len(values):
         low, high = values.min(), values.max()
         widths = (8, 16, 32, 64)
@@ -86,14 +86,14 @@ def narrowed(values: NDArray[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def smallest(pieces: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the smallest type that holds every value of a layer of `dtype`, given in narrowed pieces."""
+def common_dtype(pieces: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds all values of a layer of `dtype`, given in narrow pieces."""
     *narrower, _ = map(np.dtype, stored_dtypes(dtype.str))
     return next((t for t in narrower if all(_holds(t, values) for values in pieces)), dtype)
 
 
 def _holds(dtype: np.dtype[Any], values: NDArray[Any]) -> bool:
-    """Whether a type holds narrowed values exactly."""
+    """Return whether a type holds values of a narrowest type exactly."""
     if np.can_cast(values.dtype, dtype):
         return True
     if values.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""`Snapshot`: a query on local disk, memory-mapped."""
+"""`Snapshot`: the rows of a query on a local disk, memory-mapped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tiledbsoma_ml._batch.gather import KEPT_BYTES
+from tiledbsoma_ml._batch.gather import POOL_BYTES
 from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
@@ -20,14 +20,14 @@ from tiledbsoma_ml.snapshot.build import DEFAULT_SHARDS, ShardSizes, create
 from tiledbsoma_ml.snapshot.check import verify
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
 from tiledbsoma_ml.snapshot.mapped import Mapped
-from tiledbsoma_ml.snapshot.parts import Located, Query, check_origin, located, part_of
 from tiledbsoma_ml.snapshot.progress import Progress, ProgressCallback
 from tiledbsoma_ml.snapshot.reader import SnapshotReader
+from tiledbsoma_ml.snapshot.segments import Located, Query, check_origin, located, segment_of
 from tiledbsoma_ml.x_locator import XLocator
 
 
 class Snapshot:
-    """The rows and columns of a query in a folder on a local disk, memory-mapped: the same, much faster.
+    """The rows and columns of a query in a folder on a local disk, memory-mapped, which are read much faster.
 
     ```python
     experiment = tiledbsoma.Experiment.open(uri, context=tiledbsoma_ml.context())
@@ -36,11 +36,12 @@ class Snapshot:
     X, obs = snapshot[[3, 5, 9]]
     ```
 
-    Rows are in the order of their joinids, source after source. As a map-style dataset it gives a whole
-    mini-batch at once: `DataLoader(snapshot, sampler=BatchSampler(sampler, 128, drop_last=False),
-    batch_size=None)`. It is pickled as its path: every process maps the same files.
+    Rows are in the order of their joinids, one query or source after the other. A snapshot is also a
+    map-style dataset, which returns a whole mini-batch at once: `DataLoader(snapshot,
+    sampler=BatchSampler(sampler, 128, drop_last=False), batch_size=None)`. It is pickled as its path, so all
+    processes map the same files.
 
-    Use `create` or `open`.
+    Use `create` or `open` to get one.
 
     Attributes:
         path: The folder.
@@ -64,30 +65,31 @@ class Snapshot:
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
     ) -> Snapshot:
-        """Return the snapshot of a query or of a `Source` at `path`, having made it if it is not there.
+        """Return the snapshot of a query or of a `Source` at `path`, after making it if it does not exist.
 
-        It is made in a folder beside `path` that is renamed at the end, so that `path` holds a whole snapshot
-        or none. After a kill, the next call continues where the last one ended. Of several processes that ask
-        at once, one makes it and the others wait.
+        It is made in a folder beside `path`, which is renamed at the end. So `path` has a complete snapshot
+        or nothing. After a kill, the next call continues where the last one ended. If several processes call
+        this at once, one of them makes the snapshot, and the others wait.
 
         Args:
-            path: The folder of the snapshot, which is made if it is not there.
-            query: A query, whose experiment must be open; or a `Source`, of which all rows are kept. Several
-                queries, or several sources, must have the same columns: their rows follow each other, and
-                `obs` has a column "soma_source" with the number of the query or source.
-            layer_name: Layer of `X`, sparse or dense. If left out: "raw" if there is one, else the only one.
+            path: The folder of the snapshot.
+            query: A query, whose experiment must be open; or a `Source`, whose rows are all stored. Several
+                queries, or several sources, must have the same columns. Their rows follow each other, and
+                `obs` gets a column "soma_source" with the number of the query or source.
+            layer_name: Layer of `X`, sparse or dense. If left out: "raw" if it exists, else the only layer.
                 The one layer of a `Source` is called "X".
-            obs_column_names: Columns of `obs` to keep. All columns of `var` are kept.
-            layers: Further layers of `X` to keep.
-            obsm: Arrays of `obsm` to keep.
-            memory_budget: Bytes, or a string like "2GiB", for buffers and for what waits to be written.
-            progress: Whether to show it on stderr; or a function, called with rows done, rows in all, rows
-                per second and seconds left.
+            obs_column_names: Columns of `obs` to store. All columns of `var` are stored.
+            layers: Further layers of `X` to store.
+            obsm: Arrays of `obsm` to store.
+            memory_budget: Memory for buffers and for rows that wait to be written, in bytes or as a string
+                like "2GiB".
+            progress: Whether to show progress on stderr; or a function, which is called with the rows done,
+                the rows in all, rows per second and seconds left.
 
         Raises:
-            TypeError: If something else than queries or sources is given, or some of both.
-            ValueError: If a name does not exist, queries do not fit together, or there is something else at
-                `path`, which is never overwritten.
+            TypeError: If `query` is not a query or source, or has some of both.
+            ValueError: If a name does not exist, queries have different columns, or `path` has other data,
+                which are never overwritten.
             OSError: If the disk cannot be written to, or is too small.
         """
         return cls.create_from(
@@ -113,36 +115,36 @@ class Snapshot:
         progress: bool | ProgressCallback = True,
         shards: ShardSizes = DEFAULT_SHARDS,
     ) -> Snapshot:
-        """Do what `create` does, for queries given as an address, or a `Source`, and joinids."""
-        whole = absolute_path(path)
-        parts = [part_of(where, ids) for where, ids in queries]
-        is_remote = any(part.is_remote for part in parts)
+        """Do what `create` does, for queries that are given as an address or a `Source`, and joinids."""
+        folder = absolute_path(path)
+        segments = [segment_of(origin, ids) for origin, ids in queries]
+        is_remote = any(segment.is_remote for segment in segments)
         create(
-            whole,
-            parts,
+            folder,
+            segments,
             obs_column_names=obs_column_names,
             layers=layers,
             obsm=obsm,
             budget=Budget(parse_bytes("memory_budget", memory_budget), is_remote),
-            progress=Progress(progress, whole.name),
+            progress=Progress(progress, folder.name),
             shards=shards,
         )
-        return cls.open(whole)
+        return cls.open(folder)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Snapshot:
-        """Return the snapshot at `path`; its manifest and the sizes of its files are read, but no data.
+        """Return the snapshot at `path`; this reads the manifest and the sizes of files, but no data.
 
         Raises:
-            ValueError: If there is none, it is of a newer format, or a file is missing, is a link, or has
-                another size. Damage within files is told when they are read, or by `verify`.
+            ValueError: If there is no snapshot, it has a newer format, or a file is missing, is a link, or
+                has another size. Damage within a file is found when it is read, or by `verify`.
         """
-        whole = absolute_path(path)
-        manifest = Manifest.read(whole)
-        manifest.check_files(whole)
-        return cls(whole, manifest)
+        folder = absolute_path(path)
+        manifest = Manifest.read(folder)
+        manifest.check_files(folder)
+        return cls(folder, manifest)
 
-    # What it holds ----------------------------------------------------------------------------------------
+    # Content ----------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,7 +153,7 @@ class Snapshot:
 
     @property
     def nnz(self) -> int:
-        """Stored values of the layer that is read if none is named."""
+        """Number of stored values of the layer that is read by default."""
         return self._layer(None).nnz
 
     @property
@@ -161,12 +163,12 @@ class Snapshot:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the values of the layer that is read if none is named."""
+        """Type of the values of the layer that is read by default."""
         return np.dtype(self._layer(None).dtype)
 
     @property
     def layer_name(self) -> str:
-        """The layer that is read if none is named."""
+        """The layer that is read by default."""
         return self._manifest.layers[0].name
 
     @property
@@ -181,12 +183,12 @@ class Snapshot:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what it holds: of the experiment, the joinids, the names of layers and columns."""
+        """A digest of the experiment or source, the joinids, and the names of layers and columns."""
         return self._manifest.content.fingerprint
 
     @property
     def obs_joinids(self) -> NDArrayJoinId:
-        """Joinids of the rows, read-only; those of several queries may repeat."""
+        """Joinids of the rows, read-only. They may repeat if there are several queries."""
         return self._mapped.obs_joinids
 
     @property
@@ -196,18 +198,18 @@ class Snapshot:
 
     @cached_property
     def query_ids(self) -> QueryIDs:
-        """What to ask a reader for: joinids; of several queries, in place of `obs_joinids` row numbers."""
+        """Joinids of all rows and columns; with several queries, row numbers in place of `obs_joinids`."""
         rows = np.arange(len(self)) if len(self._manifest.content.sources) > 1 else self.obs_joinids
         return QueryIDs(obs_joinids=rows, var_joinids=self.var_joinids)
 
     @property
     def obs(self) -> pd.DataFrame:
-        """The columns of `obs`, of all rows."""
+        """`obs` of all rows."""
         return self._mapped.obs().take(np.arange(len(self)))
 
     @property
     def var(self) -> pd.DataFrame:
-        """All columns of `var`, of the columns of `X`."""
+        """`var` of all columns of `X`."""
         return self._mapped.var().take(np.arange(self.shape[1]))
 
     @property
@@ -230,8 +232,8 @@ class Snapshot:
 
     def __getitem__(self, rows: Any) -> tuple[sparse.csr_matrix, pd.DataFrame]:
         """Return `X` and `obs` of a row, a slice, a list of row numbers or a mask."""
-        ids = _chosen(self.query_ids.obs_joinids, rows)
-        return self._whole.csr(ids), self._whole.obs(ids)
+        joinids = _chosen(self.query_ids.obs_joinids, rows)
+        return self._default_reader.csr(joinids), self._default_reader.obs(joinids)
 
     def reader(
         self,
@@ -241,21 +243,21 @@ class Snapshot:
         *,
         layer_name: str | None = None,
         nullable: Collection[str] | None = None,
-        kept_bytes: int = KEPT_BYTES,
+        pool_bytes: int = POOL_BYTES,
     ) -> SnapshotReader:
-        """Return what reads rows by joinid.
+        """Return a reader of rows, by joinid.
 
         Args:
-            obs_joinids: The rows that will be asked for; all if None. See `query_ids`.
-            var_joinids: Columns, in the order in which they are wanted; all as they are stored if None.
-            obs_column_names: Columns of `obs`, in the order in which they are wanted; all if None.
-            layer_name: Layer of `X`.
-            nullable: Columns of integers or booleans that come as pandas' nullable types; those in which a
-                value is missing in the rows of `obs_joinids` if None.
-            kept_bytes: So much memory of rows that nobody holds any longer is kept for later ones.
+            obs_joinids: The rows that it may be asked for; all if None. See `query_ids`.
+            var_joinids: Columns of `X` to return, in this order; all in stored order if None.
+            obs_column_names: Columns of `obs` to return, in this order; all if None.
+            layer_name: Layer of `X`; the default layer if None.
+            nullable: Columns of integers or booleans that get nullable types of pandas; if None, those in
+                which a value of the rows of `obs_joinids` is missing.
+            pool_bytes: Memory of earlier rows that is kept for later ones.
 
         Raises:
-            ValueError: If the snapshot does not hold one of them.
+            ValueError: If the snapshot does not have one of these rows, columns or layers.
         """
         if obs_joinids is not None:
             obs_joinids = check_joinids("obs_joinids", obs_joinids)
@@ -263,47 +265,47 @@ class Snapshot:
             var_joinids = check_joinids("var_joinids", var_joinids, unique=True)
         names = self.obs_column_names if obs_column_names is None else obs_column_names
         return self._mapped.reader(
-            self._layer(layer_name), obs_joinids, var_joinids, names, nullable=nullable, kept_bytes=kept_bytes
+            self._layer(layer_name), obs_joinids, var_joinids, names, nullable=nullable, pool_bytes=pool_bytes
         )
 
-    def check_holds(self, where: XLocator | Source, obs_column_names: Sequence[str]) -> None:
-        """Raise a ValueError that says what differs, unless this was made from a source, or from a layer.
+    def check_holds(self, origin: XLocator | Source, obs_column_names: Sequence[str]) -> None:
+        """Raise a ValueError that names the differences, unless this was made from a layer or source.
 
-        `reader` checks the rows and columns.
+        This does not check rows and columns of `X`; `reader` does.
 
         Args:
-            where: Address of the layer, or the source.
-            obs_column_names: Columns of `obs` that it must hold.
+            origin: Address of the layer, or the source.
+            obs_column_names: Columns of `obs` that the snapshot must have.
         """
-        check_origin(self.path, self._manifest.content, where)
+        check_origin(self.path, self._manifest.content, origin)
         self._mapped.check_columns(obs_column_names)
 
     def to_anndata(self, rows: Any = None) -> Any:
-        """Return rows, all if None, as an `AnnData`, with further layers and `obsm`.
+        """Return rows (all if None) as an `AnnData`, with further layers and `obsm`.
 
         Raises:
             ImportError: If anndata is not installed.
         """
         anndata = _import_anndata()
-        ids = _chosen(self.query_ids.obs_joinids, slice(None) if rows is None else rows)
-        numbers = self._mapped.index.find(ids)
+        joinids = _chosen(self.query_ids.obs_joinids, slice(None) if rows is None else rows)
+        numbers = self._mapped.index.find(joinids)
         X, obs = self[numbers]
         var = self.var
         obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-        layers = {name: self.reader(layer_name=name).csr(ids) for name in self.layer_names[1:]}
+        layers = {name: self.reader(layer_name=name).csr(joinids) for name in self.layer_names[1:]}
         obsm = {name: values[numbers] for name, values in self.obsm.items()}
         return anndata.AnnData(X=X, obs=obs, var=var, layers=layers, obsm=obsm)
 
     def verify(self) -> None:
-        """Read every file, compare it with its checksum, and check that it holds what it must.
+        """Read all files, compare them with their checksums, and check the rules of the format.
 
         Raises:
-            ValueError: If a file is missing or was altered: it is named, with both checksums; or if it breaks
-                a rule of the format, whatever its checksum.
+            ValueError: If a file is missing, was altered, or breaks a rule of the format. The message names
+                the file, and both checksums.
         """
         verify(self.path, Manifest.read(self.path))
 
-    # Parts ------------------------------------------------------------------------------------------------
+    # Helpers ----------------------------------------------------------------------------------------------
 
     def _layer(self, name: str | None) -> Layer:
         if name is None:
@@ -312,8 +314,8 @@ class Snapshot:
         return next(layer for layer in self._manifest.layers if layer.name == name)
 
     @cached_property
-    def _whole(self) -> SnapshotReader:
-        """What reads all rows and columns of the layer that is read if none is named."""
+    def _default_reader(self) -> SnapshotReader:
+        """The reader of all rows and columns of the default layer."""
         return self.reader()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -329,16 +331,16 @@ class Snapshot:
         Snapshot.__init__(self, state["path"], manifest)
 
 
-def _chosen(ids: NDArrayJoinId, rows: Any) -> NDArrayJoinId:
-    """Return a row, a slice, a list of row numbers or a mask of `ids`, as an array."""
+def _chosen(joinids: NDArrayJoinId, rows: Any) -> NDArrayJoinId:
+    """Return the joinids of a row, a slice, a list of row numbers or a mask."""
     if isinstance(rows, int | np.integer):
-        if not -len(ids) <= rows < len(ids):
-            raise IndexError(f"row {rows} must lie from {-len(ids)} to {len(ids) - 1}.")
+        if not -len(joinids) <= rows < len(joinids):
+            raise IndexError(f"row {rows} must lie from {-len(joinids)} to {len(joinids) - 1}.")
         rows = [rows]
     if not isinstance(rows, slice):
         rows = np.asarray(rows)
         rows = rows if rows.size else rows.astype(np.int64)
-    chosen: NDArrayJoinId = ids[rows]
+    chosen: NDArrayJoinId = joinids[rows]
     return chosen
 
 

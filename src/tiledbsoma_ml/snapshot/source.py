@@ -1,4 +1,4 @@
-"""`SnapshotSource`: a query that is read from a snapshot, which is made when it is first needed."""
+"""`SnapshotSource`: the rows of a query, read from a snapshot, which is made when it is first needed."""
 
 from __future__ import annotations
 
@@ -12,41 +12,68 @@ import attrs
 import pandas as pd
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, absolute_path, cache_folder, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, absolute_path, cache_folder, check_names
 from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml.snapshot.build import describe
-from tiledbsoma_ml.snapshot.parts import part_of
 from tiledbsoma_ml.snapshot.reader import SnapshotReader
+from tiledbsoma_ml.snapshot.segments import segment_of
 from tiledbsoma_ml.snapshot.snapshot import Snapshot
 
 CHUNK_ROWS = 64
-"""Neighbouring rows that stay together where memory does not hold a snapshot, and a size is "auto".
+"""Number of rows of a chunk of neighbours, if a size is "auto" and memory does not hold the snapshot.
 
-A disk reads them at twice the speed of single ones.
+A disk reads them twice as fast as single rows.
 """
 
 POOL_SHARE = 16
-"""A reader keeps memory of rows that nobody holds any longer: this part of the budget."""
+"""Budget divided by the memory of earlier rows that a reader keeps for later ones."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Request:
+    """The rows and columns that a snapshot must have, and the source from which it is made.
+
+    Attributes:
+        origin: The source; None if the snapshot exists, and the user named no source.
+        ids: Rows and columns of the query; None for all that the snapshot has.
+        fields: The fields of each row beside `X`.
+        layer_name: Layer of `X`; the default layer of the snapshot if None.
+        memory_bytes: Budget of memory for making the snapshot.
+    """
+
+    origin: Source | None
+    ids: QueryIDs | None
+    fields: Fields
+    layer_name: str | None
+    memory_bytes: int
+
+    def without_rows(self) -> _Request:
+        """Return what a process needs that only reads the snapshot: no joinids, and no source in memory."""
+        origin = self.origin
+        if origin is not None:
+            no_rows = attrs.evolve(origin.query_ids, obs_joinids=origin.query_ids.obs_joinids[:0])
+            origin = None if origin.locator is None else origin.of_rows(no_rows)
+        return attrs.evolve(self, origin=origin, ids=None)
 
 
 class SnapshotSource(Source):
     """The rows of a query, read from a snapshot.
 
     Args:
-        snapshot: The snapshot, or where it is or is to be; True for a place in the user's cache directory.
-        of: What the snapshot is made of; None if it is there and nothing was said of where it comes from.
-        ids: What is queried; all that the snapshot holds if None.
-        fields: What of each row is wanted beside `X`.
-        layer_name: Layer of `X`, where what it is made of does not say it; the first of the snapshot if None.
-        memory_bytes: Budget of memory for making it.
+        snapshot: The snapshot, or its path; True for a folder in the user's cache directory.
+        of: The source from which the snapshot is made; None if the snapshot exists, and the user named none.
+        ids: Rows and columns of the query; all that the snapshot has if None.
+        fields: The fields of each row beside `X`.
+        layer_name: Layer of `X`, if `of` does not decide it; the default layer of the snapshot if None.
+        memory_bytes: Budget of memory for making the snapshot.
 
     Attributes:
         path: The folder of the snapshot.
 
     Raises:
-        ValueError: If it is there and does not hold the query.
+        ValueError: If the snapshot exists and does not have the rows and columns of the query.
     """
 
     def __init__(
@@ -59,85 +86,87 @@ class SnapshotSource(Source):
         layer_name: str | None,
         memory_bytes: int,
     ) -> None:
-        self._of = of
-        self._content: Mapping[str, str] | None = None
         self.locator = None if of is None else of.locator
-        self._fields = fields
-        self._layer_name = layer_name if self.locator is None else self.locator.layer_name
-        self._memory_bytes = memory_bytes
+        self._request = _Request(
+            origin=of,
+            ids=ids,
+            fields=fields,
+            layer_name=layer_name if self.locator is None else self.locator.layer_name,
+            memory_bytes=memory_bytes,
+        )
+        self._content: Mapping[str, str] | None = None
         self._nullable: frozenset[str] | None = None
-        self._asked = ids
         self._snapshot = snapshot if isinstance(snapshot, Snapshot) else None
-        self.path = snapshot.path if isinstance(snapshot, Snapshot) else self._place(snapshot)
+        self.path = snapshot.path if isinstance(snapshot, Snapshot) else self._path_of(snapshot)
         if self._snapshot is not None:
             self._check(self._snapshot)
         elif of is None or self.path.exists():
             self.prepare()
-        self.query_ids = self._asked or self.snapshot.query_ids
+        self.query_ids = ids or self.snapshot.query_ids
 
     @property
     def snapshot(self) -> Snapshot:
-        """The snapshot, which is made if it is not there.
+        """The snapshot, which is made if it does not exist.
 
         Raises:
-            ValueError: If another one is there, also if it came there just now.
+            ValueError: If the path has another snapshot, perhaps one that was made just now.
         """
         if self._snapshot is None:
-            if self._of is None or self.path.exists():
+            request = self._request
+            if request.origin is None or self.path.exists():
                 found = Snapshot.open(self.path)
                 self._check(found)
                 self._snapshot = found
             else:
-                assert self._asked is not None
+                assert request.ids is not None
                 self._snapshot = Snapshot.create_from(
                     self.path,
-                    [(self._of, self._asked)],
-                    obs_column_names=self._fields.obs_column_names,
-                    memory_budget=self._memory_bytes,
+                    [(request.origin, request.ids)],
+                    obs_column_names=request.fields.obs_column_names,
+                    memory_budget=request.memory_bytes,
                 )
         return self._snapshot
 
     def prepare(self) -> None:
-        """Make the snapshot if it is not there."""
+        """Make the snapshot if it does not exist."""
         _ = self.snapshot
 
     @property
     def content(self) -> Mapping[str, str]:
-        """That of what it is made of; the fingerprint of the snapshot if that is not known."""
+        """The content of the source from which the snapshot was made; if it is not known, the fingerprint."""
         if self._content is None:
-            self._content = {"snapshot": self.snapshot.fingerprint} if self._of is None else self._of.content
+            origin = self._request.origin
+            self._content = {"snapshot": self.snapshot.fingerprint} if origin is None else origin.content
         return self._content
 
     def obs(self, obs_joinids: NDArrayJoinId, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` of some rows, in that order, with a fresh index."""
+        """Return columns of `obs` for these rows, in this order, with a fresh index."""
         known = () if self._snapshot is None else ("soma_joinid", *self._snapshot.obs_column_names)
-        if self._of is not None and not set(column_names) <= set(known):
-            return self._of.obs(obs_joinids, column_names)
+        if self._request.origin is not None and not set(column_names) <= set(known):
+            return self._request.origin.obs(obs_joinids, column_names)
         nullable = self.snapshot.reader(self.query_ids.obs_joinids, None, column_names).nullable
         return self.snapshot.reader(None, None, column_names, nullable=nullable).obs(obs_joinids)
 
     def var(self, var_joinids: NDArrayJoinId, column_names: Sequence[str] | None = None) -> pd.DataFrame:
-        """Return columns of `var`, all if None, of some columns of `X`, in that order, with a fresh index."""
-        if self._of is not None:
-            return self._of.var(var_joinids, column_names)
+        """Return columns of `var` (all if None) for these columns of `X`, in order, with a fresh index."""
+        if self._request.origin is not None:
+            return self._request.origin.var(var_joinids, column_names)
         frame = self.snapshot.var
-        names = [str(name) for name in frame] if column_names is None else list(column_names)
-        for name in names:
-            check_name(
-                "column_names", name, [str(key) for key in frame], of="a column of var in the snapshot"
-            )
-        return frame.set_index("soma_joinid", drop=False).loc[var_joinids, names].reset_index(drop=True)
+        known = [str(name) for name in frame]
+        given = known if column_names is None else column_names
+        names = check_names("column_names", given, known, of="a column of var in the snapshot")
+        return frame.set_index("soma_joinid", drop=False).loc[var_joinids, list(names)].reset_index(drop=True)
 
     def check(self, ids: QueryIDs, fields: Fields) -> None:
-        """Raise a ValueError or TypeError unless there are such rows, columns and fields."""
-        for name in fields.obs_column_names:
-            known = ["soma_joinid", *self._fields.obs_column_names]
-            check_name("obs_column_names", name, known, of="a column of obs that the snapshot was asked for")
-        if self._of is not None:
-            self._of.check(ids, fields)
+        """Raise a ValueError or TypeError unless these rows, columns and fields exist."""
+        known = ["soma_joinid", *self._request.fields.obs_column_names]
+        what = "a column of obs that the snapshot was asked for"
+        check_names("obs_column_names", fields.obs_column_names, known, of=what)
+        if self._request.origin is not None:
+            self._request.origin.check(ids, fields)
 
     def of_rows(self, ids: QueryIDs) -> Source:
-        """Return the same with these rows alone; this one where the snapshot is still to be made of all."""
+        """Return a source of these rows only; this one if the snapshot is still to be made of all rows."""
         if self._snapshot is None:
             return self
         source = copy.copy(self)
@@ -145,57 +174,56 @@ class SnapshotSource(Source):
         return source
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored: each can be read by itself, unless memory does not hold all."""
+        """Return how the rows are stored; each can be read by itself if memory holds the snapshot."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         n_bytes = self.snapshot.nbytes
         row_tile = 1 if n_bytes < memory / 2 else CHUNK_ROWS
         return Layout(row_tile, n_bytes / max(1, len(self.snapshot)), ENOUGH_ROWS)
 
     def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> SnapshotReader:
-        """Return what reads rows; it is closed after an epoch."""
+        """Return a reader, which the caller closes after an epoch."""
         return self.snapshot.reader(
             var_joinids=ids.var_joinids,
             obs_column_names=fields.obs_column_names,
-            layer_name=self._layer_name,
+            layer_name=self._request.layer_name,
             nullable=self._obs_nullable(),
-            kept_bytes=budget.total // POOL_SHARE,
+            pool_bytes=budget.total // POOL_SHARE,
         )
 
-    def _place(self, snapshot: str | os.PathLike[str] | bool) -> Path:
+    def _path_of(self, snapshot: str | os.PathLike[str] | bool) -> Path:
         if not isinstance(snapshot, bool):
             return absolute_path(snapshot)
-        if self._of is None or self._asked is None:
+        request = self._request
+        if request.origin is None or request.ids is None:
             raise ValueError("snapshot=True needs a query to make it of; name the folder of a snapshot.")
         content = describe(
-            [part_of(self._of, self._asked)],
-            obs_column_names=self._fields.obs_column_names,
+            [segment_of(request.origin, request.ids)],
+            obs_column_names=request.fields.obs_column_names,
             layers=(),
             obsm=(),
         )
         return cache_folder() / f"{content.fingerprint}.snapshot"
 
     def _check(self, snapshot: Snapshot) -> None:
-        """Raise a ValueError unless a snapshot holds the query; keep what is found out meanwhile."""
-        names = self._fields.obs_column_names
-        if self._of is not None:
-            snapshot.check_holds(self._of, names)
-        ids = self._asked or snapshot.query_ids
-        found = snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=self._layer_name)
+        """Raise a ValueError unless a snapshot has the query; note the nullable columns of `obs`."""
+        request, names = self._request, self._request.fields.obs_column_names
+        if request.origin is not None:
+            snapshot.check_holds(request.origin, names)
+        ids = request.ids or snapshot.query_ids
+        found = snapshot.reader(ids.obs_joinids, ids.var_joinids, names, layer_name=request.layer_name)
         self._nullable = found.nullable
 
     def _obs_nullable(self) -> frozenset[str]:
-        """Return which columns of `obs` are nullable: decided once for the query, as by `ObsTypes`."""
+        """Return the nullable columns of `obs`, which are decided once for the query, as by `ObsTypes`."""
         if self._nullable is None:
-            rows = self.query_ids.obs_joinids
-            self._nullable = self.snapshot.reader(rows, None, self._fields.obs_column_names).nullable
+            rows, names = self.query_ids.obs_joinids, self._request.fields.obs_column_names
+            self._nullable = self.snapshot.reader(rows, None, names).nullable
         return self._nullable
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._snapshot is None:
+        if self._snapshot is None:  # the process that makes it needs all rows
             return self.__dict__
-        kept: dict[str, Any] = {"_nullable": self._obs_nullable(), "_asked": None}
-        if self.locator is None:  # what is large, perhaps, goes nowhere
-            return self.__dict__ | kept | {"_of": None, "_content": self.content}
-        assert self._of is not None
-        no_rows = attrs.evolve(self.query_ids, obs_joinids=self.query_ids.obs_joinids[:0])
-        return self.__dict__ | kept | {"_of": self._of.of_rows(no_rows)}
+        self._obs_nullable()
+        if self.locator is None:
+            _ = self.content  # it cannot be found later, without the source
+        return self.__dict__ | {"_request": self._request.without_rows()}

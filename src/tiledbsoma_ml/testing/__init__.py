@@ -1,4 +1,4 @@
-"""Checks of what is written for this package: does a source, or an order, do what it must?"""
+"""Checks for sources and orders that are written for this package."""
 
 from tiledbsoma_ml.testing.orders import check_order
 from tiledbsoma_ml.testing.sources import check_source

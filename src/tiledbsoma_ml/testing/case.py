@@ -1,4 +1,4 @@
-"""What the promises of a source are checked with: rows that it has, and what is known of them."""
+"""`Case`: rows of a source, with which its promises are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiledbsoma_ml._rows import Rows, concat_obs
 from tiledbsoma_ml._source import Fields, Reader, Source
 
 BUDGET = Budget(2**28)
-"""What a source may take in memory while it is checked."""
+"""Budget of memory for a source while it is checked."""
 
 UNKNOWN_ROW = 2**62
 """A joinid that no row has."""
@@ -31,18 +31,18 @@ UNKNOWN_NAME = "a column that nobody has"
 
 
 class BrokenPromiseError(AssertionError):
-    """A source, or an order, does not do what it must."""
+    """An error that says which promise a source or an order breaks."""
 
 
 def require(condition: bool, promise: str, found: str) -> None:
-    """Raise an error that names a promise and what was found, unless it is kept."""
+    """Raise an error that names the promise and what was found, unless `condition` is true."""
     if not condition:
         raise BrokenPromiseError(f"{promise}, but {found}.")
 
 
 @contextmanager
 def keeping(promise: str) -> Iterator[None]:
-    """Turn any error that a source raises into one that names the promise that it breaks."""
+    """Turn any error of a source into one that names the promise that it breaks."""
     try:
         yield
     except BrokenPromiseError:
@@ -53,7 +53,7 @@ def keeping(promise: str) -> Iterator[None]:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Read:
-    """Rows as a reader gave them: `X` dense."""
+    """Rows that a reader returned, with `X` as a dense array."""
 
     obs_joinids: NDArrayJoinId
     X: NDArray[Any]
@@ -62,16 +62,16 @@ class Read:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Case:
-    """A source, and some of its rows.
+    """A source, and some of its rows as it returned them at first.
 
     Attributes:
         source: The source.
-        make: Returns another source of the same rows; None if there is no other way than to pickle it.
-        ids: Some rows, and all columns.
-        fields: All columns of `obs` that are looked at, "soma_joinid" among them.
+        make: Returns another source of the same rows; None if there is no way to make one but pickling.
+        ids: Joinids of some rows, and of all columns.
+        fields: The columns of `obs` to check, including "soma_joinid".
         X: `X` of these rows, dense.
         obs: `obs` of these rows.
-        timeout_s: How long to wait for another thread.
+        timeout_s: Longest time to wait for another thread.
     """
 
     source: Source
@@ -88,13 +88,13 @@ class Case:
         return (source or self.source).open(ids, self.fields, BUDGET)
 
     def asked(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArrayJoinId:
-        """Return the joinids of rows with these numbers; nobody can write into them."""
+        """Return the joinids of rows, as a read-only array."""
         joinids = self.ids.obs_joinids[np.asarray(rows, dtype=np.int64)]
         joinids.flags.writeable = False
         return joinids
 
     def orders(self) -> dict[str, NDArray[np.int64]]:
-        """Return numbers of rows in some orders, by what is special about them."""
+        """Return rows in several orders, by a description of each order."""
         n, rng = len(self.ids.obs_joinids), np.random.default_rng(0)
         return {
             "in the order of the query": np.arange(n),
@@ -111,13 +111,13 @@ class Case:
         what: str,
         columns: slice | NDArray[np.int64] = slice(None),
     ) -> None:
-        """Read rows, and compare them with what is known."""
+        """Read rows, and compare them with those of this case."""
         X = self.X[:, columns]
         found = read(reader.read(self.asked(rows)), n_vars=X.shape[1])
         self.compare(found, rows, what, X)
 
     def compare(self, found: Read, rows: NDArray[np.int64], what: str, X: NDArray[Any] | None = None) -> None:
-        """Compare rows that were read with what is known of them."""
+        """Compare rows that were read with those of this case."""
         asked, X = self.asked(rows), self.X if X is None else X
         require(
             np.array_equal(found.obs_joinids, asked),
@@ -125,11 +125,11 @@ class Case:
             f"rows {what}, {_some(asked)}, came as {_some(found.obs_joinids)}",
         )
         wrong = _first_difference(found.X, X[rows])
-        place = "" if wrong is None else f"{what}, the row of joinid {asked[wrong] if wrong >= 0 else 'any'}"
+        joinid = "any" if wrong is None or wrong < 0 else asked[wrong]
         require(
             wrong is None,
             "`X` of a row must be the same however it is read",
-            f"{place} came with another one",
+            f"{what}, the row of joinid {joinid} came with another one",
         )
         same_frame(
             found.obs, self.obs.take(rows), f"`obs` of rows that are read {what} must be that of `Source.obs`"
@@ -137,21 +137,21 @@ class Case:
 
 
 def read(pieces: Iterable[Rows[CSR_IO_Buffer]], n_vars: int) -> Read:
-    """Return what a reader yields, put together, if each piece is as it must be."""
-    kept = list(pieces)
-    for piece in kept:
+    """Check the pieces that a reader yields, and return their rows below each other."""
+    taken = list(pieces)
+    for piece in taken:
         check_piece(piece, n_vars)
-    if not kept:
+    if not taken:
         return Read(obs_joinids=np.empty(0, np.int64), X=np.empty((0, n_vars)), obs=pd.DataFrame())
     return Read(
-        obs_joinids=np.concatenate([piece.obs_joinids for piece in kept]),
-        X=np.concatenate([dense(piece.X) for piece in kept]),
-        obs=concat_obs([piece.obs for piece in kept]),
+        obs_joinids=np.concatenate([piece.obs_joinids for piece in taken]),
+        X=np.concatenate([dense(piece.X) for piece in taken]),
+        obs=concat_obs([piece.obs for piece in taken]),
     )
 
 
 def check_piece(piece: object, n_vars: int) -> None:
-    """Raise an error unless a piece of rows is as the loops that use it need it."""
+    """Raise an error unless a piece has the form that compiled loops rely on."""
     promise = "`read` must yield pieces of class Rows, whose X is a CSR_IO_Buffer"
     require(isinstance(piece, Rows), promise, f"one is a {type(piece).__name__}")
     assert isinstance(piece, Rows)
@@ -178,19 +178,19 @@ def check_piece(piece: object, n_vars: int) -> None:
 
 
 def dense(X: CSR_IO_Buffer) -> NDArray[Any]:
-    """Return the rows as an array."""
+    """Return rows as a dense array."""
     matrix = sparse.csr_matrix((X.data, X.indices.astype(np.int64), X.indptr), shape=X.shape)
     found: NDArray[Any] = matrix.toarray()
     return found
 
 
 def same_array(found: NDArray[Any], expected: NDArray[Any]) -> bool:
-    """Whether arrays have one type and the same values, NaN being the same as NaN."""
+    """Return whether arrays have the same type and values; NaN equals NaN."""
     return _first_difference(found, expected) is None
 
 
 def _first_difference(found: NDArray[Any], expected: NDArray[Any]) -> int | None:
-    """Return the first row that differs; -1 if shape or type do; None if nothing does."""
+    """Return the first row that differs; -1 if the shape or type differs; None if nothing differs."""
     if found.shape != expected.shape or (len(found) and found.dtype != expected.dtype):
         return -1
     differs = (found != expected) & ~((found != found) & (expected != expected))
@@ -199,7 +199,7 @@ def _first_difference(found: NDArray[Any], expected: NDArray[Any]) -> int | None
 
 
 def same_frame(found: pd.DataFrame, expected: pd.DataFrame, promise: str) -> None:
-    """Raise an error unless tables have the same columns, types and values; the index may be any."""
+    """Raise an error unless tables have the same columns, types and values; the index does not matter."""
     require(isinstance(found, pd.DataFrame), promise, f"it is a {type(found).__name__}")
     try:
         pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
@@ -216,7 +216,7 @@ def check_fresh(frame: pd.DataFrame, promise: str) -> None:
 
 @contextmanager
 def raising(promise: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise an error unless the block raises one of some kinds."""
+    """Raise an error unless the code in this context raises an error of one of these kinds."""
     try:
         yield
     except kinds:
@@ -231,7 +231,7 @@ def _complain(promise: str) -> NoReturn:
 
 
 def on_threads(tasks: Sequence[Callable[[], None]], timeout_s: float, promise: str) -> None:
-    """Run tasks at once, each on a thread of its own, and raise what one of them raised."""
+    """Run tasks at once, each on its own thread, and raise the first error of a task."""
     errors: list[BaseException] = []
 
     def run(task: Callable[[], None]) -> None:
@@ -253,7 +253,7 @@ def on_threads(tasks: Sequence[Callable[[], None]], timeout_s: float, promise: s
 def overwrite(frame: pd.DataFrame) -> None:
     """Write into each column of a table, in place."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it may be a view is what is found out
+        warnings.simplefilter("ignore")  # pandas warns that this may be a view, which is what is checked
         for k in range(frame.shape[1]):
             frame.iloc[[0], k] = frame.iloc[-1:, k].array
 

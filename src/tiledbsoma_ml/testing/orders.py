@@ -1,4 +1,4 @@
-"""The promises of an `Order`."""
+"""`check_order`: checks the promises of an `Order`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from tiledbsoma_ml._common import NDArrayJoinId
 from tiledbsoma_ml._order.order import Order
 from tiledbsoma_ml.testing.case import require
 
-N_STRETCHES = 50
-"""So many stretches are compared with the whole order, beside the first, the last and empty ones."""
+N_SPANS = 50
+"""Number of random spans that are compared with the order of all rows."""
 
 
 def check_order(order: Order, joinids: NDArrayJoinId) -> None:
-    """Raise an AssertionError, which names the broken promise, unless an order does what it must.
+    """Raise an AssertionError that names the broken promise, unless an order keeps all promises.
 
     Args:
-        order: The order of an epoch; all of its rows are asked for.
-        joinids: The rows of the query. The order may have one of them several times, or not at all.
+        order: The order of an epoch. All of its rows are asked for.
+        joinids: Joinids of the rows of the query. The order may repeat a row, or leave it out.
     """
     n = order.n_rows
     require(isinstance(n, int) and n >= 0, "`n_rows` must be a number of rows", f"it is {n!r}")
-    whole = order.rows(0, n)
-    is_array = isinstance(whole, np.ndarray) and whole.dtype == np.int64 and whole.shape == (n,)
-    kind = f"{getattr(whole, 'dtype', type(whole).__name__)} of shape {np.shape(whole)}"
+    rows = order.rows(0, n)
+    is_array = isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.shape == (n,)
+    kind = f"{getattr(rows, 'dtype', type(rows).__name__)} of shape {np.shape(rows)}"
     require(is_array, "`rows(0, n_rows)` must be n_rows joinids, int64", f"they are {kind}")
-    others = np.setdiff1d(whole, joinids)
+    others = np.setdiff1d(rows, joinids)
     require(not len(others), "`rows` must be rows of the query", f"{others[:3].tolist()} are not")
-    expected = whole.copy()
+    expected = rows.copy()
     _check_borders(order, n)
     rng = np.random.default_rng(0)
-    stretches = [(0, 0), (n, n), (0, n), (0, min(1, n)), (max(0, n - 1), n)]
-    stretches += np.sort(rng.integers(0, n + 1, (N_STRETCHES, 2)), axis=1).tolist()
-    for start, stop in stretches:
+    spans = [(0, 0), (n, n), (0, n), (0, min(1, n)), (max(0, n - 1), n)]
+    spans += np.sort(rng.integers(0, n + 1, (N_SPANS, 2)), axis=1).tolist()
+    for start, stop in spans:
         found = order.rows(start, stop)
         require(
             np.array_equal(found, expected[start:stop]),
-            "`rows(start, stop)` must be that stretch of `rows(0, n_rows)`, whenever it is called",
+            "`rows(start, stop)` must be that span of `rows(0, n_rows)`, whenever it is called",
             f"rows({start}, {stop}) is not",
         )
         if found.flags.writeable:

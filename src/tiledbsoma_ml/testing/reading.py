@@ -90,14 +90,14 @@ def two_readers_work_at_once(case: Case) -> None:
 
 
 def closes_twice(case: Case) -> None:
-    """`close` must be there to be called again, and on a reader that was never used."""
+    """It must be possible to call `close` twice, and on a reader that was never used."""
     reader = case.open()
     reader.close()
     reader.close()
 
 
 def close_ends_what_waits(case: Case) -> None:
-    """`close` must end what waits in `read` on another thread, with an error or without."""
+    """`close` must end a `read` that waits on another thread, with an error or without."""
     reader, has_begun, is_closed = case.open(), threading.Event(), threading.Event()
     rows = case.asked(case.orders()["with repeats"])
 
@@ -116,33 +116,33 @@ def close_ends_what_waits(case: Case) -> None:
         is_closed.set()
         reader.close()
 
-    promise = "`close` must end what waits in `read` on another thread"
+    promise = "`close` must end a `read` that waits on another thread"
     on_threads([use, end], case.timeout_s, promise)
 
 
 # Memory ---------------------------------------------------------------------------------------------------
 
 
-def what_is_given_out_stays(case: Case) -> None:
-    """What `read` has given out must not change by what is read later, nor when the reader is closed."""
+def pieces_stay(case: Case) -> None:
+    """A piece that `read` has given out must not change when other rows are read, or the reader is closed."""
     rows = case.orders()["in random order"]
     with closing(case.open()) as reader:
-        kept, before = [], []
+        taken, copies = [], []
         for piece in reader.read(case.asked(rows)):
-            kept.append(piece)
-            before.append(deepcopy(piece))
+            taken.append(piece)
+            copies.append(deepcopy(piece))
         for others in case.orders().values():
             read(reader.read(case.asked(others)), case.X.shape[1])
-    promise = "What `read` has given out must stay as it is, whatever is read later"
-    for piece, copied in zip(kept, before, strict=True):
+    promise = "A piece that `read` has given out must stay as it is, whatever is read later"
+    for piece, copied in zip(taken, copies, strict=True):
         same = same_array(dense(piece.X), dense(copied.X))
         same &= same_array(piece.obs_joinids, copied.obs_joinids)
         require(same, promise, "it changed")
         same_frame(piece.obs, copied.obs, promise)
 
 
-def what_is_given_out_belongs_to_the_caller(case: Case) -> None:
-    """What `read` gives out must belong to the caller: whoever writes into it must not change the source."""
+def pieces_belong_to_the_caller(case: Case) -> None:
+    """A piece that `read` gives out must belong to the caller: writing to it must not change the source."""
     rows = case.orders()["backwards"]
     with closing(case.open()) as reader:
         for piece in reader.read(case.asked(rows)):
@@ -153,7 +153,7 @@ def what_is_given_out_belongs_to_the_caller(case: Case) -> None:
 
 
 def _read_again(case: Case, reader: Reader) -> None:
-    what = "after what was given out before was written to"
+    what = "after pieces that were given out before were written to"
     case.check_rows(reader, case.orders()["backwards"], what)
 
 
@@ -181,20 +181,20 @@ def random_access_is_the_same(case: Case) -> None:
 
 
 def random_access_is_given_away(case: Case) -> None:
-    """What `csr` and `obs` of a reader give out must belong to the caller."""
+    """The results of `csr` and `obs` of a reader must belong to the caller."""
     with closing(case.open()) as reader:
         if not isinstance(reader, RandomAccess):
             return
         rows = case.orders()["in random order"]
-        kept, table = reader.csr(case.asked(rows)), reader.obs(case.asked(rows))
-        before = kept.toarray()
+        matrix, table = reader.csr(case.asked(rows)), reader.obs(case.asked(rows))
+        before = matrix.toarray()
         _check_matrices(case, reader, case.orders()["with repeats"])
-        same = same_array(kept.toarray(), before)
-        require(same, "What `csr` has given out must stay as it is", "it changed")
-        kept.data[...] = 0
+        same = same_array(matrix.toarray(), before)
+        require(same, "A result of `csr` must stay as it is", "it changed")
+        matrix.data[...] = 0
         overwrite(table)
         _check_matrices(case, reader, rows)
-        promise = "What `obs` of a reader gives out must belong to the caller"
+        promise = "A result of `obs` of a reader must belong to the caller"
         same_frame(reader.obs(case.asked(rows)), case.obs.take(rows), promise)
 
 
@@ -226,7 +226,7 @@ def _check_matrices(
     rows: NDArray[np.int64],
     columns: slice | NDArray[np.int64] = slice(None),
 ) -> None:
-    """Compare `csr` and `fill_dense` with what is known."""
+    """Compare `csr` and `fill_dense` with the rows of the case."""
     expected, asked = case.X[rows][:, columns], case.asked(rows)
     n, dtype = expected.shape[1], expected.dtype
     require(reader.n_vars == n, "`n_vars` must be the number of columns", f"it is {reader.n_vars} of {n}")
@@ -245,8 +245,8 @@ def _check_matrices(
     require(same_array(out, expected), promise, "it differs")
 
 
-def pieces_are_whole(case: Case) -> None:
-    """Each piece must have rows, and the type of X must not depend on what is read."""
+def pieces_are_valid(case: Case) -> None:
+    """Each piece must be valid, and the type of X must not depend on the rows."""
     with closing(case.open()) as reader:
         for rows in case.orders().values():
             for piece in reader.read(case.asked(rows)):
@@ -256,14 +256,14 @@ def pieces_are_whole(case: Case) -> None:
 
 
 PROMISES: tuple[Callable[[Case], None], ...] = (
-    pieces_are_whole,
-    what_is_given_out_stays,
+    pieces_are_valid,
+    pieces_stay,
     rows_come_in_order,
     no_rows_are_read,
     columns_come_in_order,
     reads_follow_each_other,
     two_readers_work_at_once,
-    what_is_given_out_belongs_to_the_caller,
+    pieces_belong_to_the_caller,
     random_access_is_the_same,
     random_access_is_given_away,
     random_access_works_at_once,

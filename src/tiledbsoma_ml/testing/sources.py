@@ -1,4 +1,4 @@
-"""`check_source`: does a source keep its promises?"""
+"""`check_source`: checks the promises of a `Source`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiledbsoma_ml.testing import reading, tables
 from tiledbsoma_ml.testing.case import BUDGET, Case, keeping, read, require
 
 N_ROWS = 60
-"""So many rows are looked at."""
+"""Largest number of rows that are checked."""
 
 
 def check_source(
@@ -24,20 +24,20 @@ def check_source(
     obs_column_names: Sequence[str] = ("soma_joinid",),
     timeout_s: float = 60.0,
 ) -> None:
-    """Raise an AssertionError, which names the broken promise, unless a source does what it must.
+    """Raise an AssertionError that names the broken promise, unless a source keeps all promises.
 
-    Up to 60 rows are read in many orders and ways, and compared with each other. Whether they are the right
-    ones only you can tell: compare some of them with what you know.
+    Up to 60 rows are read in many orders and ways, and compared with each other. This does not show whether
+    they have the right values: compare some of them with your data yourself.
 
     Args:
-        source: The source; it has two rows at least, all different, and two columns.
-        make: Returns another source of the same rows, which is then compared with this one.
-        obs_column_names: Columns of `obs` to look at.
-        timeout_s: How long to wait for another thread.
+        source: The source, with at least two different rows and two columns.
+        make: Returns another source of the same rows, which is compared with this one; none if None.
+        obs_column_names: Columns of `obs` to check.
+        timeout_s: Longest time to wait for another thread.
 
     Raises:
-        AssertionError: If it does not keep one of its promises.
-        ValueError: If it has too few rows or columns to tell.
+        AssertionError: If the source breaks a promise.
+        ValueError: If it has too few rows or columns for the checks.
     """
     with keeping("`query_ids` must be the QueryIDs of a whole query"):
         tables.check_query_ids(source)
@@ -50,7 +50,7 @@ def check_source(
 def _case(
     source: Source, make: Callable[[], Source] | None, obs_column_names: Sequence[str], timeout_s: float
 ) -> Case:
-    """Return some rows of a source, as it gives them at first."""
+    """Return a case with some rows of a source, as it returns them at first."""
     ids = source.query_ids
     unique = np.unique(ids.obs_joinids)
     if len(unique) < 2 or len(ids.var_joinids) < 2:

@@ -1,4 +1,4 @@
-"""The promises of a source that are about all but `X`: what it is of, `obs`, `var`, layout, copies."""
+"""The promises of a source about everything but `X`: `query_ids`, `content`, `obs`, `var`, layout, copies."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def check_query_ids(source: Source) -> None:
 
 
 def content_is_texts(case: Case) -> None:
-    """`content` must name texts by texts, the same whenever it is asked for."""
+    """`content` must be text by name, the same whenever it is asked for."""
     content = case.source.content
     are_texts = isinstance(content, Mapping) and all(isinstance(x, str) for xs in content.items() for x in xs)
-    require(are_texts, "`content` must name texts by texts", f"it is {content!r}")
+    require(are_texts, "`content` must be text by name", f"it is {content!r}")
     again = case.source.content
     require(dict(content) == dict(again), "`content` must stay as it is", f"{content} became {again}")
 
@@ -60,26 +60,28 @@ def layout_is_one(case: Case) -> None:
 
 
 def prepare_twice(case: Case) -> None:
-    """`prepare` must be there to be called again, and must not change what the source is of."""
+    """It must be possible to call `prepare` twice, and this must not change the content of the source."""
     before = case.source.query_ids, dict(case.source.content)
     case.source.prepare()
     case.source.prepare()
     after = case.source.query_ids, dict(case.source.content)
-    require(before == after, "`prepare` must not change what the source is of", f"{before} became {after}")
+    require(
+        before == after, "`prepare` must not change the content of the source", f"{before} became {after}"
+    )
 
 
 def check_tells(case: Case) -> None:
-    """`check` must take what is there, and raise a ValueError or TypeError for a column that is not."""
+    """`check` must accept rows and columns that exist, and reject a column that does not."""
     case.source.check(case.ids, case.fields)
     unknown = attrs.evolve(case.fields, obs_column_names=("soma_joinid", UNKNOWN_NAME))
-    with raising("`check` must tell a column of `obs` that is not there", ValueError, TypeError):
+    with raising("`check` must reject a column of `obs` that does not exist", ValueError, TypeError):
         case.source.check(case.ids, unknown)
 
 
 def unknown_rows_are_told(case: Case) -> None:
-    """A row that is not there must be told by `check`, or when it is read, with a ValueError or TypeError."""
+    """`check`, or a read, must reject a row that does not exist, with a ValueError or TypeError."""
     ids = attrs.evolve(case.ids, obs_joinids=np.append(case.ids.obs_joinids, UNKNOWN_ROW))
-    with raising("`check` or `read` must tell a row that is not there", ValueError, TypeError):
+    with raising("`check` or `read` must reject a row that does not exist", ValueError, TypeError):
         case.source.check(ids, case.fields)
         reader = case.source.open(ids, case.fields, BUDGET)
         try:
@@ -118,15 +120,15 @@ def obs_keeps_types(case: Case) -> None:
 
 
 def obs_tells(case: Case) -> None:
-    """`obs` must raise a ValueError for a column or row that is not there."""
-    with raising("`obs` must tell a column that is not there with a ValueError", ValueError):
+    """`obs` must raise a ValueError for a column or row that does not exist."""
+    with raising("`obs` must reject a column that does not exist with a ValueError", ValueError):
         case.source.obs(case.asked([0]), [UNKNOWN_NAME])
-    with raising("`obs` must tell a row that is not there with a ValueError", ValueError):
+    with raising("`obs` must reject a row that does not exist with a ValueError", ValueError):
         case.source.obs(np.array([UNKNOWN_ROW]), ["soma_joinid"])
 
 
 def obs_is_given_away(case: Case) -> None:
-    """What `obs` and `var` return must belong to the caller, who may write into it."""
+    """The results of `obs` and `var` must belong to the caller, who may write into them."""
     everything = case.asked(np.arange(len(case.obs)))
     overwrite(case.source.obs(everything, case.fields.obs_column_names))
     found = case.source.obs(everything, case.fields.obs_column_names)
@@ -152,7 +154,7 @@ def var_is_in_order(case: Case) -> None:
         check_fresh(found, "`var` must have a fresh index, which counts from 0")
     some = source.var(columns, names[::-1]).columns.tolist()
     require(some == names[::-1], "`var` must have the names asked for, in that order", f"it has {some}")
-    with raising("`var` must tell a name that is not there with a ValueError", ValueError):
+    with raising("`var` must reject a name that does not exist with a ValueError", ValueError):
         source.var(columns, [UNKNOWN_NAME])
 
 
@@ -165,7 +167,7 @@ def pickled_is_the_same(case: Case) -> None:
 
 
 def made_is_the_same(case: Case) -> None:
-    """Another source of the same rows, as `make` returns it, must be the same: other ranks have one."""
+    """Another source of the same rows, which `make` returns, must be the same: other ranks have one."""
     if case.make is not None:
         _is_the_same(case, case.make(), "Another source of the same rows")
 

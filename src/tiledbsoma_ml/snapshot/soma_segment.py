@@ -1,4 +1,4 @@
-"""`SOMAPart`: the rows of a query on a layer of an experiment, for a snapshot."""
+"""`SOMASegment`: the rows of a query on an experiment, as a segment of a snapshot."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pyarrow as pa
 import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_name, check_obs_column_names
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._soma.obs import ObsColumns
-from tiledbsoma_ml._soma.reader import SOMAReader, check_obs_column_names, measure_row_bytes, row_tile
+from tiledbsoma_ml._soma.reader import SOMAReader, measure_row_bytes, row_tile
 from tiledbsoma_ml._soma.versions import opened, written_at
 from tiledbsoma_ml.snapshot.content import Origin
 from tiledbsoma_ml.snapshot.files import digest
-from tiledbsoma_ml.snapshot.part import (
+from tiledbsoma_ml.snapshot.segment import (
     PIECE_BYTES,
     ShardRows,
     StoredArray,
@@ -29,22 +29,22 @@ from tiledbsoma_ml.snapshot.part import (
 from tiledbsoma_ml.x_locator import XLocator
 
 MAX_OBSM_COLUMNS = 2**20
-"""An array of `obsm` that is declared wider has the columns that are written.
+"""Largest declared number of columns of an array of `obsm`; with more, the written columns count.
 
-tiledbsoma up to 1.14 declares arrays as wide as it can.
+tiledbsoma up to 1.14 declares arrays with as many columns as possible.
 """
 
 SAMPLE_RUNS, SAMPLE_SHARE = 6, 2**17
-"""At most so many runs of 128 rows are read to see how much space a layer needs: one of so many rows."""
+"""Largest number of runs of 128 rows that are read as a sample, and number of rows for each such run."""
 
 
 @attrs.frozen(kw_only=True)
-class SOMAPart:
-    """Rows of a layer of an experiment.
+class SOMASegment:
+    """A segment with the rows of a layer of an experiment.
 
     Attributes:
         locator: Address of the layer.
-        ids: Rows, which are made to ascend, and columns.
+        ids: Joinids of the rows, which are sorted, and of the columns.
     """
 
     locator: XLocator
@@ -68,9 +68,9 @@ class SOMAPart:
     def check(
         self, *, layer_names: Sequence[str], obs_column_names: Sequence[str], obsm_names: Sequence[str]
     ) -> None:
-        """Raise a ValueError or TypeError unless the experiment has all of these."""
+        """Raise a ValueError or TypeError unless these layers, columns and arrays exist."""
         with opened(self.locator) as (measurement, obs):
-            check_obs_column_names(obs_column_names, obs)
+            check_obs_column_names(obs_column_names, obs.keys())
             for name in layer_names:
                 check_name("layers", name, measurement.X.keys(), of="an X layer of the measurement")
             known = measurement.obsm.keys() if "obsm" in measurement else []
@@ -78,7 +78,7 @@ class SOMAPart:
                 check_name("obsm", name, known, of="an array of obsm")
 
     def origin(self, *, layer_names: Sequence[str], obsm_names: Sequence[str]) -> Origin:
-        """Return the experiment, and what was written to it until its timestamp."""
+        """Return the experiment as the origin, with the writes until its timestamp."""
         written = written_at(self.locator, layer_names, obsm_names)
         return Origin(
             uri=written.uri,
@@ -92,12 +92,12 @@ class SOMAPart:
     # X ----------------------------------------------------------------------------------------------------
 
     def layer(self, name: str, budget: Budget) -> StoredLayer:
-        """Return how a layer is stored."""
+        """Return the type and tiles of a layer."""
         with self._open(name, budget) as (X, _):
             return StoredLayer(dtype=_dtype(X), row_tile=row_tile(X))
 
     def bytes_per_row(self, layer_name: str, budget: Budget) -> float:
-        """Return about how many bytes a row of a layer takes up, from a sample."""
+        """Return the approximate size of a row of a layer in memory, measured on a sample."""
         ids = self.ids.obs_joinids
         n_runs = min(1 + len(ids) // SAMPLE_SHARE, SAMPLE_RUNS)
         starts = np.linspace(0, max(0, len(ids) - 128), n_runs + 2)[1:-1].astype(int).tolist()
@@ -108,7 +108,7 @@ class SOMAPart:
     def shards(
         self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
-        """Yield the rows of a layer from each start to each stop: read here, put together piece by piece."""
+        """Yield the rows of a layer for each shard; a shard is read at once, and given out in pieces."""
         with self._open(layer_name, budget) as (X, obs):
             reader = self._reader(X, obs, n_pieces=n_pieces)
             for start, stop in borders:
@@ -128,14 +128,14 @@ class SOMAPart:
         *,
         n_pieces: int = 1,
     ) -> SOMAReader:
-        """Return what reads rows of a layer, or of an array of `obsm` with these columns."""
+        """Return a reader of a layer, or of an array of `obsm` with these columns."""
         return SOMAReader(
             array,
             obs,
             self.ids.var_joinids if var_joinids is None else var_joinids,
             obs_column_names=["soma_joinid"],
             obs_joinids=np.empty(0, dtype=np.int64),
-            n_parts=n_pieces,
+            n_pieces=n_pieces,
             use_eager_fetch=True,
         )
 
@@ -156,13 +156,13 @@ class SOMAPart:
     # Arrays of obsm ---------------------------------------------------------------------------------------
 
     def array(self, name: str) -> StoredArray:
-        """Return what an array of `obsm` is like."""
+        """Return the type of an array of `obsm`, and its number of columns."""
         with opened(self.locator) as (measurement, _):
             array = measurement.obsm[name]
             return StoredArray(dtype=_dtype(array), n_cols=_width(name, array))
 
     def array_rows(self, name: str) -> Iterator[NDArrayNumber]:
-        """Yield an array of `obsm`, some rows at a time."""
+        """Yield the rows of an array of `obsm`, in order, several rows at a time."""
         with opened(self.locator) as (measurement, obs):
             array = measurement.obsm[name]
             width, ids = _width(name, array), self.ids.obs_joinids
@@ -183,10 +183,10 @@ def _dtype(array: soma.SparseNDArray | soma.DenseNDArray) -> np.dtype[Any]:
 
 
 def _width(name: str, array: soma.SparseNDArray | soma.DenseNDArray) -> int:
-    """Return how many columns an array of `obsm` has: as declared, unless it is declared without a limit.
+    """Return the number of columns of an array of `obsm`: as declared, or as written if that is too large.
 
     Raises:
-        ValueError: If it is, and nothing is written to it that would tell.
+        ValueError: If the writes do not show the number of columns.
     """
     if array.shape[1] <= MAX_OBSM_COLUMNS:
         return int(array.shape[1])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from tiledbsoma_ml import QueryIDs
-from tiledbsoma_ml.snapshot.part import in_ascending_order
+from tiledbsoma_ml.snapshot.segment import in_ascending_order
 
 
 def test_the_rows_of_a_part_ascend_and_none_is_there_twice_while_its_columns_stay() -> None:

@@ -1,4 +1,4 @@
-"""What `Snapshot.create` takes becomes parts: a query, several ones, or sources."""
+"""The segments of queries or sources that a user gives to `Snapshot.create`, and checks of their origin."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tiledbsoma_ml._common import check_name
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.snapshot.content import Content, arrays_of, warn_of_unknown
-from tiledbsoma_ml.snapshot.part import Part
-from tiledbsoma_ml.snapshot.soma_part import SOMAPart
-from tiledbsoma_ml.snapshot.source_part import LAYER_NAME, SourcePart
+from tiledbsoma_ml.snapshot.segment import Segment
+from tiledbsoma_ml.snapshot.soma_segment import SOMASegment
+from tiledbsoma_ml.snapshot.source_segment import LAYER_NAME, SourceSegment
 from tiledbsoma_ml.x_locator import XLocator
 
 Query: TypeAlias = soma.ExperimentAxisQuery | Source
-"""What rows are asked for with."""
+"""A query on an experiment, or a source."""
 
 Located: TypeAlias = tuple[XLocator | Source, QueryIDs]
-"""Rows and columns, and where they are."""
+"""The address of a layer, or a source, and the joinids of rows and columns there."""
 
 _OF_QUERIES_ALONE, _OF_SOURCES_ALONE = ("experiment", "measurement_name"), ("query_ids", "layout", "open")
 
@@ -35,11 +35,11 @@ _NO_ROWS = QueryIDs(obs_joinids=[], var_joinids=[])
 
 
 def located(query: Query | Sequence[Query], layer_name: str | None) -> list[Located]:
-    """Return the rows and columns of one query or source, or of several, and where they are.
+    """Return the address, or the source, and the joinids of each query or source.
 
     Raises:
-        TypeError: If something is neither, or some are queries and others sources.
-        ValueError: If there is none, or there is no such layer.
+        TypeError: If an element is neither a query nor a source, or there are some of both.
+        ValueError: If there are none, or the layer does not exist.
     """
     queries = list(query) if _are_several(query) else [query]
     if not queries:
@@ -60,24 +60,26 @@ def located(query: Query | Sequence[Query], layer_name: str | None) -> list[Loca
     return [(source, source.query_ids) for source in sources]
 
 
-def part_of(where: XLocator | Source, ids: QueryIDs) -> Part:
-    """Return rows and columns as a part of a snapshot; what a layer has as it is comes from the layer."""
-    if isinstance(where, XLocator):
-        return SOMAPart(locator=where, ids=ids)
-    check_members(where)
-    return SourcePart(where, ids) if where.locator is None else SOMAPart(locator=where.locator, ids=ids)
+def segment_of(origin: XLocator | Source, ids: QueryIDs) -> Segment:
+    """Return rows and columns as a segment; if a source has a locator, rows are read from that layer."""
+    if isinstance(origin, XLocator):
+        return SOMASegment(locator=origin, ids=ids)
+    check_members(origin)
+    if origin.locator is not None:
+        return SOMASegment(locator=origin.locator, ids=ids)
+    return SourceSegment(origin, ids)
 
 
-def check_origin(path: Path, content: Content, where: XLocator | Source) -> None:
-    """Raise a ValueError that says what differs, unless a snapshot was made from one layer or source."""
+def check_origin(path: Path, content: Content, origin: XLocator | Source) -> None:
+    """Raise a ValueError that names the differences, unless a snapshot was made from this layer or source."""
     if len(content.sources) > 1:
         raise ValueError(
             f"snapshot={str(path)!r} must be made from one query to be read as part of one, but it "
             "holds several; leave the query out."
         )
     [made] = content.sources
-    part = part_of(where, _NO_ROWS)
-    asked = part.origin(layer_names=[part.layer_name], obsm_names=())
+    segment = segment_of(origin, _NO_ROWS)
+    asked = segment.origin(layer_names=[segment.layer_name], obsm_names=())
     if differences := made.differences(asked):
         what = "source that is given" if asked.is_source else "experiment that is queried"
         raise ValueError(
@@ -85,11 +87,11 @@ def check_origin(path: Path, content: Content, where: XLocator | Source) -> None
             "snapshot of this query at another path."
         )
     snapshot = f"a layer in the snapshot {str(path)!r}"
-    check_name("layer_name", part.layer_name, content.layer_names, of=snapshot)
-    warn_of_unknown(path, made, asked, arrays_of([part.layer_name]))
+    check_name("layer_name", segment.layer_name, content.layer_names, of=snapshot)
+    warn_of_unknown(path, made, asked, arrays_of([segment.layer_name]))
 
 
-# What is given, told apart by what it has -----------------------------------------------------------------
+# Queries and sources, which are distinguished by their members --------------------------------------------
 
 
 def _are_several(query: Query | Sequence[Query]) -> TypeGuard[Sequence[Query]]:
@@ -111,7 +113,7 @@ def _of_query(query: soma.ExperimentAxisQuery, layer_name: str | None) -> Locate
 
 
 def check_members(source: Source) -> None:
-    """Raise a TypeError if a source lacks a member of `Source`, as one that does not derive from it may."""
+    """Raise a TypeError if a source, which need not derive from `Source`, lacks one of its members."""
     if isinstance(source, type):
         raise TypeError(f"source={source.__name__} must be an object, not a class; make one of it.")
     if lacking := _lacking(source, _OF_SOURCES):

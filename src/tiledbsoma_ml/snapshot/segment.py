@@ -1,4 +1,4 @@
-"""`Part`: what a snapshot is made of. The seam between its files and where its rows come from."""
+"""The Protocol `Segment`: the seam between the builder of a snapshot and the sources of its rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tiledbsoma_ml._soma.obs import ascending
 from tiledbsoma_ml.snapshot.content import Origin
 
 PIECE_BYTES = 2**21
-"""Rows of a shard are sorted and written so much at a time, about, in memory that is used again."""
+"""Approximate size of a piece of a shard. Pieces are sorted and written one by one, in the same memory."""
 
 
 @attrs.frozen(kw_only=True)
 class StoredLayer:
-    """How a part stores a layer.
+    """The type and tiles of a layer of a segment.
 
     Attributes:
         dtype: Type of the values, little-endian.
-        row_tile: Neighbouring rows that are decoded together.
+        row_tile: Number of neighbouring rows that are decoded together.
     """
 
     dtype: np.dtype[Any]
@@ -35,7 +35,7 @@ class StoredLayer:
 
 @attrs.frozen(kw_only=True)
 class StoredArray:
-    """What an array of `obsm` is like: its type, little-endian, and the number of its columns."""
+    """The type of an array of `obsm`, little-endian, and its number of columns."""
 
     dtype: np.dtype[Any]
     n_cols: int
@@ -43,35 +43,36 @@ class StoredArray:
 
 @attrs.frozen(kw_only=True, eq=False)
 class ShardRows:
-    """The rows of a shard, which were read.
+    """The rows of a shard.
 
     Attributes:
-        nbytes: Memory that they take up; their values take up less.
-        pieces: The rows in order, taken once. The columns of a row come in any order. Values come in the type
-            of the layer, or in a narrower one that holds them exactly. A piece belongs to whoever takes it.
+        nbytes: Memory of the rows; their values need less.
+        pieces: The rows in order, which can be taken once. The columns of a row come in any order. Values
+            have the type of the layer, or a narrower one that holds them exactly. The caller may change a
+            piece.
     """
 
     nbytes: int
     pieces: Iterator[CSR_IO_Buffer]
 
 
-class Part(Protocol):
-    """Rows that follow each other in a snapshot: those of one query, or of one source.
+class Segment(Protocol):
+    """Consecutive rows of a snapshot, which come from one query or one source.
 
-    `obs` and `var` are called on one thread while the rows are read on another.
+    `obs` and `var` are called on one thread while another thread reads rows.
     """
 
     @property
     def ids(self) -> QueryIDs:
-        """Rows, ascending, none twice; and columns of `X`, in their order."""
+        """Joinids of the rows, which ascend and differ, and of the columns of `X`, in their order."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name of the segment in messages."""
 
     @property
     def layer_name(self) -> str:
-        """The layer that is read if none is named."""
+        """The layer that is read by default."""
 
     @property
     def is_remote(self) -> bool:
@@ -80,42 +81,42 @@ class Part(Protocol):
     def check(
         self, *, layer_names: Sequence[str], obs_column_names: Sequence[str], obsm_names: Sequence[str]
     ) -> None:
-        """Raise a ValueError or TypeError unless it has all of these; no row is read."""
+        """Raise a ValueError or TypeError unless these layers, columns and arrays exist; read no rows."""
 
     def origin(self, *, layer_names: Sequence[str], obsm_names: Sequence[str]) -> Origin:
-        """Return what the manifest says of where the rows come from."""
+        """Return the origin of the rows, as the manifest has it."""
 
     def layer(self, name: str, budget: Budget) -> StoredLayer:
-        """Return how a layer is stored."""
+        """Return the type and tiles of a layer."""
 
     def bytes_per_row(self, layer_name: str, budget: Budget) -> float:
-        """Return about how many bytes a row of a layer takes up, once it is read; a sample may be read."""
+        """Return the approximate size of a row of a layer in memory; this may read a sample."""
 
     def shards(
         self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
-        """Yield the rows of a layer from each start to each stop, as numbers of `ids`.
+        """Yield the rows of a layer for each shard.
 
         Args:
             layer_name: The layer.
-            borders: Start and stop of each shard; they ascend.
-            n_pieces: Number of pieces that the rows of a shard should come in, about.
-            budget: The memory that this may take.
+            borders: Start and stop of each shard, as row numbers of this segment; they ascend.
+            n_pieces: Approximate number of pieces of a shard.
+            budget: The memory that this may use.
         """
 
     def obs(self, column_names: Sequence[str]) -> pa.Table:
         """Return columns of `obs` of all rows."""
 
     def var(self) -> pa.Table:
-        """Return all columns of `var`, "soma_joinid" being one of them."""
+        """Return all columns of `var`, including "soma_joinid"."""
 
     def array(self, name: str) -> StoredArray:
-        """Return what an array of `obsm` is like."""
+        """Return the type of an array of `obsm`, and its number of columns."""
 
     def array_rows(self, name: str) -> Iterator[NDArrayNumber]:
-        """Yield an array of `obsm`, some rows at a time, as they follow each other."""
+        """Yield the rows of an array of `obsm`, in order, several rows at a time."""
 
 
 def in_ascending_order(ids: QueryIDs) -> QueryIDs:
-    """Return joinids with the rows in ascending order, none twice."""
+    """Return joinids whose rows ascend and differ."""
     return attrs.evolve(ids, obs_joinids=ascending(ids.obs_joinids))

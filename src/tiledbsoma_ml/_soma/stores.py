@@ -1,4 +1,4 @@
-"""Where rows wait: blocks of entries, in pages of memory or in stretches of a file."""
+"""`Pages` and `Extents`: stores of memory and of a file, in which the entries of a window wait."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _Ints: TypeAlias = NDArray[np.int32]
 PAGE_BYTES, SLAB_BYTES = 2**18, 2**25
 
 _ALIGNMENT = 8
-"""Arrays start at multiples of so many bytes."""
+"""Arrays start at multiples of this number of bytes."""
 
 
-class Block(NamedTuple):
-    """Runs of entries: the row and length of each run, then the entries of all, one run after the other."""
+class Runs(NamedTuple):
+    """Runs of entries: the row and the length of each run, and the entries of all runs, concatenated."""
 
     rows: _Ints
     lengths: _Ints
@@ -33,42 +33,42 @@ class Block(NamedTuple):
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self)
 
-    def cut(self, n_entries: int) -> tuple[Block, Block]:
-        """Return the first entries and the others; a run that is cut through becomes two."""
+    def cut(self, n_entries: int) -> tuple[Runs, Runs]:
+        """Return the first `n_entries` entries and the others; a run that is cut becomes two runs."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         run = int(np.searchsorted(ends, n_entries))
         n_before = n_entries - (int(ends[run]) - int(self.lengths[run]))
         first, rest = self.lengths[: run + 1].copy(), self.lengths[run:].copy()
         first[-1], rest[0] = n_before, rest[0] - n_before
         return (
-            Block(self.rows[: run + 1], first, self.cols[:n_entries], self.values[:n_entries]),
-            Block(self.rows[run:], rest, self.cols[n_entries:], self.values[n_entries:]),
+            Runs(self.rows[: run + 1], first, self.cols[:n_entries], self.values[:n_entries]),
+            Runs(self.rows[run:], rest, self.cols[n_entries:], self.values[n_entries:]),
         )
 
 
-class Part(Protocol):
-    """Blocks that wait: those of neighbouring rows. It is filled, then emptied once."""
+class RunQueue(Protocol):
+    """A queue of runs: those of the rows of one piece. It is filled, then emptied once."""
 
     nbytes: int
 
     @property
     def values_dtype(self) -> np.dtype[Any] | None: ...
 
-    def put(self, block: Block) -> None: ...
+    def put(self, runs: Runs) -> None: ...
 
-    def take(self) -> Iterator[Block]: ...
+    def take(self) -> Iterator[Runs]: ...
 
 
 class Pages:
-    """Memory in pieces of one size, used again and again.
+    """A store of pages of memory, all of one size, which are used again and again.
 
-    Memory that is new to a process is slow to write to at first, and memory that is freed in pieces of many
-    sizes is not all of use again. New pages are cut from slabs so large that NumPy asks for huge pages of the
-    operating system.
+    The first write to memory that is new to a process is slow, and memory that is freed in pieces of many
+    sizes cannot all be used again. New pages are cut from slabs that are large enough for NumPy to ask the
+    operating system for huge pages.
 
     Args:
         page_bytes: Size of a page.
-        slab_bytes: Size of a slab, a multiple of it.
+        slab_bytes: Size of a slab, a multiple of `page_bytes`.
 
     Attributes:
         page_bytes: Size of a page.
@@ -79,8 +79,8 @@ class Pages:
         self._free: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
-    def part(self) -> Part:
-        return _Paged(self)
+    def queue(self) -> RunQueue:
+        return _PagedQueue(self)
 
     def take(self) -> NDArray[np.uint8]:
         with self._lock:
@@ -95,60 +95,60 @@ class Pages:
             self._free.append(page)
 
 
-class _Paged:
-    """Blocks in pages, cut where a page is full."""
+class _PagedQueue:
+    """A queue of runs in pages; runs are cut where a page is full."""
 
     def __init__(self, pages: Pages) -> None:
         self.nbytes = 0
         self._pages = pages
-        self._filled: list[tuple[NDArray[np.uint8], list[Block]]] = []
+        self._filled: list[tuple[NDArray[np.uint8], list[Runs]]] = []
         self._n_free = 0
 
-    def put(self, block: Block) -> None:
-        self.nbytes += block.nbytes
-        while len(block.cols):
-            n_entries = (self._n_free - 16) // (block.cols.itemsize + block.values.itemsize)
-            if n_entries < min(len(block.cols), 256):
+    def put(self, runs: Runs) -> None:
+        self.nbytes += runs.nbytes
+        while len(runs.cols):
+            n_entries = (self._n_free - 16) // (runs.cols.itemsize + runs.values.itemsize)
+            if n_entries < min(len(runs.cols), 256):
                 self._filled.append((self._pages.take(), []))
                 self._n_free = self._pages.page_bytes
-            elif n_entries < len(block.cols):
-                piece, block = block.cut(n_entries)
-                self._put_whole(piece)
+            elif n_entries < len(runs.cols):
+                piece, runs = runs.cut(n_entries)
+                self._put_in_page(piece)
             else:
-                self._put_whole(block)
+                self._put_in_page(runs)
                 break
 
     @property
     def values_dtype(self) -> np.dtype[Any] | None:
         """The smallest type that holds all values; None without any."""
-        return _widest({block.values.dtype for _, blocks in self._filled for block in blocks})
+        return _widest({runs.values.dtype for _, stored in self._filled for runs in stored})
 
-    def take(self) -> Iterator[Block]:
-        for page, blocks in self._filled:
-            yield from blocks
+    def take(self) -> Iterator[Runs]:
+        for page, stored in self._filled:
+            yield from stored
             self._pages.give_back(page)
         self._filled = []
 
-    def _put_whole(self, block: Block) -> None:
-        page, blocks = self._filled[-1]
+    def _put_in_page(self, runs: Runs) -> None:
+        page, stored = self._filled[-1]
         kept = []
-        for array in (block.cols, block.values):
+        for array in (runs.cols, runs.values):
             start = self._pages.page_bytes - self._n_free
             kept.append(page[start : start + array.nbytes].view(array.dtype))
             kept[-1][:] = array
             self._n_free -= array.nbytes + -array.nbytes % _ALIGNMENT
-        blocks.append(Block(block.rows.copy(), block.lengths.copy(), *kept))
+        stored.append(Runs(runs.rows.copy(), runs.lengths.copy(), *kept))
 
 
 class Extents:
-    """Stretches of one size of a file, used again and again.
+    """A store of extents of a file, all of one size, which are used again and again.
 
-    The file is unlinked from the start: nothing is left behind, whatever happens. It is as large as the
-    stretches that were in use at one time, at most.
+    The file has no name in its folder, so it disappears with the process, whatever happens. Its size is that
+    of the largest number of extents that were in use at one time.
 
     Args:
         folder: The folder in which the file is made.
-        size: Bytes of a stretch.
+        size: Bytes of an extent.
     """
 
     def __init__(self, folder: Path, size: int = 2**20) -> None:
@@ -160,11 +160,11 @@ class Extents:
         self._end = 0
         self._lock = threading.Lock()
 
-    def part(self) -> Part:
-        return _Filed(self)
+    def queue(self) -> RunQueue:
+        return _FiledQueue(self)
 
     def take(self) -> int:
-        """Return where a stretch starts that is free."""
+        """Return the start of a free extent."""
         with self._lock:
             if self._free:
                 return self._free.pop()
@@ -176,7 +176,7 @@ class Extents:
             self._free.append(start)
 
     def write(self, data: memoryview, start: int) -> int:
-        """Write the first bytes of `data`; return how many these were."""
+        """Write the first bytes of `data`, and return the number of bytes that were written."""
         try:
             return os.pwrite(self._file.fileno(), data, start)
         except OSError as err:
@@ -187,15 +187,15 @@ class Extents:
             ) from err
 
     def read(self, into: memoryview, start: int) -> None:
-        """Read as many bytes as there is room for."""
+        """Fill `into` with the bytes of the file from `start` on."""
         while into:
             n_read = os.preadv(self._file.fileno(), [into], start)
             assert n_read
             into, start = into[n_read:], start + n_read
 
 
-class _Filed:
-    """Blocks put end to end in extents; the last ones wait in memory until it is worth writing them."""
+class _FiledQueue:
+    """A queue of runs, concatenated in extents; the last ones wait in memory until a write is worth it."""
 
     BUFFER = 2**16
 
@@ -208,10 +208,10 @@ class _Filed:
         self._waiting = bytearray()
         self._layout: list[tuple[int, int, np.dtype[Any], np.dtype[Any]]] = []
 
-    def put(self, block: Block) -> None:
-        self.nbytes += block.nbytes
-        self._layout.append((len(block.rows), len(block.cols), block.cols.dtype, block.values.dtype))
-        for array in block:
+    def put(self, runs: Runs) -> None:
+        self.nbytes += runs.nbytes
+        self._layout.append((len(runs.rows), len(runs.cols), runs.cols.dtype, runs.values.dtype))
+        for array in runs:
             self._waiting += array.data
             self._waiting += bytes(-array.nbytes % _ALIGNMENT)
         if len(self._waiting) >= self._is_worth_writing:
@@ -222,7 +222,7 @@ class _Filed:
         """The smallest type that holds all values; None without any."""
         return _widest({value_type for *_, value_type in self._layout})
 
-    def take(self) -> Iterator[Block]:
+    def take(self) -> Iterator[Runs]:
         content, start = self._content(), 0
 
         def next_array(n: int, dtype: Any) -> NDArray[Any]:
@@ -233,7 +233,7 @@ class _Filed:
 
         for n_runs, n, col_type, value_type in self._layout:
             rows, lengths = next_array(n_runs, np.int32), next_array(n_runs, np.int32)
-            yield Block(rows, lengths, next_array(n, col_type), next_array(n, value_type))
+            yield Runs(rows, lengths, next_array(n, col_type), next_array(n, value_type))
         self._layout = []
 
     def _write(self) -> None:
@@ -248,7 +248,7 @@ class _Filed:
         self._waiting = bytearray()
 
     def _content(self) -> NDArray[np.uint8]:
-        """Return all bytes, and give the extents back."""
+        """Return all bytes, and give back the extents."""
         size, n_written = self._extents.size, len(self._starts) * self._extents.size - self._n_free
         content = np.empty(n_written + len(self._waiting), dtype=np.uint8)
         for k, start in enumerate(self._starts):
@@ -260,5 +260,5 @@ class _Filed:
 
 
 def _widest(dtypes: set[np.dtype[Any]]) -> np.dtype[Any] | None:
-    """Return the type that holds the values of all: one that was not narrowed, else the largest."""
+    """Return the type that holds the values of all types: one that was not narrowed, else the largest."""
     return max(dtypes, key=lambda dtype: (dtype.kind != "u", dtype.itemsize), default=None)

@@ -25,7 +25,7 @@ from layer_tables import (
     rows_of_counts,
     store_in,
 )
-from tiledbsoma_ml._soma.blocks import Extents, Pages
+from tiledbsoma_ml._soma.stores import Extents, Pages
 from tiledbsoma_ml._soma.window import Window
 
 # Pages ----------------------------------------------------------------------------------------------------
@@ -91,14 +91,14 @@ def test_a_page_is_never_handed_to_two_threads_at_once() -> None:
 
 def test_a_window_gives_its_pages_back_part_by_part_and_the_next_one_uses_them() -> None:
     pages = CountedPages()
-    parts = iter(random_layer(0).filled(n_parts=6, store=pages))
+    parts = iter(random_layer(0).filled(n_pieces=6, store=pages))
     n_out = [len(pages.out)] + [len(pages.out) for _ in parts]
     assert n_out == sorted(n_out, reverse=True)
     assert len(set(n_out)) == len(n_out)
     assert n_out[-1] == 0
     n_pages = len(pages.times_taken)
     for seed in (0, 0):
-        assert list(random_layer(seed).filled(n_parts=6, store=pages))
+        assert list(random_layer(seed).filled(n_pieces=6, store=pages))
     assert len(pages.times_taken) <= -(-n_pages // 4) * 4  # a slab is of four
     assert max(pages.times_taken.values()) > 1
 
@@ -106,7 +106,7 @@ def test_a_window_gives_its_pages_back_part_by_part_and_the_next_one_uses_them()
 def test_a_window_that_is_filled_while_another_is_given_out_leaves_its_rows_alone() -> None:
     first, other = random_layer(1), random_layer(2)
     pages = CountedPages()
-    parts, later = iter(first.filled(n_parts=5, store=pages)), other.window(n_parts=5, store=pages)
+    parts, later = iter(first.filled(n_pieces=5, store=pages)), other.window(n_pieces=5, store=pages)
     given_out = []
     for table in other.tables:
         given_out.append(next(parts))
@@ -149,7 +149,7 @@ def test_no_file_has_a_name_at_any_moment(tmp_path: Path) -> None:
     with mock.patch.multiple(
         Extents, __init__=spied(Extents.__init__), write=spied(Extents.write), read=spied(Extents.read)
     ):
-        for part in layer.filled(n_parts=4, store=store_in(tmp_path)):
+        for part in layer.filled(n_pieces=4, store=store_in(tmp_path)):
             assert len(part)
             seen.append(list(tmp_path.iterdir()))
     assert len(seen) > 20
@@ -163,7 +163,7 @@ def test_windows_of_many_parts_need_one_file_however_few_may_be_open(tmp_path: P
     store = Extents(tmp_path, 2**12)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, hard))
     try:
-        windows = [layer.filled(n_parts=200, store=store) for layer in layers]
+        windows = [layer.filled(n_pieces=200, store=store) for layer in layers]
         assert len(open_files(tmp_path)) == 1
         for layer, window in zip(layers, windows, strict=True):
             assert_same_bits(put_together(list(window)), layer.dense())
@@ -173,16 +173,16 @@ def test_windows_of_many_parts_need_one_file_however_few_may_be_open(tmp_path: P
 
 @needs_proc
 def test_the_space_of_a_part_is_used_again_once_it_was_taken(tmp_path: Path) -> None:
-    n_parts, layers = 5, [random_layer(seed) for seed in range(4)]
+    n_pieces, layers = 5, [random_layer(seed) for seed in range(4)]
     store = Extents(tmp_path, 2**12)
-    windows = [layer.filled(n_parts=n_parts, store=store) for layer in layers[:2]]
+    windows = [layer.filled(n_pieces=n_pieces, store=store) for layer in layers[:2]]
     [at_first] = open_files(tmp_path)
     n_bytes = sum(window.nbytes for window in windows)
-    assert n_bytes - 2 * n_parts * 2**11 < at_first < n_bytes + 2 * n_parts * 2**12
+    assert n_bytes - 2 * n_pieces * 2**11 < at_first < n_bytes + 2 * n_pieces * 2**12
     for number, layer in enumerate(layers):
         assert_same_bits(put_together(list(windows[number])), layer.dense())
         if number + 2 < len(layers):
-            windows.append(layers[number + 2].filled(n_parts=n_parts, store=store))
+            windows.append(layers[number + 2].filled(n_pieces=n_pieces, store=store))
     [at_last] = open_files(tmp_path)
     assert at_last < at_first + n_bytes / 10  # windows differ a little
 
@@ -191,7 +191,7 @@ def test_a_disk_that_becomes_full_is_told_with_its_folder(tmp_path: Path) -> Non
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     rule = f"window_dir='{tmp_path}' must take .*, but: No space left on device; choose another folder, or"
     with mock.patch.object(os, "pwrite", full), pytest.raises(OSError, match=rule) as raised:
-        random_layer(5).filled(n_parts=3, store=store_in(tmp_path))
+        random_layer(5).filled(n_pieces=3, store=store_in(tmp_path))
     assert raised.value.errno == errno.ENOSPC
 
 
@@ -201,7 +201,7 @@ def test_an_operating_system_that_writes_and_reads_less_than_asked_for_is_asked_
         mock.patch.object(os, "pwrite", lambda file, data, start: pwrite(file, data[:999], start)),
         mock.patch.object(os, "preadv", lambda file, into, start: preadv(file, [into[0][:777]], start)),
     ):
-        window = layer.filled(n_parts=3, store=store_in(tmp_path))
+        window = layer.filled(n_pieces=3, store=store_in(tmp_path))
         assert_same_bits(put_together(list(window)), layer.dense())
 
 
@@ -210,7 +210,7 @@ def test_an_operating_system_that_writes_and_reads_less_than_asked_for_is_asked_
 def test_files_of_a_window_that_is_not_used_up_are_closed_with_it(tmp_path: Path, n_taken: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # the next test is about those
-        leave_early(random_layer(6).filled(n_parts=5, store=store_in(tmp_path)), n_taken)
+        leave_early(random_layer(6).filled(n_pieces=5, store=store_in(tmp_path)), n_taken)
     assert open_files(tmp_path) == []
 
 
@@ -218,7 +218,7 @@ def test_files_of_a_window_that_is_not_used_up_are_closed_with_it(tmp_path: Path
 def test_nothing_complains_about_a_window_that_is_not_used_up(tmp_path: Path, n_taken: int) -> None:
     with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always", ResourceWarning)
-        leave_early(random_layer(6).filled(n_parts=5, store=store_in(tmp_path)), n_taken)
+        leave_early(random_layer(6).filled(n_pieces=5, store=store_in(tmp_path)), n_taken)
     assert [str(warning.message) for warning in complaints] == []
 
 

@@ -1,4 +1,4 @@
-"""`SourcePart`: rows of any `Source`, for a snapshot; what a source gives is checked before it is kept."""
+"""`SourceSegment`: the rows of any `Source`, as a segment of a snapshot, with checks of these rows."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ import pandas as pd
 import pyarrow as pa
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
+from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_distinct
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.obs import in_one_piece
-from tiledbsoma_ml._soma.reader import check_obs_column_names
 from tiledbsoma_ml._source import Fields, Reader, Source
 from tiledbsoma_ml.snapshot.content import SOURCE, Origin
 from tiledbsoma_ml.snapshot.files import digest
-from tiledbsoma_ml.snapshot.part import ShardRows, StoredArray, StoredLayer, in_ascending_order
-from tiledbsoma_ml.snapshot.shards import narrowed
+from tiledbsoma_ml.snapshot.segment import ShardRows, StoredArray, StoredLayer, in_ascending_order
+from tiledbsoma_ml.snapshot.shards import narrowest_dtype
 
 LAYER_NAME = "X"
-"""What a snapshot calls the one layer of a source."""
+"""Name of the one layer of a source in a snapshot."""
 
 _JOINIDS_ONLY = Fields(obs_column_names=("soma_joinid",))
 
 
-class SourcePart:
-    """Rows of a source.
+class SourceSegment:
+    """A segment with the rows of a source.
 
     Args:
         source: The source.
-        ids: Rows, which are made to ascend, and columns.
+        ids: Joinids of the rows, which are sorted, and of the columns.
     """
 
     layer_name = LAYER_NAME
@@ -45,18 +44,18 @@ class SourcePart:
         self.ids = in_ascending_order(ids)
         self._source = source
         self._stored: StoredLayer | None = None
-        # `obs` is asked for on one thread while rows are read on another, and many files bear no two threads.
+        # One thread asks for `obs` while another reads rows, but many files allow only one thread at a time.
         self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
-        """A text that names the kind of source."""
+        """Name of the class of the source, with a prefix."""
         return f"{SOURCE}{type(self._source).__name__}"
 
     def check(
         self, *, layer_names: Sequence[str], obs_column_names: Sequence[str], obsm_names: Sequence[str]
     ) -> None:
-        """Raise a ValueError or TypeError unless the source has these columns, and no more is asked for."""
+        """Raise a ValueError or TypeError unless the columns exist, and no layers or `obsm` are asked for."""
         if tuple(layer_names) != (LAYER_NAME,):
             raise ValueError(
                 f"layers={[name for name in layer_names if name != LAYER_NAME]} must be left out, because a "
@@ -67,15 +66,15 @@ class SourcePart:
                 f"obsm={list(obsm_names)} must be left out, because a Source has no arrays of obsm; leave it "
                 "out."
             )
-        check_obs_column_names(obs_column_names, dict.fromkeys(obs_column_names))
+        check_distinct("obs_column_names", obs_column_names)
         with self._lock:
             self._source.check(self.ids, Fields(obs_column_names=obs_column_names))
 
     def origin(self, *, layer_names: Sequence[str], obsm_names: Sequence[str]) -> Origin:
-        """Return the kind of the source, and its content.
+        """Return the class of the source, and its content, as the origin.
 
         Raises:
-            TypeError: If the content is no texts by name.
+            TypeError: If the content is not text by name.
         """
         content = dict(self._source.content)
         if wrong := [item for pair in content.items() for item in pair if not isinstance(item, str)]:
@@ -95,7 +94,7 @@ class SourcePart:
     # X ----------------------------------------------------------------------------------------------------
 
     def layer(self, name: str, budget: Budget) -> StoredLayer:
-        """Return how `X` is stored; one row is read to see its type."""
+        """Return the type and tiles of `X`; one row is read for this."""
         if self._stored is None:
             first = self.ids.obs_joinids[:1]
             with self._lock:
@@ -108,14 +107,14 @@ class SourcePart:
         return self._stored
 
     def bytes_per_row(self, layer_name: str, budget: Budget) -> float:
-        """Return what the source says a row takes up."""
+        """Return the size of a row in memory, from the layout of the source."""
         with self._lock:
             return max(1.0, float(self._source.layout(self.ids, budget).bytes_per_row))
 
     def shards(
         self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
-        """Yield the rows from each start to each stop, in the pieces in which the source gives them."""
+        """Yield the rows of each shard, in the pieces of the source."""
         dtype = self.layer(layer_name, budget).dtype
         with self._lock:
             opened = self._open(budget)
@@ -130,10 +129,10 @@ class SourcePart:
     def _pieces(
         self, reader: Reader, joinids: NDArrayJoinId, dtype: np.dtype[Any]
     ) -> Iterator[CSR_IO_Buffer]:
-        """Yield rows as copies, sorted and narrowed.
+        """Yield copies of the pieces of rows, sorted by column, with values in their narrowest type.
 
         Raises:
-            ValueError: If the source gives other rows, or values and columns that there cannot be.
+            ValueError: If the source gives other rows, or columns or values that are not possible.
         """
         with self._lock:
             found, start = iter(reader.read(joinids)), 0
@@ -150,7 +149,7 @@ class SourcePart:
     def _checked(
         self, rows: Rows[CSR_IO_Buffer], asked: NDArrayJoinId, dtype: np.dtype[Any]
     ) -> CSR_IO_Buffer:
-        """Return a copy of `X` of rows, sorted and narrowed, having checked all of it."""
+        """Check a piece, and return a copy of its `X`, sorted, with values in their narrowest type."""
         from tiledbsoma_ml._kernels import snapshot as kernels
 
         X, n_vars = rows.X, len(self.ids.var_joinids)
@@ -168,7 +167,7 @@ class SourcePart:
         wrong = kernels.first_bad_row(copied.indptr, copied.indices, n_vars)
         if wrong >= 0:
             raise self._broken("each column of a row once", f"gives one twice in row {asked[wrong]}")
-        copied.data = values.astype(narrowed(values), copy=False)
+        copied.data = values.astype(narrowest_dtype(values), copy=False)
         return copied
 
     def _broken(self, rule: str, but: str) -> ValueError:
@@ -219,23 +218,23 @@ class SourcePart:
     # Arrays of obsm ---------------------------------------------------------------------------------------
 
     def array(self, name: str) -> StoredArray:
-        """Refuse: a source has none."""
+        """Raise a NotImplementedError, because a source has no arrays of `obsm`."""
         raise NotImplementedError(f"obsm={name!r} of a Source")
 
     def array_rows(self, name: str) -> Iterator[NDArrayNumber]:
-        """Refuse: a source has none."""
+        """Raise a NotImplementedError, because a source has no arrays of `obsm`."""
         raise NotImplementedError(f"obsm={name!r} of a Source")
 
 
 def _taken(pieces: list[CSR_IO_Buffer]) -> Iterator[CSR_IO_Buffer]:
-    """Yield pieces, none of which is held any longer then."""
+    """Yield pieces, and drop each from the list, so that its memory is free when the caller drops it."""
     pieces.reverse()
     while pieces:
         yield pieces.pop()
 
 
 def _to_arrow(column: pd.Series[Any]) -> pa.Array:
-    """Return a column as Arrow has it; NaN of a column of numbers stays NaN, and is not a missing value."""
+    """Return a column as an Arrow array; NaN in a column of numbers is a number, not a missing value."""
     if isinstance(column.dtype, np.dtype) and column.dtype.kind == "f":
         return pa.array(column.to_numpy(), from_pandas=False)
     found = pa.array(column, from_pandas=True)
