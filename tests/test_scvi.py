@@ -20,6 +20,7 @@ from scipy import sparse
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import SCVIDataModule
 from tiledbsoma_ml._ingest import experiment as _experiment
+from tiledbsoma_ml._scvi.genes import Genes
 from tiledbsoma_ml.scvi import write_obsm
 
 OBS = make_obs(np.arange(N_OBS))
@@ -286,14 +287,14 @@ def test_inference_on_another_query_aligns_genes_and_codes(
     assert (found == OBS["cell_type"].iloc[[4, 7, 8]]).all()
 
 
-def test_sparse_inference_widens_missing_genes_as_dense_does(
-    counts: Store, make_store: Callable[..., Store]
-) -> None:
-    datamodule = module(counts)
-    with make_store(dtype=np.int32, n_vars=6).query() as query, pytest.warns(UserWarning, match="17 of"):
-        loader = datamodule.inference_dataloader(query)
-    X = sparse.csr_matrix(expected_X(range(5), range(6)))
-    assert torch.equal(loader._genes.widened(X).to_dense(), loader._genes.widened(X.toarray()))
+def test_missing_genes_are_zero_in_sparse_rows_as_in_dense_ones() -> None:
+    ids = np.array(["a", "b", "c", "d"], dtype=object)
+    genes = Genes(ids=ids, var_joinids=np.arange(2), places=np.array([1, 3]))
+    X = expected_X(range(5), range(2))
+    for rows in (X, torch.from_numpy(X), sparse.csr_matrix(X), torch.from_numpy(X).to_sparse_csr()):
+        wide = genes.widened(rows).to_dense().numpy()
+        np.testing.assert_array_equal(wide[:, [1, 3]], X)
+        assert not wide[:, [0, 2]].any()
 
 
 def test_unseen_batches_follow_the_policy(counts: Store) -> None:
@@ -346,6 +347,8 @@ def test_the_query_to_embed_needs_no_labels(counts: Store, tmp_path: Path) -> No
         ({"batch_labels": ["old"]}, "column 'stage'.* 156 of 311 cells have 'young'"),
         ({"unlabeled_category": "x"}, "unlabeled_category='x' must come with label_column_name"),
         ({"train_size": 0.9999}, "train_size=0.9999 must leave at least one of 311 cells for validation"),
+        ({"train_size": 1.5}, "train_size=1.5 must be a share above 0, up to 1; try 0.9"),
+        ({"train_size": 0}, "train_size=0 must be a share above 0, up to 1; try 0.9"),
         ({"continuous_covariate_column_names": ["maybe_int"]}, "'maybe_int' has none in 63 of 311 cells"),
         ({"continuous_covariate_column_names": ["barcode"]}, "must hold numeric columns, but 'barcode' is"),
         ({"label_column_name": "stage", "unlabeled_category": "old", "obs": [1, 3]}, "all 2 cells are 'old'"),
@@ -358,11 +361,37 @@ def test_bad_input_is_told_in_one_sentence(counts: Store, options: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-def test_one_column_name_in_place_of_a_list_is_refused(counts: Store) -> None:
-    with pytest.raises(
-        TypeError, match=r"batch_column_names='stage' must be a list of names; try \['stage'\]"
-    ):
-        module(counts, batch_column_names="stage")
+@pytest.mark.parametrize(
+    "parameter",
+    ["batch_column_names", "categorical_covariate_column_names", "continuous_covariate_column_names"],
+)
+def test_one_column_name_in_place_of_a_list_is_refused(counts: Store, parameter: str) -> None:
+    with pytest.raises(TypeError, match=rf"{parameter}='stage' must be a list of names; try \['stage'\]"):
+        module(counts, **{parameter: "stage"})
+
+
+def test_a_seed_must_be_given_because_both_parts_and_all_ranks_share_it(counts: Store) -> None:
+    with pytest.raises(TypeError, match=r"seed=None must be an integer of at least 0"):
+        module(counts, seed=None)
+
+
+def test_a_setting_that_is_not_in_use_is_told_once_and_at_the_line_of_the_user(
+    counts: Store, tmp_path: Path
+) -> None:
+    options = {"mixing": 0.9, "shuffle_chunk_size": 8, "window_dir": tmp_path, "window_budget": 2**26}
+    with counts.query() as query, pytest.warns(UserWarning, match=" changes nothing here: ") as told:
+        datamodule = SCVIDataModule(query, train_size=0.8, snapshot=tmp_path / "s", **options)
+    assert [str(warning.message).partition("=")[0] for warning in told] == ["mixing", "window_dir"]
+    assert {warning.filename for warning in told} == {__file__}
+    datamodule.batch_size = 40  # says nothing: a warning is an error
+    assert "window_dir (not in use)" in datamodule._repr_html_()
+
+
+def test_what_auto_stands_for_is_that_of_the_whole_query_for_other_batch_sizes_too(counts: Store) -> None:
+    datamodule = module(counts, train_size=0.05)
+    whole = module(counts, batch_size=8).train_dataset.plan
+    datamodule.batch_size = 8
+    assert datamodule.train_dataset.plan == whole
 
 
 def test_missing_values_are_a_category_of_their_own_and_said_in_the_log(

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
-import numpy as np
 import pandas as pd
-import pyarrow as pa
 import tiledbsoma as soma
 import torch
-from numpy.typing import NDArray
-from scipy import sparse
 
-from tiledbsoma_ml._common import MiniBatch, NDArrayJoinId, check_count, check_name
-from tiledbsoma_ml._context import open_experiment
+from tiledbsoma_ml._common import MiniBatch, check_count
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
-from tiledbsoma_ml._dataset.options import OF_SHUFFLING
-from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml._scvi.cells import Batch, Cells, Fields, Genes, Known
+from tiledbsoma_ml._scvi.batches import Batches, dense
+from tiledbsoma_ml._scvi.cells import Batch, Roles
+from tiledbsoma_ml._scvi.facts import Facts
+from tiledbsoma_ml._scvi.inference import INFERENCE_BATCH_SIZE, InferenceDataLoader
 from tiledbsoma_ml._scvi.labels import Unseen
 from tiledbsoma_ml._scvi.models import (
     attach,
@@ -35,13 +27,15 @@ from tiledbsoma_ml._scvi.models import (
     n_batches_of,
     registry_of,
 )
-from tiledbsoma_ml._scvi.registry import fields_of, gene_ids_of, known_of, make_registry
+from tiledbsoma_ml._scvi.obsm import write_obsm
+from tiledbsoma_ml._scvi.parts import Parts
+from tiledbsoma_ml._scvi.registry import known_of
+from tiledbsoma_ml._scvi.selection import Scheme, Selection, batch_columns, check_list
 from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
-from tiledbsoma_ml.x_locator import XLocator
 
 try:
-    from tiledbsoma_ml._lightning import QueryDataModule
+    from tiledbsoma_ml._lightning import DATASET_DEFAULTS, QueryDataModule
 except ImportError as err:
     raise ImportError(
         "SCVIDataModule needs lightning and scvi-tools; run `pip install 'tiledbsoma-ml[scvi]'`."
@@ -49,27 +43,8 @@ except ImportError as err:
 
 __all__ = ["InferenceDataLoader", "SCVIDataModule", "load_query_model", "load_scvi_model", "write_obsm"]
 
-CENSUS_BATCH_COLUMNS = ("dataset_id", "assay", "suspension_type", "donor_id")
-"""What together is a batch in the CELLxGENE Census."""
 
-DATASET_DEFAULTS: Mapping[str, Any] = {
-    "shuffle_scope": "global",
-    "batch_size": 128,
-    "shuffle_chunk_size": "auto",
-    "io_batch_size": "auto",
-}
-"""Options of the `ExperimentDataset` that differ from its own defaults."""
-
-INFERENCE_BATCH_SIZE = 1024
-
-ROWS_TO_CHECK = 1024
-"""Rows whose values are looked at before it is believed that a layer holds counts."""
-
-ROWS_TO_CHECK_AT_ONCE = 128
-"""And how many of a mini-batch: to look at all of a large one takes longer than to make it."""
-
-
-class SCVIDataModule(QueryDataModule):
+class SCVIDataModule(Facts, QueryDataModule):
     """The cells of a query for `SCVI`, `SCANVI` and other models of scvi-tools that take a data module.
 
     ```python
@@ -82,37 +57,42 @@ class SCVIDataModule(QueryDataModule):
     embedding = datamodule.embed(model)
     ```
 
-    Everything scvi-tools asks for is there after construction: nothing needs `setup()`. While
-    `SCANVI` trains, batches are pairs of all cells and those with a label: others never reach the
-    classification loss.
+    After construction, the data module has everything that scvi-tools asks for; no call of `setup` is needed.
+    While `SCANVI` trains, batches are pairs: all cells, and the cells that have a label. Cells without a
+    label never reach the classification loss.
 
-    Cells with a missing value in a batch, label, covariate or sample column are the category "nan".
+    A cell with a missing value in a batch, label, covariate or sample column has the category "nan" there.
 
     Args:
         query: The cells and genes; its experiment must be open.
-        args: For `ExperimentDataset`, after the query.
-        batch_column_names: Columns of `obs` whose values together ("a//b") are the batch that is corrected
-            for. If None, those of the CELLxGENE Census if `obs` has them all, else all cells are one batch.
-        batch_labels: The batches, in the order of their codes, where another model has them already. If None,
-            those that occur, sorted as text.
-        dataloader_kwargs: For `experiment_dataloader`. Without workers, threads of this process read ahead.
-        train_size: Share of the cells to train on; the others are for validation.
-        seed: Seed of the split and of the order of cells.
+        args: Arguments of `ExperimentDataset` after the query, by position.
+        batch_column_names: Columns of `obs` whose values together ("a//b") are the batch that the model
+            corrects for. If None: the batch columns of the CELLxGENE Census, if `obs` has all of them, else
+            all cells are one batch.
+        batch_labels: The batches in the order of their codes, where another model has given them codes. If
+            None: the batches that occur, sorted as text.
+        dataloader_kwargs: Arguments of `experiment_dataloader`. Without workers, threads of this process read
+            ahead.
+        train_size: Share of the cells to train on; the other cells are for validation.
+        seed: Seed of the split and of the order of the cells. Every rank must have the same seed.
         label_column_name: Column of the cells' labels, for `SCANVI`.
         unlabeled_category: The label of cells that have none ("nan" for missing values).
         categorical_covariate_column_names: Further columns to correct for, each with its own categories.
         continuous_covariate_column_names: Numeric columns to correct for.
         sample_column_name: Column of the samples, for `MRVI`.
-        var_column_name: Column of `var` that names genes; if None, the first of "feature_id", "var_id",
-            "gene_id", "feature_name" and "gene_name" that there is.
-        reference: A trained model, its registry, or the folder where it was saved. Then columns, categories
-            with their codes, and genes are those of the model: genes that the query lacks are zero.
-        unseen: What to do about batches that are not among `batch_labels` or those of `reference`: "error",
-            "extend" to give them codes of their own (see `load_query_model`), or a mapping to known ones.
-        model_name: What the registry calls the model; scvi-tools' `load` refuses models of another name. With
-            None the registry names none, and every class loads.
-        kwargs: For `ExperimentDataset`: `layer_name`, `batch_size` (128), … and `snapshot`, the way to take
-            for more than one epoch.
+        var_column_name: Column of `var` that names genes. If None: the first of "feature_id", "var_id",
+            "gene_id", "feature_name" and "gene_name" that `var` has.
+        reference: A trained model, its registry, or the folder where it was saved. The columns, the
+            categories with their codes and the genes are those of the model then; genes that the query lacks
+            are zero.
+        unseen: The treatment of batches that are neither in `batch_labels` nor in `reference`: "error" to
+            refuse them, "extend" to give them codes of their own (see `load_query_model`), or a mapping to
+            known batches.
+        model_name: What the registry calls the model; the `load` of scvi-tools refuses models of another
+            name. If None, the registry names no model, and every class loads.
+        kwargs: Other arguments of `ExperimentDataset`: `layer_name`, `batch_size` (128), … and `snapshot`;
+            take one if you train for more than one epoch. `shuffle_chunk_size` and `io_batch_size` are "auto"
+            and `shuffle_scope` is "global" unless you set them.
 
     Raises:
         ValueError: If a column does not exist, or its values do not fit.
@@ -124,7 +104,7 @@ class SCVIDataModule(QueryDataModule):
         *args: Any,
         batch_column_names: Sequence[str] | None = None,
         batch_labels: Sequence[str] | None = None,
-        dataloader_kwargs: dict[str, Any] | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
         train_size: float = 1.0,
         seed: int = 42,
         label_column_name: str | None = None,
@@ -139,34 +119,24 @@ class SCVIDataModule(QueryDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        fields = Fields(
-            batch=_batch_columns(query, batch_column_names, reference),
+        roles = Roles(
+            batch=batch_columns(query, batch_column_names, reference),
             label=label_column_name,
             unlabeled=unlabeled_category,
-            categorical=tuple(categorical_covariate_column_names),
-            continuous=tuple(continuous_covariate_column_names),
+            categorical=check_list("categorical_covariate_column_names", categorical_covariate_column_names),
+            continuous=check_list("continuous_covariate_column_names", continuous_covariate_column_names),
             sample=sample_column_name,
         )
-        known, gene_ids = Known(batch=_check_batch_labels(batch_labels)), None
-        if reference is not None:
-            registry = registry_of(reference)
-            _check_only_reference(fields, batch_labels)
-            fields, known, gene_ids = fields_of(registry), known_of(registry), gene_ids_of(registry)
-        if fields.unlabeled is not None and fields.label is None:
-            raise ValueError(
-                f"unlabeled_category={fields.unlabeled!r} must come with label_column_name; name the column."
-            )
-        ids = _check_not_empty(QueryIDs.create(query))
-        self._fields, self._var_column_name, self._model_name = fields, var_column_name, model_name
-        self._genes = Genes.read(query, ids.var_joinids, var_column_name, gene_ids)
-        self._cells = Cells.read(query, ids.obs_joinids, fields, known, unseen=unseen)
-        self._obs_joinids = ids.obs_joinids
-        self._dataloader_kwargs = dataloader_kwargs or {}
-        self._train_size, self._seed = train_size, seed
-        self._options = self._read_options(query, args, kwargs, seed)
-        self._make_datasets()
-        self._n_rows_to_check = ROWS_TO_CHECK
-        self._waiting: Batch | None = None
+        self._scheme = Scheme.create(roles, batch_labels, reference, var_column_name)
+        seed = check_count("seed", seed, suggestion=42, minimum=0)
+        options = _dataset_options(query, args, kwargs) | {"seed": seed}
+        self._is_sparse_asked = "return_sparse_X" in options
+        self._selection = Selection.read(query, options.pop("layer_name", None), self._scheme, unseen=unseen)
+        where = {"x_locator": self._selection.locator, "query_ids": self._selection.ids}
+        self._parts = Parts.create(where | {"snapshot": options.pop("snapshot", None)}, options, train_size)
+        self._batches = Batches(self._selection)
+        self._dataloader_kwargs = dict(dataloader_kwargs or {})
+        self._model_name = model_name
 
     def __repr__(self) -> str:
         """Return what it holds, in a line; nothing is read for it, or written."""
@@ -184,110 +154,15 @@ class SCVIDataModule(QueryDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Cells per batch, on each rank. Once it is set, loaders that are made from then on have it."""
+        """Cells per batch, on each rank. A size that you set holds for the loaders that are made later."""
         return self.train_dataset.batch_size
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         if batch_size != self.batch_size:
-            epoch = self.train_dataset.iterations.upcoming_epoch
-            self._options["batch_size"] = batch_size
-            self._make_datasets()
-            self.train_dataset.set_epoch(epoch)
+            self._parts = self._parts.with_batch_size(batch_size)
 
-    # What scvi-tools reads --------------------------------------------------------------------------------
-
-    @property
-    def registry(self) -> dict[str, Any]:
-        """What a model knows of the data; the index of a category is its code."""
-        return make_registry(self._cells, self._fields, self._genes.ids, self._model_name)
-
-    @property
-    def n_obs(self) -> int:
-        """Number of cells."""
-        return len(self._obs_joinids)
-
-    @property
-    def n_vars(self) -> int:
-        """Number of genes."""
-        return len(self._genes.ids)
-
-    @property
-    def var_names(self) -> NDArray[np.object_]:
-        """Ids of the genes, in the order of the columns of `X`."""
-        return self._genes.ids
-
-    @property
-    def n_batch(self) -> int:
-        """Number of batches."""
-        return len(self._cells.batch.categories)
-
-    @property
-    def batch_labels(self) -> NDArray[np.object_]:
-        """The batches; the index of each is its code."""
-        return self._cells.batch.categories
-
-    @property
-    def n_labels(self) -> int:
-        """Number of labels, without the one of unlabelled cells."""
-        return len(self._cells.classes)
-
-    @property
-    def labels_(self) -> NDArray[np.object_]:
-        """The label of each cell, in the order of the query."""
-        labels = self._cells.labels
-        names: NDArray[np.object_] = labels.categories[labels.codes[self._cells.places(self._obs_joinids)]]
-        return names
-
-    @property
-    def label_keys(self) -> list[str] | None:
-        """The column of the labels, in a list."""
-        return None if self._fields.label is None else [self._fields.label]
-
-    @property
-    def unlabeled_category(self) -> str | None:
-        """The label of unlabelled cells."""
-        return self._fields.unlabeled
-
-    @property
-    def n_samples(self) -> int:
-        """Number of samples."""
-        return len(self._cells.sample.categories)
-
-    @property
-    def n_continuous_cov(self) -> int:
-        """Number of continuous covariates."""
-        return len(self._fields.continuous)
-
-    @property
-    def n_cats_per_cov(self) -> list[int] | None:
-        """Number of categories of each categorical covariate."""
-        return [len(labels.categories) for labels in self._cells.categorical] or None
-
-    @property
-    def train_idx(self) -> NDArray[np.int64]:
-        """Where the cells to train on are in the query."""
-        return self._places_of(self.train_dataset)
-
-    @property
-    def val_idx(self) -> NDArray[np.int64]:
-        """Where the cells for validation are in the query."""
-        return self._places_of(self.val_dataset)
-
-    @property
-    def test_idx(self) -> NDArray[np.int64]:
-        """Empty: no cells are set aside for a test."""
-        return self._places_of(None)
-
-    @property
-    def n_train(self) -> int:
-        """Number of cells to train on."""
-        return len(self.train_dataset.query_ids.obs_joinids)
-
-    @property
-    def n_val(self) -> int:
-        """Number of cells for validation."""
-        return 0 if self.val_dataset is None else len(self.val_dataset.query_ids.obs_joinids)
+    # Training ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
         """Begin a run; called by Lightning.
@@ -300,11 +175,12 @@ class SCVIDataModule(QueryDataModule):
         if self.trainer is None or stage != "fit":
             return
         if self.val_dataset is None:
-            check_monitors(self.trainer, self._train_size)
+            check_monitors(self.trainer)
         if self._trains_semi_supervised() and self.n_labels < 2:
+            label = self._scheme.roles.label
             raise ValueError(
-                f"label_column_name={self._fields.label!r} must have two labels or more for a model to tell "
-                f"apart, but has {self.n_labels}; choose another column, or train SCVI."
+                f"label_column_name={label!r} must have two labels or more for a model to tell apart, but "
+                f"has {self.n_labels}; choose another column, or train SCVI."
             )
         if (model := getattr(self.trainer, "_model", None)) is not None:
             attach(model, self)
@@ -318,32 +194,36 @@ class SCVIDataModule(QueryDataModule):
         return [] if self.val_dataset is None else self._handed(self._dataloader(self.val_dataset))
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Batch:
-        """Return a mini-batch as scvi-tools takes it; `X` is sparse still if the device makes it dense."""
-        X, obs = batch
-        self._check_counts(X)
-        places = self._cells.places(obs["soma_joinid"].to_numpy())
-        made = self._cells.batch_of(self._genes.widened(X), places)
-        if len(places) == 1 and self._is_training():
-            made = {key: _twice(value) for key, value in made.items()}
-            places = places.repeat(2)
-        if self._fields.unlabeled is not None and self._trains_semi_supervised():
-            made["labeled"] = torch.from_numpy(np.flatnonzero(self._cells.is_labeled(places)))
-        return made
+        """Return a mini-batch as scvi-tools takes it; `X` is still sparse if the device makes it dense."""
+        marks_labeled = self.unlabeled_category is not None and self._trains_semi_supervised()
+        return self._batches.make(batch, is_training=self._is_training(), marks_labeled=marks_labeled)
 
     def on_after_batch_transfer(
         self, batch: Batch, dataloader_idx: int
     ) -> Batch | tuple[Batch, Batch | None]:
-        """Return the batch with dense `X`; while `SCANVI` trains, a pair: all cells, and labelled ones.
-
-        It is always a pair, of None where there is nothing to classify: what scvi-tools does with a batch
-        alone depends on its keys, and on the version.
-        """
-        batch["X"] = _dense(batch["X"])
+        """Return the batch with dense `X`; while `SCANVI` trains, a pair: all cells, and labelled ones."""
+        batch["X"] = dense(batch["X"])
         if not self._trains_semi_supervised():
             return batch
-        if "labeled" not in batch:
-            return batch, batch
-        return batch, self._labeled(batch, batch.pop("labeled"))
+        return self._batches.pair(batch, is_training=self._is_training())
+
+    def _dataloader(self, dataset: ExperimentDataset) -> ExperimentDataLoader:
+        if not self._is_sparse_asked:
+            dataset.return_sparse_X = self._trains_on_gpu()
+        return experiment_dataloader(dataset, **self._dataloader_kwargs)
+
+    def _trains_on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+
+    def _trains_semi_supervised(self) -> bool:
+        if self.trainer is None:
+            return False
+        from scvi.train import SemiSupervisedTrainingPlan
+
+        return isinstance(self.trainer.lightning_module, SemiSupervisedTrainingPlan)
+
+    def _is_training(self) -> bool:
+        return self.trainer is not None and self.trainer.training
 
     # Embedding --------------------------------------------------------------------------------------------
 
@@ -353,43 +233,44 @@ class SCVIDataModule(QueryDataModule):
         batch_size: int = INFERENCE_BATCH_SIZE,
         *,
         unseen: Unseen = "error",
-        device: torch.device | str = "cpu",
+        device: str | torch.device = "cpu",
     ) -> InferenceDataLoader:
         """Return a loader of every cell once, in the order of the query, with its joinid.
 
-        Genes of another query are found by their ids; those it lacks are zero. Its labels may be missing.
+        Genes of another query are found by their ids; genes that it lacks are zero. Its labels may be
+        missing.
 
         Args:
-            query: The cells; those of this data module if None. Of any experiment that has the columns.
+            query: The cells, of any experiment that has the columns. If None: those of this data module.
             batch_size: Rows per batch.
-            unseen: What to do about batches of cells that the model does not know; see `SCVIDataModule`.
+            unseen: The treatment of batches that the model does not know; see `SCVIDataModule`.
             device: The device on which `X` is made dense.
 
         Raises:
             ValueError: If the query does not fit.
         """
         batch_size = check_count("batch_size", batch_size, suggestion=INFERENCE_BATCH_SIZE)
-        if query is None:
-            cells, genes, locator, ids = self._cells, self._genes, self._x_locator, self._ids
-            options = dict(self._inference_options)
-        else:
-            ids = _check_not_empty(QueryIDs.create(query))
-            known = known_of(self.registry)
-            cells = Cells.read(
-                query,
-                ids.obs_joinids,
-                self._fields,
-                known,
-                unseen=unseen,
-                is_inference=True,
+        selection, train = self._selection, self.train_dataset
+        where: dict[str, Any] = {"source": train.source, "query_ids": selection.ids}
+        if query is not None:
+            scheme = attrs.evolve(
+                self._scheme, known=known_of(self.registry), gene_ids=self._selection.genes.ids
             )
-            genes = Genes.read(query, ids.var_joinids, self._var_column_name, self._genes.ids)
-            locator = XLocator.create(query.experiment, query.measurement_name, self._layer_name)
-            ids = attrs.evolve(ids, var_joinids=genes.var_joinids)
-            options = {name: value for name, value in self._inference_options.items() if name != "snapshot"}
-        options |= {"batch_size": batch_size, "return_sparse_X": torch.device(device).type != "cpu"}
-        dataset = ExperimentDataset(x_locator=locator, query_ids=ids, ranks=(0, 1), **options)
-        return InferenceDataLoader(dataset, cells, genes, torch.device(device))
+            layer_name = selection.locator.layer_name
+            selection = Selection.read(query, layer_name, scheme, unseen=unseen, is_inference=True)
+            where = {"x_locator": selection.locator, "query_ids": selection.ids}
+        on_device = torch.device(device)
+        dataset = ExperimentDataset(
+            **where,
+            batch_size=batch_size,
+            io_batch_size="auto",
+            shuffle=False,
+            return_sparse_X=on_device.type != "cpu",
+            use_eager_fetch=train.use_eager_fetch,
+            memory_budget=train.memory_budget,
+            ranks=(0, 1),
+        )
+        return InferenceDataLoader(dataset, selection, on_device)
 
     def embed(
         self,
@@ -403,12 +284,13 @@ class SCVIDataModule(QueryDataModule):
         """Return the latent representation of every cell: rows in the order of the query, by joinid.
 
         Args:
-            model: Trained with this data module, or on other cells of the same genes and categories.
-            query: As for `inference_dataloader`, and so are `batch_size` and `unseen`.
-            batch_size: See there.
-            unseen: See there. Cells of new batches can be embedded without training where the encoder does
-                not look at the batch (the default of `SCVI` and `SCANVI`).
-            kwargs: For `model.get_latent_representation`.
+            model: A model that was trained with this data module, or on other cells of the same genes and
+                categories.
+            query: See `inference_dataloader`.
+            batch_size: Rows per batch.
+            unseen: See `inference_dataloader`. Cells of new batches can be embedded without training where
+                the encoder does not look at the batch, which is the default of `SCVI` and `SCANVI`.
+            kwargs: Arguments of `model.get_latent_representation`.
 
         Raises:
             ValueError: If the model does not know the genes or batches.
@@ -426,245 +308,11 @@ class SCVIDataModule(QueryDataModule):
         index = pd.Index(loader.soma_joinids, name="soma_joinid")
         return pd.DataFrame(latent, index=index, columns=[f"latent_{k}" for k in range(latent.shape[1])])
 
-    # Datasets ---------------------------------------------------------------------------------------------
 
-    def _read_options(
-        self, query: soma.ExperimentAxisQuery, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
-    ) -> dict[str, Any]:
-        """Return the options of the `ExperimentDataset`."""
-        given = inspect.signature(ExperimentDataset).bind(query, *args, **kwargs).arguments
-        own = {"obs_column_names": ["soma_joinid"]}
-        options: dict[str, Any] = {**DATASET_DEFAULTS, "seed": seed, **given, **own}
-        del options["query"]
-        self._is_sparse_asked = options.get("return_sparse_X")
-        self._x_locator = XLocator.create(
-            query.experiment, query.measurement_name, options.pop("layer_name", None)
-        )
-        self._layer_name = self._x_locator.layer_name
-        self._ids = attrs.evolve(QueryIDs.create(query), var_joinids=self._genes.var_joinids)
-        keep = ("snapshot", "memory_budget", "use_eager_fetch")
-        kept = {name: value for name, value in options.items() if name in keep}
-        self._inference_options = {**DATASET_DEFAULTS, "shuffle": False, **kept}
-        return options
-
-    def _make_datasets(self) -> None:
-        make = partial(ExperimentDataset, x_locator=self._x_locator, query_ids=self._ids)
-        in_order = {name: value for name, value in self._options.items() if name not in OF_SHUFFLING}
-        in_order["shuffle"] = False
-        self.train_dataset = make(**self._options)
-        self.val_dataset: ExperimentDataset | None = None
-        if self._train_size != 1:
-            shares = (self._train_size, 1 - self._train_size)
-            self.train_dataset, _ = self.train_dataset.random_split(*shares, seed=self._seed)
-            _, self.val_dataset = make(**in_order).random_split(*shares, seed=self._seed)
-            _check_parts(self._train_size, self.n_train, self.n_val)
-
-    def _places_of(self, dataset: ExperimentDataset | None) -> NDArray[np.int64]:
-        if dataset is None:
-            return np.empty(0, dtype=np.int64)
-        order = np.argsort(self._obs_joinids, kind="stable")
-        found = np.searchsorted(self._obs_joinids, dataset.query_ids.obs_joinids, sorter=order)
-        return order[found]
-
-    def _dataloader(self, dataset: ExperimentDataset) -> ExperimentDataLoader:
-        if self._is_sparse_asked is None:
-            dataset.return_sparse_X = self._trains_on_gpu()
-        return experiment_dataloader(dataset, **self._dataloader_kwargs)
-
-    # While training ---------------------------------------------------------------------------------------
-
-    def _trains_on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
-
-    def _trains_semi_supervised(self) -> bool:
-        if self.trainer is None:
-            return False
-        from scvi.train import SemiSupervisedTrainingPlan
-
-        return isinstance(self.trainer.lightning_module, SemiSupervisedTrainingPlan)
-
-    def _labeled(self, batch: Batch, rows: torch.Tensor) -> Batch | None:
-        """Return these rows, if any. In training a single one waits for the next: see `_twice`."""
-        labeled = {key: value[rows] for key, value in batch.items()}
-        if not self._is_training():
-            return labeled if len(rows) else None
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            labeled = {
-                key: torch.cat([waiting[key].to(value.device), value]) for key, value in labeled.items()
-            }
-        if len(labeled["labels"]) > 1:
-            return labeled
-        self._waiting = labeled if len(labeled["labels"]) else None
-        return None
-
-    def _is_training(self) -> bool:
-        return self.trainer is not None and self.trainer.training
-
-    def _check_counts(self, X: Any) -> None:
-        """Warn, once, if what comes first are no counts."""
-        if self._n_rows_to_check <= 0:
-            return
-        rows = X[:ROWS_TO_CHECK_AT_ONCE] if X.ndim == 2 else X[None]
-        values = rows.data if sparse.issparse(rows) else rows
-        values = _values(values) if isinstance(values, torch.Tensor) else torch.as_tensor(values)
-        self._n_rows_to_check -= rows.shape[0]
-        is_fractional = values.is_floating_point() and bool((values != values.floor()).any())
-        if is_fractional or bool((values < 0).any()):
-            self._n_rows_to_check = 0
-            warnings.warn(
-                f"layer_name={self._layer_name!r} has negative or fractional values, but scvi-tools "
-                "expects counts; choose the layer of raw counts.",
-                stacklevel=2,
-            )
-
-
-class InferenceDataLoader:
-    """Every cell of a query once, in its order, as batches for a model; made by `inference_dataloader`.
-
-    Batches have the keys that scvi-tools expects, and "soma_joinid" of shape (n, 1). It can be iterated
-    many times. Every rank of a distributed job gets all cells.
-
-    Attributes:
-        soma_joinids: Joinids of all cells, in the order in which they come.
-        batch_labels: The batches; the index of each is its code. Those that were not known come last.
-    """
-
-    def __init__(self, dataset: ExperimentDataset, cells: Cells, genes: Genes, device: torch.device) -> None:
-        self._dataset = dataset
-        self._cells = cells
-        self._genes = genes
-        self._device = device
-        self.soma_joinids: NDArrayJoinId = dataset.query_ids.obs_joinids
-        self.batch_labels: NDArray[np.object_] = cells.batch.categories
-
-    def __iter__(self) -> Iterator[Batch]:
-        for X, obs in self._dataset:
-            joinids = obs["soma_joinid"].to_numpy()
-            dense = _dense(self._genes.widened(X).to(self._device))
-            batch = self._cells.batch_of(dense, self._cells.places(joinids))
-            yield {**batch, "soma_joinid": torch.from_numpy(joinids).unsqueeze(1)}
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return math.ceil(len(self.soma_joinids) / self._dataset.batch_size)
-
-
-def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding: pd.DataFrame) -> None:
-    """Store an embedding in the `obsm` of a measurement, where queries and `to_anndata` find it.
-
-    It becomes a sparse array of float32, as `tiledbsoma.io` writes them, with the rows of `obs`. What is
-    there already is never overwritten.
-
-    Args:
-        experiment_uri: The experiment.
-        measurement_name: For instance "RNA".
-        name: For instance "X_scvi".
-        embedding: Indexed by `soma_joinid`, as `SCVIDataModule.embed` returns it; of all cells or some.
-
-    Raises:
-        ValueError: If the measurement does not exist, the name is taken, or rows are not rows of `obs`.
-    """
-    joinids, values = embedding.index.to_numpy(), embedding.to_numpy(dtype=np.float32)
-    with open_experiment(experiment_uri) as experiment:
-        n_obs = _check_obsm(experiment, measurement_name, name, embedding)
-    table = pa.table(
-        {
-            "soma_dim_0": np.repeat(joinids, values.shape[1]),
-            "soma_dim_1": np.tile(np.arange(values.shape[1]), len(values)),
-            "soma_data": values.ravel(),
-        }
-    )
-    with open_experiment(experiment_uri, "w") as experiment:
-        measurement = experiment.ms[measurement_name]
-        obsm = measurement["obsm"] if "obsm" in measurement else measurement.add_new_collection("obsm")
-        obsm.add_new_sparse_ndarray(name, type=pa.float32(), shape=(n_obs, values.shape[1])).write(table)
-
-
-def _batch_columns(
-    query: soma.ExperimentAxisQuery, names: Sequence[str] | None, reference: Any
-) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise TypeError(f"batch_column_names={names!r} must be a list of names; try [{names!r}].")
-    if names is not None or reference is not None:
-        return tuple(names or ())
-    is_census = set(CENSUS_BATCH_COLUMNS) <= set(query.experiment.obs.keys())
-    return CENSUS_BATCH_COLUMNS if is_census else ()
-
-
-def _check_batch_labels(labels: Sequence[str] | None) -> list[str] | None:
-    if labels is None:
-        return None
-    names = [str(label) for label in labels]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"batch_labels must name each batch once, but has {twice[0]!r} twice; name it once.")
-    return names
-
-
-def _check_only_reference(fields: Fields, batch_labels: Sequence[str] | None) -> None:
-    given = [name for name, columns in fields.by_parameter().items() if columns]
-    given += ["unlabeled_category"] if fields.unlabeled is not None else []
-    given += ["batch_labels"] if batch_labels is not None else []
-    if given:
-        raise ValueError(
-            f"{', '.join(given)} must be left out where reference is given: the model knows its columns."
-        )
-
-
-def _check_not_empty(ids: QueryIDs) -> QueryIDs:
-    for axis, joinids in (("cell", ids.obs_joinids), ("gene", ids.var_joinids)):
-        if not len(joinids):
-            raise ValueError(
-                f"the query must select at least one {axis}, but selects none; check its filters."
-            )
-    return ids
-
-
-def _check_parts(train_size: float, n_train: int, n_val: int) -> None:
-    for n, what in ((n_train, "to train on"), (n_val, "for validation")):
-        if not n:
-            raise ValueError(
-                f"train_size={train_size} must leave at least one of {n_train + n_val:,} cells {what}, but "
-                "leaves none; try 0.9, or train_size=1 for no validation."
-            )
-
-
-def _check_obsm(
-    experiment: soma.Experiment, measurement_name: str, name: str, embedding: pd.DataFrame
-) -> int:
-    """Return the number of rows that an array of `obsm` has."""
-    check_name(
-        "measurement_name", measurement_name, experiment.ms.keys(), of="a measurement of the experiment"
-    )
-    measurement = experiment.ms[measurement_name]
-    if "obsm" in measurement and name in measurement.obsm:
-        raise ValueError(
-            f"name={name!r} must be new, but obsm of measurement {measurement_name!r} has an array of that "
-            "name, which is never overwritten; choose another."
-        )
-    if embedding.index.name != "soma_joinid" or not embedding.index.is_unique:
-        raise ValueError(
-            f"embedding must be indexed by soma_joinid, each once, not by {embedding.index.name!r}; "
-            "give what SCVIDataModule.embed returned."
-        )
-    known = experiment.obs.read(column_names=["soma_joinid"]).concat()["soma_joinid"].to_numpy()
-    unknown = np.setdiff1d(embedding.index.to_numpy(), known)
-    if len(unknown):
-        raise ValueError(
-            f"embedding must hold rows of obs only, but {len(unknown):,} of its {len(embedding):,} are not, "
-            f"soma_joinid {unknown[0]} for instance; write it to the experiment that was embedded."
-        )
-    return int(known.max()) + 1
-
-
-def _dense(X: torch.Tensor) -> torch.Tensor:
-    return X if X.layout == torch.strided else X.to_dense()
-
-
-def _twice(value: torch.Tensor) -> torch.Tensor:
-    """Return a row twice: batch normalization cannot train on one, and two equal ones have the same loss."""
-    return _dense(value).repeat(2, 1)
-
-
-def _values(X: torch.Tensor) -> torch.Tensor:
-    return X if X.layout == torch.strided else X.values()
+def _dataset_options(
+    query: soma.ExperimentAxisQuery, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of the `ExperimentDataset`, `layer_name` and `snapshot` among them."""
+    given = inspect.signature(ExperimentDataset).bind(query, *args, **kwargs).arguments
+    del given["query"]
+    return {**DATASET_DEFAULTS, **given, "obs_column_names": ["soma_joinid"]}

@@ -155,7 +155,7 @@ def test_what_can_never_come_is_refused_before_the_first_batch(uri: str) -> None
     }
     model = make(SCVI, datamodule)
     for who, options in waiting.items():
-        message = f"{who}, but train_size=1.0 leaves no cells for validation; make"
+        message = f"{who}, but train_size=1 leaves no cells for validation; make"
         with pytest.raises(ValueError, match=message):
             trained(model, datamodule, **options)
     with pytest.raises(
@@ -525,6 +525,15 @@ def reconstruction(model: Any, datamodule: SCVIDataModule) -> np.ndarray:
             generated = model.module.generative(**model.module._get_generative_input(batch, inferred))
         shares.append(generated["px"].scale.numpy())
     return np.concatenate(shares)
+
+
+def test_what_is_neither_true_nor_false_is_refused_where_weights_are_frozen(
+    model_and_module: Any, uri: str
+) -> None:
+    model, _ = model_and_module
+    extended = module(uri, reference=model, unseen="extend")
+    with pytest.raises(TypeError, match="unfrozen='no' must be True or False"):
+        load_query_model(SCVI, model, extended, unfrozen="no")  # type: ignore[arg-type]
 
 
 def test_a_data_module_of_other_classes_is_no_query_of_a_model(uri: str) -> None:

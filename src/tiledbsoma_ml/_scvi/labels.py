@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import NDArrayJoinId, nearest_names
+from tiledbsoma_ml._common import NDArrayJoinId, nearest_names, warn
 from tiledbsoma_ml._soma.obs import ObsColumns
 
 MISSING = "nan"
@@ -164,10 +163,9 @@ def _column_labels(
             MISSING,
         )
     if len(values) > MANY_VALUES and pd.api.types.is_numeric_dtype(values.dtype):
-        warnings.warn(
+        warn(
             f"{parameter} has the numeric column {name!r} with {len(values):,} different values in "
             f"{len(codes):,} cells; each becomes a category of its own.",
-            stacklevel=2,
         )
     names = np.where(is_missing, MISSING, values.astype(str).to_numpy(dtype=object))
     place = np.zeros(len(first), dtype=np.int64)

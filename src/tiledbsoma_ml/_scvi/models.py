@@ -1,4 +1,4 @@
-"""Models of scvi-tools that were trained with a data module: loaded, and given room for new batches."""
+"""Models of scvi-tools that were trained with a data module: how they are loaded, and get new batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from tiledbsoma_ml._common import absolute_path
+from tiledbsoma_ml._common import absolute_path, check_bool
 
 MODEL_FILE = "model.pt"
 
 NO_COLUMN = ("_scvi_batch", "_scvi_labels")
-"""What a registry of scvi-tools names where cells in memory had no column of batches or labels."""
+"""Columns that a registry of scvi-tools names where cells in memory had no column of batches or labels."""
 
 
 def load_scvi_model(
@@ -27,16 +27,16 @@ def load_scvi_model(
 ) -> Any:
     """Return a model that `model.save(dir_path, datamodule=…)` has saved, exactly as it was.
 
-    scvi-tools' own `load` builds the network from a few numbers that were saved beside it. It goes wrong, or
+    The `load` of scvi-tools builds the network from a few numbers that were saved beside it. It fails, or
     silently builds another network, where the model has several categorical covariates or options of the
-    network (`encode_covariates`, `use_layer_norm`, …). Here it is built from the registry and the options
-    that it was built from at first, and needs no data module.
+    network (`encode_covariates`, `use_layer_norm`, …). This function builds the network from the registry and
+    the options that it was first built from. It needs no data module.
 
     Args:
         model_class: `SCVI`, `SCANVI` or another class that takes a registry.
-        dir_path: The folder in which it was saved.
-        device: The device to put it on.
-        prefix: The prefix that was given to `save`.
+        dir_path: The folder where the model was saved.
+        device: The device to put the model on.
+        prefix: The prefix that `save` was given.
 
     Raises:
         ValueError: If there is no such model.
@@ -67,45 +67,32 @@ def load_query_model(
 ) -> Any:
     """Return a copy of a trained model with room for the new batches of a data module, to be trained on it.
 
-    This is scArches (Lotfollahi et al. 2021): only what the new batches add is trained, unless `unfrozen`.
-    Until then, cells of the old batches have the latent space that they had.
+    This is scArches (Lotfollahi et al. 2021): training changes only the weights that new batches add, unless
+    `unfrozen`. Before it, cells of the old batches have the same latent space as in the trained model.
 
-    scvi-tools' own `load_query_data` adds no batches for a data module. For AnnData, where there are
-    covariates as well, it puts the weights of new batches behind those of the covariates.
+    The `load_query_data` of scvi-tools adds no batches for a data module. For an AnnData with covariates, it
+    puts the weights of new batches behind those of the covariates.
 
     Args:
         model_class: `SCVI` or `SCANVI`.
         reference: The trained model, or the folder where it was saved.
         datamodule: `SCVIDataModule(query, reference=reference, unseen="extend")`.
-        device: The device to put it on.
-        unfrozen: Whether to train all weights. The other options are those of `load_query_data`.
-        freeze_dropout: See there.
-        freeze_expression: See there.
-        freeze_decoder_first_layer: See there.
-        freeze_batchnorm_encoder: See there.
-        freeze_batchnorm_decoder: See there.
-        freeze_classifier: See there.
+        device: The device to put the copy on.
+        unfrozen: Whether to train all weights; the options below do not matter then.
+        freeze_dropout: Whether to train without dropout.
+        freeze_expression: Whether to keep what the first layers of encoders make of genes.
+        freeze_decoder_first_layer: Whether to keep what the first layer of the decoder makes of its input.
+        freeze_batchnorm_encoder: Whether to keep batch normalization in encoders.
+        freeze_batchnorm_decoder: Whether to keep batch normalization in the decoder.
+        freeze_classifier: Whether to keep the classifier of `SCANVI`.
 
     Raises:
-        ValueError: If the genes or the categories of the data module do not go on from those of the model.
+        ValueError: If the data module has other genes or categories than the model.
     """
-    from scvi.model.base._archesmixin import _set_params_online_update
-
-    saved = _saved_of(reference)
-    attributes = saved["attr_dict"]
-    check_fits(attributes["registry_"], datamodule.registry)
-    if datamodule.n_batch < n_batches_of(attributes["registry_"]):
-        raise ValueError(
-            f"the data module must know all batches of the model, but knows {datamodule.n_batch:,} only; "
-            "make it with SCVIDataModule(query, reference=model)."
-        )
-    model = _build(model_class, datamodule.registry, attributes, datamodule.labels_)
-    old = _build(model_class, attributes["registry_"], attributes, attributes.get("labels_"))
-    _load_weights(old, saved["model_state_dict"])
-    model.module.load_state_dict(_extended(old.module, model.module, old.summary_stats.n_batch))
+    model = _with_room(model_class, _saved_of(reference), datamodule)
     model.to_device(torch.device(device))
     model.module.eval()
-    _set_params_online_update(
+    _freeze(
         model.module,
         unfrozen=unfrozen,
         freeze_dropout=freeze_dropout,
@@ -152,10 +139,10 @@ def registry_of(reference: Any) -> Mapping[str, Any]:
 
 
 def attach(model: Any, datamodule: Any) -> None:
-    """Let a model that is trained with a data module be saved and embedded, whatever it was made of.
+    """Prepare a model that is trained with a data module to be saved and embedded, whatever it was made of.
 
-    `save` of scvi-tools needs the data module, and those who call it while a model is trained do not give it.
-    A model that was made without a registry gets that of the data module, as its constructor would have.
+    The `save` of scvi-tools needs the data module, and callbacks that call it in training do not pass it. A
+    model that was made without a registry gets that of the data module, as its constructor would have.
     """
     from scvi.data import AnnDataManager
 
@@ -166,15 +153,15 @@ def attach(model: Any, datamodule: Any) -> None:
         model._adata = model._adata_manager = None
 
 
-def check_monitors(trainer: Any, train_size: float) -> None:
-    """Raise a ValueError if something waits for a metric of validation, of which there is none."""
+def check_monitors(trainer: Any) -> None:
+    """Raise a ValueError if a callback or a scheduler waits for a metric of validation."""
     watched = [(type(each).__name__, getattr(each, "monitor", None)) for each in trainer.callbacks]
     if getattr(trainer.lightning_module, "reduce_lr_on_plateau", False):
         watched.append(("reduce_lr_on_plateau", trainer.lightning_module.lr_scheduler_metric))
     for name, metric in watched:
         if metric is not None and "validation" in metric:
             raise ValueError(
-                f"{name} waits for {metric!r}, but train_size={train_size} leaves no cells for validation; "
+                f"{name} waits for {metric!r}, but train_size=1 leaves no cells for validation; "
                 "make the data module with train_size=0.9."
             )
 
@@ -210,7 +197,7 @@ def _names(registry: Mapping[str, Any], what: str) -> list[str]:
 
 
 class _LabelsOnly:
-    """What a semi-supervised model asks of a data module when it is built."""
+    """The attributes of a data module that a semi-supervised model reads when it is built."""
 
     def __init__(self, registry: Mapping[str, Any], labels: Any) -> None:
         self.registry = registry
@@ -253,11 +240,34 @@ def _load_weights(model: Any, weights: Mapping[str, Any]) -> None:
 # Room for new batches -------------------------------------------------------------------------------------
 
 
+def _with_room(model_class: Any, saved: Mapping[str, Any], datamodule: Any) -> Any:
+    """Return a saved model with room for the batches of a data module."""
+    attributes = saved["attr_dict"]
+    check_fits(attributes["registry_"], datamodule.registry)
+    if datamodule.n_batch < n_batches_of(attributes["registry_"]):
+        raise ValueError(
+            f"the data module must know all batches of the model, but knows {datamodule.n_batch:,} only; "
+            "make it with SCVIDataModule(query, reference=model)."
+        )
+    model = _build(model_class, datamodule.registry, attributes, datamodule.labels_)
+    old = _build(model_class, attributes["registry_"], attributes, attributes.get("labels_"))
+    _load_weights(old, saved["model_state_dict"])
+    model.module.load_state_dict(_extended(old.module, model.module, old.summary_stats.n_batch))
+    return model
+
+
+def _freeze(module: Any, **options: bool) -> None:
+    """Keep all weights from being trained but those of new batches, as far as options say."""
+    from scvi.model.base._archesmixin import _set_params_online_update
+
+    _set_params_online_update(module, **{name: check_bool(name, value) for name, value in options.items()})
+
+
 def _extended(old: Any, new: Any, n_batch: int) -> dict[str, torch.Tensor]:
     """Return the weights of `old` in the shapes of `new`, which knows more batches.
 
-    Where categories are inputs of a layer, those of the batches come first and those of covariates behind
-    them, so that new columns belong in between. Everywhere else batches are the end of a dimension.
+    Where categories are inputs of a layer, batches come first and covariates after them, so new columns
+    belong in between. Everywhere else the batches are the end of a dimension.
     """
     from scvi.nn import FCLayers
 
@@ -271,13 +281,13 @@ def _extended(old: Any, new: Any, n_batch: int) -> dict[str, torch.Tensor]:
 
 
 def _padded(old: torch.Tensor, new: torch.Tensor, behind: int, n_batch: int) -> torch.Tensor:
-    """Return `old` in the shape of `new`, with what is new before the last `behind` places."""
+    """Return `old` in the shape of `new`; what is new stands before the last `behind` columns."""
     for dim, (have, want) in enumerate(zip(old.shape, new.shape, strict=True)):
         if have == want:
             continue
-        place = have - behind
-        added = new.narrow(dim, place, want - have).clone()
+        first = have - behind
+        added = new.narrow(dim, first, want - have).clone()
         if want - have > 1 and n_batch == 1:
             added.narrow(dim, 0, 1).zero_()  # the one batch had no column: its cells stay where they were
-        old = torch.cat([old.narrow(dim, 0, place), added, old.narrow(dim, place, behind)], dim)
+        old = torch.cat([old.narrow(dim, 0, first), added, old.narrow(dim, first, behind)], dim)
     return old

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._scvi.cells import Cells, Fields, Known
+from tiledbsoma_ml._scvi.cells import Cells, Known, Roles
 from tiledbsoma_ml._scvi.labels import Labels
 
 
 def make_registry(
-    cells: Cells, fields: Fields, gene_ids: NDArray[np.object_], model_name: str | None
+    cells: Cells, roles: Roles, gene_ids: NDArray[np.object_], model_name: str | None
 ) -> dict[str, Any]:
     """Return what scvi-tools' own data modules call their registry, for these cells and genes.
 
@@ -30,10 +30,10 @@ def make_registry(
         "setup_args": {
             "layer": None,
             "batch_key": "_scvi_batch",
-            "labels_key": fields.label,
+            "labels_key": roles.label,
             "size_factor_key": None,
-            "categorical_covariate_keys": list(fields.categorical) or None,
-            "continuous_covariate_keys": list(fields.continuous) or None,
+            "categorical_covariate_keys": list(roles.categorical) or None,
+            "continuous_covariate_keys": list(roles.continuous) or None,
         },
         "field_registries": {
             "X": {
@@ -42,17 +42,17 @@ def make_registry(
                 "summary_stats": {"n_vars": n_vars, "n_cells": n_obs},
             },
             "batch": _categorical("batch", "batch", cells.batch),
-            "labels": _labels(cells, fields),
+            "labels": _labels(cells, roles),
             "ind_x": _field("_indices"),
             "size_factor": {"data_registry": {}, "state_registry": {}, "summary_stats": {}},
             "sample": _sample(cells.sample),
             "extra_categorical_covs": _categorical_covariates(cells.categorical),
-            "extra_continuous_covs": _continuous_covariates(fields.continuous),
+            "extra_continuous_covs": _continuous_covariates(roles.continuous),
         },
     }
 
 
-def fields_of(registry: Mapping[str, Any]) -> Fields:
+def roles_of(registry: Mapping[str, Any]) -> Roles:
     """Return the columns that a registry was made of.
 
     Raises:
@@ -64,7 +64,7 @@ def fields_of(registry: Mapping[str, Any]) -> Fields:
             "reference must be a model that was trained with an SCVIDataModule, but its registry does not "
             "say which columns of obs it was made of; name these columns and batch_labels instead."
         )
-    return Fields(
+    return Roles(
         batch=tuple(state["batch"]["column_names"]),
         label=next(iter(state["labels"]["column_names"]), None),
         unlabeled=state["labels"]["unlabeled_category"],
@@ -109,9 +109,9 @@ def _categorical(name: str, original_key: str, labels: Labels) -> dict[str, Any]
     return _field(f"_scvi_{name}", state, **{f"n_{name}": len(labels.categories)})
 
 
-def _labels(cells: Cells, fields: Fields) -> dict[str, Any]:
+def _labels(cells: Cells, roles: Roles) -> dict[str, Any]:
     field = _categorical("labels", "label", cells.labels)
-    field["state_registry"]["unlabeled_category"] = fields.unlabeled
+    field["state_registry"]["unlabeled_category"] = roles.unlabeled
     return field
 
 
