@@ -71,5 +71,5 @@ class Parts:
 
 def check_train_size(train_size: object) -> None:
     """Raise a ValueError unless it is a share above 0."""
-    if not isinstance(train_size, Real) or not 0 < train_size <= 1:
+    if not isinstance(train_size, Real) or not 0 < float(train_size) <= 1:
         raise ValueError(f"train_size={train_size!r} must be a share above 0, up to 1; try 0.9.")
