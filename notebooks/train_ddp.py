@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, context, experiment_dataloader
 from tiledbsoma_ml.simulate import simulate_experiment
 
 PADDING = "is_padding"
@@ -56,17 +56,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cells", type=int, default=5000, help="cells of the simulated experiment")
     parser.add_argument("--label", default="cell_type", help="column of obs to learn")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="stop after so many, those of earlier runs included")
+    parser.add_argument("--steps", type=int, help="stop after so many steps, those of earlier runs included")
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a mini-batch, on each rank")
-    parser.add_argument("--workers", type=int, default=0, help="reading processes of each rank")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the order and the first weights")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes of each rank that read")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, order and first weights")
     parser.add_argument("--checkpoint", type=Path, help="file for the state of the run, to go on from")
     parser.add_argument("--every", type=int, default=100, help="steps between two checkpoints")
     return parser.parse_args()
 
 
 def join_the_others(stack: ExitStack) -> torch.device:
-    """Meet the other ranks, of which torchrun tells in the environment; return this one's device."""
+    """Meet the other ranks, which torchrun names in the environment; return the device of this rank."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
@@ -99,7 +99,8 @@ def simulate_once(stack: ExitStack, n_cells: int) -> str:
 def load(uri: str, options: argparse.Namespace) -> tuple[ExperimentDataset, ExperimentDataset, pd.Index[Any]]:
     """Return training cells, held-out cells and the classes there are; the same ones on every rank."""
     columns = {"obs_column_names": [options.label], "batch_size": options.batch_size, "seed": options.seed}
-    with soma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
+    experiment = soma.Experiment.open(uri, context=context())
+    with experiment, experiment.axis_query("RNA") as query:
         labels = query.obs(column_names=[options.label]).concat().to_pandas()[options.label]
         # Chunks of all cells are shuffled and then dealt: each rank sees other cells in every epoch.
         shuffled = ExperimentDataset(query, shuffle_scope="global", **columns)
@@ -131,7 +132,7 @@ class Run:
         self, train: ExperimentDataset, n_classes: int, device: torch.device, options: argparse.Namespace
     ) -> None:
         self._checkpoint, self._every = options.checkpoint, options.every
-        self.loader = experiment_dataloader(train, num_workers=options.workers)
+        self.loader = experiment_dataloader(train, num_workers=options.num_workers)
         torch.manual_seed(options.seed)  # the same first weights on every rank
         self.model = DistributedDataParallel(
             torch.nn.Linear(len(train.query_ids.var_joinids), n_classes).to(device)

@@ -271,7 +271,10 @@ def lacks_context(called: str, call: ast.Call) -> bool:
     return opens and not any("context(" in ast.unparse(argument) for argument in arguments)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+EXAMPLES = (Path(__file__).parents[1] / "notebooks").glob("*.py")
+
+
+@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *EXAMPLES]), ids=lambda path: path.stem)
 def test_no_module_opens_anything_of_soma_in_a_context_of_its_own(path: Path) -> None:
     allowed = {"soma.SOMATileDBContext"} if path.stem == "_context" else set()
     assert {called for called, call in calls_in(path) if lacks_context(called, call)} <= allowed

@@ -1,392 +1,348 @@
 from __future__ import annotations
 
+import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+import struct
+import tarfile
 from pathlib import Path
+from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import tiledbsoma as soma
 import torch
 from scipy import sparse
 
 from stores import make_cells
-from tiledbsoma_ml import ExperimentDataset, Snapshot
-from tiledbsoma_ml._cli import demo
-from tiledbsoma_ml._cli.demo import History, Task, build_simulated, ingest_h5ad, load_task, normalise
-from tiledbsoma_ml.simulate import simulate_cells
+from test_cli import run, run_process
+from tiledbsoma_ml._ingest.experiment import write_cells
+from tiledbsoma_ml.simulate import simulate_cells, simulate_experiment
 
-N_CELLS, N_GENES = 300, 60
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+SMALL = ["--cells", "600", "--genes", "100", "--epochs", "3", "--batch-size", "16"]
+
+
+def read_table(output: str) -> dict[str, float]:
+    """Return the numbers of the table at the end, percentages as shares."""
+    names = "cells|genes|mini-batches|rows/s|held-out accuracy|majority class"
+    rows = re.findall(rf"^  ({names}) +([\d,.]+)(%?)", output, flags=re.MULTILINE)
+    return {name: float(number.replace(",", "")) / (100 if percent else 1) for name, number, percent in rows}
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:])
+    return width, height
+
+
+def write_h5ad(path: Path, **obs: Any) -> Path:
+    counts = np.random.default_rng(0).poisson(3.0, (60, 8)).astype(np.float32)
+    counts[::2, :4] *= 4
+    columns = {name: pd.Categorical(list(values)) for name, values in obs.items()}
+    make_cells(sparse.csr_matrix(counts), obs=columns).write_h5ad(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build_simulated(tmp_path_factory.mktemp("demo"), N_CELLS, N_GENES, seed=0, say=print)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_of_torch() -> Iterator[None]:
-    """Threads that wait for each other on busy cores make small steps many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    path = str(tmp_path_factory.mktemp("cli") / "experiment")
+    simulate_experiment(path, n_cells=200, n_genes=50)
+    return path
 
 
 @pytest.fixture
-def lines() -> list[str]:
-    """What was said."""
-    return []
+def h5ad(tmp_path: Path) -> Path:
+    return write_h5ad(tmp_path / "cells.h5ad", label=["odd", "even"] * 30)
 
 
-@pytest.fixture
-def write_h5ad(tmp_path: Path) -> Callable[..., Path]:
-    """Write an h5ad file of 40 cells and 6 genes, changed by a function."""
-
-    def write(change: Callable[[anndata.AnnData], object] = lambda adata: None) -> Path:
-        counts = np.random.default_rng(0).poisson(2.0, (40, 6)).astype(np.float32)
-        obs = {"cell_type": pd.Categorical(["B", "T"] * 20), "batch": pd.Categorical(["x"] * 20 + ["y"] * 20)}
-        adata = make_cells(sparse.csr_matrix(counts), obs=obs, var={"feature_name": list("abcdef")})
-        change(adata)
-        adata.write_h5ad(tmp_path / "cells.h5ad")
-        return tmp_path / "cells.h5ad"
-
-    return write
+# What it does ---------------------------------------------------------------------------------------------
 
 
-def make_task(uri: str, **options: object) -> Task:
-    defaults: dict[str, object] = {
-        "name": "cells",
-        "measurement_name": None,
-        "layer_name": None,
-        "label": "cell_type",
-        "obs_filter": None,
-        "batch_size": 16,
-        "seed": 0,
-        "snapshot_dir": None,
-        "say": print,
-    }
-    return load_task(uri, **{**defaults, **options})  # type: ignore[arg-type]
+def test_the_demo_simulates_streams_learns_and_reports(tmp_path: Path) -> None:
+    code, output = run("demo", *SMALL, "--output-dir", tmp_path)
+    table = read_table(output)
+    assert code == 0
+    assert list(table) == ["cells", "genes", "mini-batches", "rows/s", "held-out accuracy", "majority class"]
+    assert (table["cells"], table["genes"], table["mini-batches"]) == (600, 100, 3 * 30)
+    assert table["rows/s"] > 0
+    assert table["held-out accuracy"] > table["majority class"]
+    assert "training on 480 cells, testing on 120" in output
+    assert f"loss curve: {tmp_path / 'loss.png'}" in output.splitlines()
+    assert size_of_png(tmp_path / "loss.png") == (1200, 825)
 
 
-def rows_of(part: ExperimentDataset) -> list[tuple[float, str]]:
-    """Return the counts of each cell, summed, and its type, sorted."""
-    return sorted(pair for X, obs in part for pair in zip(X.sum(axis=1), obs["cell_type"], strict=True))
+def test_output_that_is_no_terminal_has_a_line_per_epoch_and_no_control_codes(tmp_path: Path) -> None:
+    _, output = run("demo", *SMALL, "--output-dir", tmp_path)
+    assert re.findall(r"^epoch (\d)/3 ", output, flags=re.MULTILINE) == ["1", "2", "3"]
+    assert output.isprintable() or set(filter(lambda c: not c.isprintable(), output)) == {"\n"}
+    assert "━" not in output
 
 
-def read_back(uri: str) -> anndata.AnnData:
-    with soma.Experiment.open(uri) as experiment, experiment.axis_query("RNA") as query:
-        return query.to_anndata("raw")
-
-
-# Building experiments -------------------------------------------------------------------------------------
-
-
-def test_an_experiment_is_built_once(tmp_path: Path, lines: list[str]) -> None:
-    first = build_simulated(tmp_path, 20, 10, seed=0, say=lines.append)
-    made_at = Path(first).stat().st_mtime_ns
-    assert build_simulated(tmp_path, 20, 10, seed=0, say=lines.append) == first
-    assert Path(first).stat().st_mtime_ns == made_at
-    assert [line.partition(" ")[0] for line in lines] == ["building", "using"]
-
-
-def test_other_cells_get_another_experiment(tmp_path: Path) -> None:
-    sizes = [(20, 10, 0), (20, 10, 1), (20, 11, 0), (21, 10, 0)]
-    uris = {build_simulated(tmp_path, n, g, seed=seed, say=print) for n, g, seed in sizes}
-    assert len(uris) == len(sizes)
-
-
-def test_what_was_broken_off_leaves_nothing_and_is_built_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def break_off(uri: str, n_cells: int, n_genes: int, seed: int) -> None:
-        Path(uri).mkdir()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(demo, "simulate_experiment", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            build_simulated(tmp_path, 20, 10, seed=0, say=print)
-    assert list(tmp_path.iterdir()) == []
-    assert soma.Experiment.exists(build_simulated(tmp_path, 20, 10, seed=0, say=print))
-
-
-def test_a_folder_that_is_no_experiment_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    folder = Path(build_simulated(tmp_path / "elsewhere", 20, 10, seed=0, say=print)).name
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="exists and is not an experiment; choose another folder"):
-        build_simulated(tmp_path, 20, 10, seed=0, say=print)
-    assert (tmp_path / folder / "thesis.txt").read_text() == "precious"
-
-
-# h5ad files -----------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_written_with_its_obs_and_var(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_h5ad()
-    source = anndata.read_h5ad(path)
-    uri, label = ingest_h5ad(path, None, tmp_path, print)
-    written = read_back(uri)
-    assert label == "cell_type"
-    assert (written.X != source.X).nnz == 0
-    assert list(written.obs["cell_type"]) == list(source.obs["cell_type"])
-    assert list(written.obs["batch"]) == list(source.obs["batch"])
-    assert list(written.var["feature_name"]) == list(source.var["feature_name"])
-
-
-def test_a_changed_file_gets_a_new_experiment(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    before, _ = ingest_h5ad(write_h5ad(), None, tmp_path, print)
-    changed = write_h5ad(lambda adata: adata.obs.insert(0, "more", range(40)))
-    after, _ = ingest_h5ad(changed, None, tmp_path, print)
-    assert before != after
-    assert "more" in read_back(after).obs
-    assert "more" not in read_back(before).obs
-
-
-def as_dense(adata: anndata.AnnData) -> None:
-    adata.X = adata.X.toarray()
-
-
-def in_raw(adata: anndata.AnnData) -> None:
-    adata.raw = adata.copy()
-    adata.X = adata.X.log1p()
-
-
-def in_layer(adata: anndata.AnnData) -> None:
-    adata.layers["counts"] = adata.X.copy()
-    adata.X = adata.X.log1p()
-
-
-@pytest.mark.parametrize("change", [as_dense, in_raw, in_layer])
-def test_counts_are_found_where_files_keep_them(
-    change: Callable[[anndata.AnnData], None], write_h5ad: Callable[..., Path], tmp_path: Path
-) -> None:
-    counts = anndata.read_h5ad(write_h5ad()).X.toarray()
-    uri, _ = ingest_h5ad(write_h5ad(change), None, tmp_path, print)
-    np.testing.assert_array_equal(read_back(uri).X.toarray(), counts)
-
-
-def test_raw_counts_come_with_their_own_genes(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    def keep_few_genes(adata: anndata.AnnData) -> None:
-        adata.raw = adata.copy()
-        adata._inplace_subset_var(adata.var_names[:2])
-        adata.X = adata.X.log1p()
-
-    uri, _ = ingest_h5ad(write_h5ad(keep_few_genes), None, tmp_path, print)
-    assert list(read_back(uri).var["feature_name"]) == list("abcdef")
-
-
-def test_values_that_are_no_counts_are_taken_as_they_are_and_that_is_said(
-    write_h5ad: Callable[..., Path], tmp_path: Path, lines: list[str]
-) -> None:
-    path = write_h5ad(lambda adata: setattr(adata, "X", adata.X.log1p()))
-    uri, _ = ingest_h5ad(path, None, tmp_path, lines.append)
-    np.testing.assert_array_equal(read_back(uri).X.toarray(), anndata.read_h5ad(path).X.toarray())
-    assert any("no counts found" in line for line in lines)
-
-
-def test_scaled_values_are_refused(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_h5ad(lambda adata: setattr(adata, "X", adata.X.toarray() - 2))
-    with pytest.raises(ValueError, match=r"X of '.*cells.h5ad' must hold counts, or .* and holds -2;"):
-        ingest_h5ad(path, None, tmp_path, print)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["cells.h5ad"]
-
-
-@pytest.mark.filterwarnings("ignore:.*names are not unique:UserWarning:anndata")
-def test_awkward_obs_and_names_do_not_stop_the_demo(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    def make_awkward(adata: anndata.AnnData) -> None:
-        adata.obs["soma_joinid"] = range(40)
-        adata.obs["dose"] = pd.Categorical([0.5, 1.5] * 20)
-        adata.obs["donor"] = pd.array([1, None] * 20, dtype="Int64")
-        adata.obs["plain"] = ["a", "b", "c", "d"] * 10
-        adata.obs_names = ["same"] * 40
-        adata.var_names = ["gene"] * 6
-
-    uri, _ = ingest_h5ad(write_h5ad(make_awkward), "plain", tmp_path, print)
-    assert {"cell_type", "batch", "donor", "plain"} <= set(read_back(uri).obs)
-    assert len(make_task(uri, label="plain").classes) == 4
+def test_a_second_run_uses_the_same_experiment_and_repeats_the_first(tmp_path: Path) -> None:
+    outputs = [run("demo", *SMALL, "--output-dir", tmp_path)[1] for _ in range(2)]
+    assert "building the experiment" in outputs[0]
+    assert "using the experiment built before" in outputs[1]
+    accuracies = [re.findall(r"held-out accuracy ([\d.]+%)", output) for output in outputs]
+    assert accuracies[0] == accuracies[1]
 
 
 @pytest.mark.parametrize(
-    ("columns", "label"),
-    [
-        ({"cell_type": "BT", "label": "xy"}, "cell_type"),
-        ({"louvain": "01", "label": "xy", "batch": "pq"}, "label"),
-        ({"type": "BT"}, "type"),
-        ({"type": "BT", "organism": "hh"}, "type"),
-        ({"cell_type": "BB", "type": "BT"}, "type"),
-    ],
+    ("arguments", "n_snapshots"),
+    [((), 1), (("--stream",), 0), (("--epochs", 1), 0), (("--epochs", 1, "--snapshot"), 1)],
 )
-def test_the_label_is_the_most_telling_column(columns: dict[str, str], label: str) -> None:
-    obs = pd.DataFrame({name: pd.Categorical(list(values)) for name, values in columns.items()})
-    obs["n_counts"] = [1.5, 2.5]
-    assert demo._guess_label(obs, Path()) == label
-    assert demo._guess_label(obs.astype(dict.fromkeys(columns, str)), Path()) == label
-
-
-@pytest.mark.parametrize(
-    ("columns", "sentence"),
-    [
-        ({"sex": "mf", "batch": "pq"}, "must be named with --label; categorical are: 'sex', 'batch'"),
-        ({}, "obs of 'a.h5ad' must have a column of classes to learn, and has none; add one"),
-    ],
-)
-def test_without_one_telling_column_the_label_must_be_named(columns: dict[str, str], sentence: str) -> None:
-    obs = pd.DataFrame({name: pd.Categorical(list(values)) for name, values in columns.items()}, index=[0, 1])
-    with pytest.raises(ValueError, match=sentence):
-        demo._guess_label(obs, Path("a.h5ad"))
-
-
-@pytest.mark.parametrize("name", ["dose", "score", "soma_kind"])
-def test_a_label_that_holds_no_classes_is_refused(
-    name: str, write_h5ad: Callable[..., Path], tmp_path: Path
+def test_what_is_read_more_than_once_is_read_from_a_snapshot(
+    uri: str, tmp_path: Path, arguments: tuple[str, ...], n_snapshots: int
 ) -> None:
-    def add(adata: anndata.AnnData) -> None:
-        adata.obs["dose"] = pd.Categorical([0.5, 1.5] * 20)
-        adata.obs["score"] = np.arange(40) / 2
-        adata.obs["soma_kind"] = pd.Categorical(["a", "b"] * 20)
-
-    with pytest.raises(
-        ValueError, match=f"label='{name}' must hold classes: strings, whole numbers, or true"
-    ):
-        ingest_h5ad(write_h5ad(add), name, tmp_path, print)
+    code, output = run("demo", "--uri", uri, "--label", "cell_type", *arguments, "--output-dir", tmp_path)
+    assert code == 0
+    assert len(list(tmp_path.glob("experiment-*.snapshot"))) == n_snapshots
+    assert output.count("snapshot of the cells: ") == n_snapshots
 
 
-# The task -------------------------------------------------------------------------------------------------
+def test_an_h5ad_file_is_trained_on(h5ad: Path, tmp_path: Path) -> None:
+    code, output = run("demo", "--h5ad", h5ad, "--batch-size", 8, "--output-dir", tmp_path / "out")
+    table = read_table(output)
+    assert code == 0
+    assert "no --label was given: learning 'label'" in output
+    assert (table["cells"], table["genes"]) == (60, 8)
+    assert table["held-out accuracy"] > table["majority class"]
+    assert (tmp_path / "out" / "loss.png").exists()
 
 
-def test_every_labelled_cell_is_for_training_or_held_out(uri: str) -> None:
-    task = make_task(uri)
-    train, held_out = (set(part.query_ids.obs_joinids.tolist()) for part in (task.train, task.held_out))
-    assert train.isdisjoint(held_out)
-    assert train | held_out == set(range(N_CELLS))
-    assert (len(train), task.n_cells, task.n_genes) == (N_CELLS * 4 // 5, N_CELLS, N_GENES)
+def test_missing_labels_and_filtered_cells_are_left_out(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "x.h5ad", kind=["odd", "even", None] * 20, batch=["p"] * 30 + ["q"] * 30)
+    options = ["--label", "kind", "--obs-filter", "batch == 'p'", "--epochs", 1, "--output-dir", tmp_path]
+    code, output = run("demo", "--h5ad", path, "--layer-name", "X", *options)
+    assert code == 0
+    assert "10 of 30 cells have no kind and are left out" in output
+    assert read_table(output)["cells"] == 20
 
 
-def test_cells_in_a_snapshot_are_read_without_the_experiment(uri: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(uri, tmp_path / "cells.soma")
-    expected = make_task(uri)
-    task = make_task(str(copy), snapshot_dir=tmp_path)
-    shutil.rmtree(copy)
-    [snapshot] = tmp_path.glob("cells-*.snapshot")
-    assert Snapshot.open(snapshot).shape == (expected.n_cells, expected.n_genes)
-    for part, same in ((task.train, expected.train), (task.held_out, expected.held_out)):
-        assert rows_of(part) == rows_of(same)
+def test_an_experiment_is_trained_on_and_left_as_it_is(uri: str, tmp_path: Path) -> None:
+    before = sorted(Path(uri).rglob("*"))
+    options = ["--label", "donor_id", "--layer-name", "raw", "--measurement-name", "RNA", "--epochs", 1]
+    code, output = run("demo", "--uri", uri, *options, "--output-dir", tmp_path)
+    assert code == 0
+    assert read_table(output)["cells"] == 200
+    assert sorted(Path(uri).rglob("*")) == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_the_majority_accuracy_is_that_of_the_most_frequent_training_class(uri: str) -> None:
-    task = make_task(uri)
-    cell_type = simulate_cells(N_CELLS, N_GENES).obs["cell_type"].to_numpy()
-    majority = pd.Series(cell_type[task.train.query_ids.obs_joinids]).mode()[0]
-    expected = np.mean(cell_type[task.held_out.query_ids.obs_joinids] == majority)
-    assert task.majority_accuracy == pytest.approx(expected)
+def test_workers_read_the_same_cells(uri: str, tmp_path: Path) -> None:
+    options = ["--label", "cell_type", "--epochs", 1, "--num-workers", 1, "--output-dir", tmp_path]
+    code, output = run("demo", "--uri", uri, *options)
+    assert code == 0
+    assert read_table(output)["mini-batches"] == 2
 
 
-def test_codes_are_places_in_the_sorted_classes(uri: str) -> None:
-    task = make_task(uri, obs_filter="cell_type in ['platelet', 'naive B cell', 'plasma cell']")
-    assert list(task.classes) == ["naive B cell", "plasma cell", "platelet"]
-    for _, obs in task.train:
-        assert [task.classes[code] for code in task.codes(obs).tolist()] == list(obs["cell_type"])
-
-
-def test_cells_without_a_label_are_left_out(
-    write_h5ad: Callable[..., Path], tmp_path: Path, lines: list[str]
+def test_one_core_is_left_to_readers_while_training_and_given_back(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forget_some(adata: anndata.AnnData) -> None:
-        adata.obs["my label"] = pd.Categorical([None, "B", "T", "B"] * 10)
-
-    uri, label = ingest_h5ad(write_h5ad(forget_some), "my label", tmp_path, print)
-    task = make_task(uri, label=label, obs_filter="batch == 'x' or batch == 'y'", say=lines.append)
-    assert task.n_cells == 30
-    assert list(task.classes) == ["B", "T"]
-    assert lines == ["10 of 40 cells have no my label and are left out"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"label": "cel_type"}, "label='cel_type' must be a column of obs; did you mean 'cell_type'?"),
-        (
-            {"measurement_name": "ADT"},
-            "measurement_name='ADT' must be a measurement of the experiment; there are 'RNA'",
-        ),
-        (
-            {"layer_name": "rwa"},
-            "layer_name='rwa' must be an X layer of measurement 'RNA'; did you mean 'raw'?",
-        ),
-        ({"obs_filter": "cell_type = 'B'"}, "obs_filter=\"cell_type = 'B'\" must be a filter that SOMA"),
-        ({"obs_filter": "cel == 'B'"}, "Column cel does not exist"),
-        ({"obs_filter": "cell_type == 'x'"}, f"must select cells, and selects none of {N_CELLS}"),
-        ({"obs_filter": "soma_joinid < 9"}, "9 labelled cells are too few, 10 needed"),
-        ({"obs_filter": "cell_type == 'naive B cell'"}, "must have 2 or more classes, and has only 'naive B"),
-        ({"label": "obs_id"}, "must have classes of several cells, and has 300 values in 300 cells"),
-    ],
-)
-def test_a_task_with_nothing_to_learn_says_why(uri: str, options: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        make_task(uri, **options)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_label_of_decimal_numbers_is_refused(write_h5ad: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_h5ad(lambda adata: adata.obs.insert(0, "score", np.linspace(0, 1, 40)))
-    uri, _ = ingest_h5ad(path, "cell_type", tmp_path, print)
-    with pytest.raises(ValueError, match="label='score' must hold classes, not decimal numbers"):
-        make_task(uri, label="score")
-
-
-def test_a_place_without_an_experiment_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be a SOMA experiment, and cannot be opened as one"):
-        make_task(str(tmp_path / "nothing"))
-
-
-# Training -------------------------------------------------------------------------------------------------
-
-
-def train(task: Task, epochs: int = 3) -> History:
-    return demo.train_classifier(
-        task, epochs=epochs, workers=0, seed=0, on_batch=lambda _: None, on_epoch=lambda _: None
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "tiledbsoma_ml._cli.classifier._accuracy", lambda *_: float(seen.append(torch.get_num_threads()) or 0)
     )
+    before = torch.get_num_threads()
+    run("demo", "--uri", uri, "--label", "cell_type", "--epochs", 1, "--output-dir", tmp_path)
+    assert seen == [max(1, before - 1)]
+    assert torch.get_num_threads() == before
 
 
-def test_training_learns_and_counts_what_it_streamed(uri: str) -> None:
-    task = make_task(uri)
-    history = train(task, epochs=6)
-    n_train = len(task.train.query_ids.obs_joinids)
-    assert len(history.losses) == 6 * len(task.train) == 6 * 15
-    assert history.n_rows == 6 * n_train
-    assert history.rows_per_s == pytest.approx(history.n_rows / history.train_s)
-    assert np.mean(history.losses[-15:]) < np.mean(history.losses[:15])
-    assert len(history.accuracies) == 6
-    assert history.accuracies[-1] > task.majority_accuracy
+def test_names_with_brackets_and_dollars_are_shown_as_they_are(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a [b] $c$.h5ad", **{"type [x] $y$ ${": ["odd", "even"] * 30})
+    code, output = run("demo", "--h5ad", path, "--epochs", 1, "--output-dir", tmp_path / "out [1]")
+    assert code == 0
+    assert "2 classes of type [x] $y$ ${" in output
+    assert f"loss curve: {tmp_path / 'out [1]' / 'loss.png'}" in output
 
 
-def test_equal_seeds_train_equally_and_others_do_not(uri: str) -> None:
-    first, again, other = (train(make_task(uri, seed=seed), epochs=1) for seed in (0, 0, 1))
-    assert first.losses == again.losses
-    assert first.accuracies == again.accuracies
-    assert first.losses != other.losses
+def test_the_console_script_runs_as_a_process(tmp_path: Path) -> None:
+    done = run_process(
+        "from tiledbsoma_ml.cli import main; main()", "demo", *SMALL, "--output-dir", str(tmp_path)
+    )
+    assert done.returncode == 0
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert read_table(done.stdout)["cells"] == 600
 
 
-def test_making_the_classifier_leaves_torchs_generator_alone() -> None:
-    before = torch.random.get_rng_state()
-    weights = [demo._make_classifier(5, 2, seed)[0].weight for seed in (0, 0, 1)]
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+def test_paths_may_be_relative_or_begin_with_the_home_directory(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(uri).parent)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, output = run("plan", Path(uri).name, "--json")
+    assert (code, json.loads(output)["settings"]["uri"]) == (0, uri)
+    arguments = ("--epochs", 1, "--snapshot", "--output-dir", "~/out")
+    code, output = run("demo", "--uri", Path(uri).name, "--label", "cell_type", *arguments)
+    assert code == 0
+    assert f"loss curve: {tmp_path / 'out' / 'loss.png'}" in output.splitlines()
+    assert len(list((tmp_path / "out").glob("*.snapshot"))) == 1
+    write_h5ad(tmp_path / "cells.h5ad", label=["odd", "even"] * 30)
+    assert run("demo", "--h5ad", "~/cells.h5ad", "--epochs", 1, "--output-dir", "~/out")[0] == 0
 
 
-def test_mini_batches_of_one_cell_can_be_trained_on(uri: str) -> None:
-    task = make_task(uri, batch_size=1, obs_filter="soma_joinid < 30", label="donor_id")
-    assert len(train(task, epochs=1).losses) == 24
+def test_help_names_every_option_and_gives_examples() -> None:
+    code, output = run("demo", "--help")
+    assert code == 0
+    of_cells = "h5ad uri label obs-filter layer-name measurement-name cells genes"
+    for option in f"{of_cells} epochs batch-size seed num-workers snapshot output-dir".split():
+        assert f"--{option} " in output
+    assert "tiledbsoma-ml demo --h5ad pbmc.h5ad --label cell_type" in output
 
 
-def test_normalise_gives_logarithms_of_counts_per_ten_thousand() -> None:
-    X = np.array([[1, 3, 0], [0, 0, 0]], dtype=np.float32)
-    expected = np.log1p([[2_500, 7_500, 0], [0, 0, 0]])
-    np.testing.assert_allclose(normalise(X, torch.device("cpu")).numpy(), expected, rtol=1e-6)
+# What it refuses ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", 0], "epochs=0 must be a positive integer; try 5."),
+        (["--batch-size", -1], "batch_size=-1 must be a positive integer; try 128."),
+        (["--seed", -1], "seed=-1 must be an integer of at least 0; try 0."),
+        (["--num-workers", -1], "num_workers=-1 must be an integer of at least 0; try 0."),
+        (["--cells", 0], "cells=0 must be a positive integer; try 2000."),
+        (["--genes", 0], "genes=0 must be a positive integer; try 2000."),
+        (["--cells", 5], "5 labelled cells are too few, 10 needed; select more of them."),
+        (["--h5ad", "a", "--uri", "b"], "--h5ad=a and --uri=b exclude each other; give one of them."),
+        (["--uri", "b"], "--uri=b needs the column of obs to learn; add --label COLUMN."),
+        (
+            ["--layer-name", "raw"],
+            "--layer-name=raw chooses within an experiment or a file; add --uri or --h5ad, or",
+        ),
+        (
+            ["--measurement-name", "RNA"],
+            "--measurement-name=RNA chooses within an experiment; add --uri, or leave it out.",
+        ),
+        (
+            ["--h5ad", "a", "--cells", 9],
+            "--cells=9 is for simulated cells; leave out --uri and --h5ad, or this.",
+        ),
+        (["--h5ad", "none.h5ad"], "/none.h5ad' must be an existing file; check the path."),
+        (
+            ["--uri", "none", "--label", "x"],
+            "/none' must be a SOMA experiment, and cannot be opened as one",
+        ),
+        (
+            ["--uri", "{uri}", "--label", "cell"],
+            "label='cell' must be a column of obs; did you mean 'cell_type'?",
+        ),
+        (
+            ["--uri", "{uri}", "--label", "assay", "--layer-name", "rwa"],
+            "layer_name='rwa' must be an X layer of",
+        ),
+        (
+            ["--uri", "{uri}", "--label", "assay", "--measurement-name", "x"],
+            "measurement_name='x' must be a measurement",
+        ),
+        (["--uri", "{uri}", "--label", "assay", "--obs-filter", "assay = 1"], "must be a filter that SOMA"),
+        (["--uri", "{uri}", "--label", "assay", "--obs-filter", "assay == 'x'"], "selects none of 200"),
+        (
+            ["--uri", "{uri}", "--label", "dataset_id", "--obs-filter", "dataset_id == 'dataset-1'"],
+            "label='dataset_id' must have 2 or more classes, and has only 'dataset-1'",
+        ),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(
+    arguments: list[object], message: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = run("demo", *(str(argument).format(uri=uri) for argument in arguments))
+    last = output.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("Error: ")
+    assert message in last
+    assert output.count("Error") == 1
+    assert "Traceback" not in output
+    assert not (tmp_path / "demo_output" / "loss.png").exists()
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.h5ad").write_text("not an h5ad file")
+    code, output = run("demo", "--h5ad", tmp_path / "text.h5ad", "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert "must be an AnnData file, and cannot be read as one" in output
+    assert output.count("\n") == 1
+
+
+def test_a_file_without_a_telling_column_is_refused(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "x.h5ad", sex=["f", "m"] * 30, batch=["p", "q"] * 30)
+    code, output = run("demo", "--h5ad", path, "--output-dir", tmp_path)
+    assert code == 2
+    assert "must be named with --label; categorical are: 'sex', 'batch'." in output
+
+
+def test_a_misspelt_label_of_a_file_is_refused_before_anything_is_written(h5ad: Path, tmp_path: Path) -> None:
+    code, output = run("demo", "--h5ad", h5ad, "--label", "labl", "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert "label='labl' must be a column of obs; did you mean 'label'?" in output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_misspelt_layer_of_a_file_is_refused(h5ad: Path, tmp_path: Path) -> None:
+    code, output = run("demo", "--h5ad", h5ad, "--layer-name", "x", "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert f"layer_name='x' must be one of the layers of {str(h5ad)!r}; there are 'X'." in output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_dir_that_is_a_file_is_refused(h5ad: Path) -> None:
+    code, output = run("demo", "--h5ad", h5ad, "--output-dir", h5ad)
+    assert code == 2
+    assert "must be a folder; choose another." in output
+
+
+def test_numbers_below_zero_are_refused_instead_of_learned_from(tmp_path: Path) -> None:
+    uri = str(tmp_path / "scaled")
+    cells = simulate_cells(n_cells=60, n_genes=20)
+    cells.X = cells.X * -1.0
+    write_cells(uri, cells, layer_name="scaled")
+    code, output = run("demo", "--uri", uri, "--label", "assay", "--output-dir", tmp_path)
+    assert code == 2
+    assert output.splitlines()[-1].startswith("Error: X must hold counts, or other numbers of 0 or more")
+
+
+# Real data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("name", "n_cells", "n_genes", "least"),
+    [("pbmc3k_counts", 2_638, 13_714, 0.8), ("mouse_bladder_counts", 2_100, 20_670, 0.7)],
+)
+def test_real_cells_are_told_apart(
+    name: str, n_cells: int, n_genes: int, least: float, tmp_path: Path
+) -> None:
+    path = REAL_DATA / f"{name}.h5ad"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    code, output = run("demo", "--h5ad", path, "--epochs", 2, "--output-dir", tmp_path)
+    table = read_table(output)
+    assert code == 0
+    assert (table["cells"], table["genes"]) == (n_cells, n_genes)
+    assert table["held-out accuracy"] > least > table["majority class"]
+
+
+@pytest.mark.realdata
+def test_an_experiment_written_by_others_is_trained_on(tmp_path: Path) -> None:
+    archive = REAL_DATA / "soma_pbmc_small_by_others.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"{archive} is not there")
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path, filter="data")
+        uri = tmp_path / files.getnames()[0].partition("/")[0]
+    options = [
+        "--label",
+        "RNA_snn_res.1",
+        "--layer-name",
+        "counts",
+        "--batch-size",
+        8,
+        "--output-dir",
+        tmp_path,
+    ]
+    code, output = run("demo", "--uri", uri, *options)
+    table = read_table(output)
+    assert code == 0
+    assert (table["cells"], table["genes"]) == (80, 230)

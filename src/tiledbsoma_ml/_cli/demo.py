@@ -1,347 +1,293 @@
-"""The demo: a classifier of cell types, trained on shuffled mini-batches of a SOMA query."""
+"""`tiledbsoma-ml demo`: train a classifier of cell types."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeAlias
 
 import attrs
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import tiledbsoma as soma
 import torch
-from torch.utils.data import DataLoader
+from rich.console import Console
+from typer import Option
 
-from tiledbsoma_ml import _context
-from tiledbsoma_ml._common import absolute_path, absolute_uri, check_name, first_line
-from tiledbsoma_ml._ingest.choose import find_counts
-from tiledbsoma_ml._ingest.experiment import Say, build_once, fingerprint
-from tiledbsoma_ml._ingest.frames import is_categorical, is_kept
-from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
-from tiledbsoma_ml._ingest.h5ad_file import open_h5ad
-from tiledbsoma_ml.dataloader import experiment_dataloader
-from tiledbsoma_ml.dataset import ExperimentDataset
-from tiledbsoma_ml.simulate import simulate_experiment
-from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml._cli.classifier import History, train_classifier
+from tiledbsoma_ml._cli.errors import errors_in_one_line, refusal
+from tiledbsoma_ml._cli.options import (
+    BATCH_SIZE,
+    CELLS,
+    READING,
+    SEED,
+    BatchSize,
+    MeasurementName,
+    ObsFilter,
+)
+from tiledbsoma_ml._cli.report import progress_bar, save_curves, summary
+from tiledbsoma_ml._cli.task import LabelledCells, Task, build_simulated, ingest_h5ad, load_task
+from tiledbsoma_ml._common import absolute_path, check_count
+from tiledbsoma_ml._ingest.experiment import Say
+from tiledbsoma_ml.simulate import N_CELLS, N_GENES
 
-__all__ = [
-    "History",
-    "Task",
-    "build_simulated",
-    "choose_measurement",
-    "ingest_h5ad",
-    "load_task",
-    "normalise",
-    "open_experiment",
-    "train_classifier",
+__all__ = ["demo"]
+
+# Options --------------------------------------------------------------------------------------------------
+
+TRAINING = "How to train"
+
+H5ad: TypeAlias = Annotated[Path | None, Option(help="Train on this AnnData file.", rich_help_panel=CELLS)]
+
+ExperimentUri: TypeAlias = Annotated[
+    str | None,
+    Option(help="Train on this SOMA Experiment, local or on S3; needs --label.", rich_help_panel=CELLS),
 ]
 
-# Names under which h5ad files keep their classes, most telling first.
-_LABEL_NAMES = ("cell_type", "celltype", "label", "cluster", "leiden", "louvain")
-_MAX_GUESSED_CLASSES = 100
-_MIN_CELLS = 10
+Label: TypeAlias = Annotated[
+    str | None,
+    Option(
+        metavar="COLUMN",
+        help="Column of obs to learn. Without it: the first of cell_type, celltype, label, cluster, "
+        "leiden and louvain, else the only categorical column.",
+        rich_help_panel=CELLS,
+    ),
+]
+
+LayerName: TypeAlias = Annotated[
+    str | None,
+    Option(
+        help="Layer of X, with --uri or --h5ad. Without it: raw or the only one; in a file, counts.",
+        rich_help_panel=CELLS,
+    ),
+]
+
+NCells: TypeAlias = Annotated[
+    int | None,
+    Option("--cells", help="Cells to simulate.", show_default=str(N_CELLS), rich_help_panel=CELLS),
+]
+
+NGenes: TypeAlias = Annotated[
+    int | None,
+    Option("--genes", help="Genes to simulate.", show_default=str(N_GENES), rich_help_panel=CELLS),
+]
+
+NumWorkers: TypeAlias = Annotated[
+    int, Option(help="Processes that read, beside this one.", rich_help_panel=READING)
+]
+
+IsSnapshot: TypeAlias = Annotated[
+    bool | None,
+    Option(
+        "--snapshot/--stream",
+        help="Read epochs from a snapshot of the cells, which is made first, or from the experiment.",
+        show_default="snapshot, if there is more than one epoch",
+        rich_help_panel=READING,
+    ),
+]
+
+Epochs: TypeAlias = Annotated[int, Option(help="Passes over the cells.", rich_help_panel=TRAINING)]
+
+DemoSeed: TypeAlias = Annotated[
+    int,
+    Option(help="Seed of the simulation, the split, the order and the weights.", rich_help_panel=TRAINING),
+]
+
+OutputDir: TypeAlias = Annotated[
+    Path,
+    Option(help="Folder for loss.png, new experiments and snapshots.", rich_help_panel=TRAINING),
+]
 
 
-@attrs.frozen(kw_only=True)
-class Task:
-    """What to learn, and from which cells."""
+def demo(
+    h5ad: H5ad = None,
+    uri: ExperimentUri = None,
+    label: Label = None,
+    obs_filter: ObsFilter = None,
+    layer_name: LayerName = None,
+    measurement_name: MeasurementName = None,
+    n_cells: NCells = None,
+    n_genes: NGenes = None,
+    batch_size: BatchSize = BATCH_SIZE,
+    num_workers: NumWorkers = 0,
+    snapshot: IsSnapshot = None,
+    epochs: Epochs = 5,
+    seed: DemoSeed = SEED,
+    output_dir: OutputDir = Path("demo_output"),
+) -> None:
+    """Train a classifier of cell types on shuffled mini-batches of a SOMA Experiment.
 
-    name: str
-    label: str
-    classes: pd.Index[Any]
-    train: ExperimentDataset
-    held_out: ExperimentDataset
-    majority_accuracy: float
-    """Share of the held-out cells that have the most frequent class of the training cells."""
+    Four fifths of the cells are for training, the others show how well it went. Without `--h5ad` and
+    `--uri` the cells are simulated. The counts of a file are written to a SOMA Experiment first, once.
+    For more than one epoch the cells are put in a snapshot, from which they are read many times faster.
 
-    @property
-    def n_cells(self) -> int:
-        """Number of cells, held-out ones included."""
-        return len(self.train.query_ids.obs_joinids) + len(self.held_out.query_ids.obs_joinids)
+    **Examples**
 
-    @property
-    def n_genes(self) -> int:
-        """Number of genes, which is the width of `X`."""
-        return len(self.train.query_ids.var_joinids)
-
-    def codes(self, obs: pd.DataFrame) -> torch.Tensor:
-        """Return the class of each row of a mini-batch's `obs` as a number, its place in `classes`."""
-        codes = pd.Categorical(obs[self.label], categories=self.classes).codes
-        return torch.from_numpy(codes.astype(np.int64))
-
-
-@attrs.define
-class History:
-    """What happened in training so far."""
-
-    losses: list[float] = attrs.field(factory=list)
-    """Training loss of each mini-batch."""
-    accuracies: list[float] = attrs.field(factory=list)
-    """Held-out accuracy after each epoch."""
-    n_rows: int = 0
-    train_s: float = 0.0
-    """Time taken by reading, shuffling and training, without the tests on held-out cells."""
-
-    @property
-    def rows_per_s(self) -> float:
-        """Rows trained on per second of `train_s`."""
-        return self.n_rows / self.train_s
-
-
-# The cells --------------------------------------------------------------------------------------------
-
-
-def build_simulated(output_dir: Path, n_cells: int, n_genes: int, *, seed: int, say: Say) -> str:
-    """Return the URI of an experiment in `output_dir` with the cells of `simulate_cells`."""
-    folder = absolute_path(output_dir) / f"simulated-{fingerprint(n_cells, n_genes, seed)}.soma"
-    build_once(folder, lambda uri: simulate_experiment(uri, n_cells, n_genes, seed), say)
-    return str(folder)
-
-
-def ingest_h5ad(
-    path: Path, label: str | None, output_dir: Path, say: Say, layer_name: str | None = None
-) -> tuple[str, str]:
-    """Return the URI of the experiment that holds the counts of an h5ad file, and the label to learn.
-
-    Args:
-        path: The file.
-        label: Column of `obs` to learn; the most telling one if None.
-        output_dir: The folder in which the experiment is made.
-        say: Told what is done.
-        layer_name: Which matrix to take; if None, the first one of `X`, `layers["counts"]` and `raw.X` that
-            holds counts, else numbers of 0 or more.
-
-    Raises:
-        ValueError: If it is no h5ad file, has no such label, or no numbers to learn from.
+    - `tiledbsoma-ml demo`
+    - `tiledbsoma-ml demo --h5ad pbmc.h5ad --label cell_type`
+    - `tiledbsoma-ml demo --uri lung.soma --label cell_type --obs-filter "tissue == 'lung'"`
     """
-    with open_h5ad(path) as file:
-        if label is None:
-            label = _guess_label(file.obs, path)
-            say(f"no --label was given: learning {label!r}, the most telling column of obs")
-        check_name("label", label, file.obs.columns, of="a column of obs")
-        _check_holds_classes(file.obs[label])
-    return ingest_h5ads([path], layer_name, output_dir, say, choose=find_counts), label
-
-
-def _check_holds_classes(column: pd.Series[Any]) -> None:
-    if not is_kept(column, "obs") or not (is_categorical(column) or pd.api.types.is_integer_dtype(column)):
-        raise ValueError(
-            f"label={column.name!r} must hold classes: strings, whole numbers, or true and false; choose "
-            "another column of obs."
+    run_demo(
+        DemoOptions(
+            h5ad=h5ad,
+            uri=uri,
+            label=label,
+            obs_filter=obs_filter,
+            layer_name=layer_name,
+            measurement_name=measurement_name,
+            n_cells=n_cells,
+            n_genes=n_genes,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            snapshot=epochs > 1 if snapshot is None else snapshot,
+            epochs=epochs,
+            seed=seed,
+            output_dir=output_dir,
         )
-
-
-def _guess_label(obs: pd.DataFrame, path: Path) -> str:
-    """Return the first of `_LABEL_NAMES` that holds classes, else the only column that does."""
-    n_values = {str(name): column.nunique() for name, column in obs.items() if is_categorical(column)}
-    usable = [name for name, n in n_values.items() if 2 <= n <= _MAX_GUESSED_CLASSES]
-    for name in [*_LABEL_NAMES, *(usable if len(usable) == 1 else [])]:
-        if name in usable:
-            return name
-    if not n_values:
-        raise ValueError(
-            f"obs of {str(path)!r} must have a column of classes to learn, and has none; add one, for "
-            "instance of clusters, and write the file anew."
-        )
-    listed = ", ".join(map(repr, n_values))
-    raise ValueError(f"the column of obs to learn must be named with --label; categorical are: {listed}.")
-
-
-# The query --------------------------------------------------------------------------------------------
-
-
-def load_task(
-    uri: str,
-    *,
-    name: str,
-    measurement_name: str | None,
-    layer_name: str | None,
-    label: str,
-    obs_filter: str | None,
-    batch_size: int,
-    seed: int,
-    snapshot_dir: Path | None,
-    say: Say,
-) -> Task:
-    """Query the labelled cells of an experiment and hold out a fifth of them.
-
-    Args:
-        uri: URI of the experiment.
-        name: A name for the cells.
-        measurement_name: If left out, "RNA" if there is one, else the only one.
-        layer_name: If left out, "raw" if there is one, else the only one.
-        label: Column of `obs` with the classes.
-        obs_filter: Which cells, as a SOMA value filter; all if left out.
-        batch_size: Rows per mini-batch.
-        seed: For the split and the order of the cells.
-        snapshot_dir: Folder for a snapshot to read the cells from; None to read them from the experiment.
-        say: Told what is left out, and what is made.
-
-    Raises:
-        ValueError: If there is nothing to learn there; the message tells why.
-    """
-    uri = absolute_uri(uri)
-    with open_experiment(uri) as experiment:
-        measurement_name = choose_measurement(measurement_name, experiment)
-        labels = _read_labels(experiment, label, obs_filter)
-        if n_missing := int(labels.isna().sum()):
-            say(f"{n_missing:,} of {len(labels):,} cells have no {label} and are left out")
-            labelled = f"attr({label!r}) != None"
-            obs_filter = f"({obs_filter}) and {labelled}" if obs_filter else labelled
-            labels = labels.dropna()
-        _check_classes(label, labels)
-        with experiment.axis_query(
-            measurement_name, obs_query=soma.AxisQuery(value_filter=obs_filter)
-        ) as query:
-            options: dict[str, Any] = {"layer_name": layer_name, "obs_column_names": [label]}
-            if snapshot_dir is not None:
-                made_of = fingerprint(uri, measurement_name, layer_name, label, obs_filter)
-                path = absolute_path(snapshot_dir) / f"{Path(uri).stem}-{made_of}.snapshot"
-                say(f"snapshot of the cells: {path}")
-                Snapshot.create(path, query, **options)
-                options |= {"snapshot": path, "shuffle_chunk_size": "auto", "io_batch_size": "auto"}
-            dataset = ExperimentDataset(query, batch_size=batch_size, seed=seed, **options)
-    train, held_out = dataset.random_split(0.8, 0.2, seed=seed)
-    majority = labels.loc[pd.Index(train.query_ids.obs_joinids)].mode()[0]
-    return Task(
-        name=name,
-        label=label,
-        classes=pd.Index(sorted(labels.unique())),
-        train=train,
-        held_out=held_out,
-        majority_accuracy=float((labels.loc[pd.Index(held_out.query_ids.obs_joinids)] == majority).mean()),
     )
 
 
+@attrs.frozen(kw_only=True)
+class DemoOptions:
+    """The options of `tiledbsoma-ml demo`, as they were given."""
+
+    h5ad: Path | None
+    uri: str | None
+    label: str | None
+    obs_filter: str | None
+    layer_name: str | None
+    measurement_name: str | None
+    n_cells: int | None
+    n_genes: int | None
+    batch_size: int
+    num_workers: int
+    snapshot: bool
+    epochs: int
+    seed: int
+    output_dir: Path = attrs.field(converter=absolute_path)
+
+    def check(self) -> None:
+        """Raise a ValueError if options contradict each other, or a number is too small."""
+        check_count("epochs", self.epochs, suggestion=5)
+        check_count("batch_size", self.batch_size, suggestion=BATCH_SIZE)
+        check_count("seed", self.seed, suggestion=SEED, minimum=0)
+        check_count("num_workers", self.num_workers, suggestion=0, minimum=0)
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"output_dir={str(self.output_dir)!r} must be a folder; choose another.")
+        if self.h5ad is not None and self.uri is not None:
+            raise ValueError(f"--h5ad={self.h5ad} and --uri={self.uri} exclude each other; give one of them.")
+        if self.uri is not None and self.label is None:
+            raise ValueError(f"--uri={self.uri} needs the column of obs to learn; add --label COLUMN.")
+        for name, size in {"cells": self.n_cells, "genes": self.n_genes}.items():
+            if size is not None and (self.uri is not None or self.h5ad is not None):
+                raise ValueError(
+                    f"--{name}={size} is for simulated cells; leave out --uri and --h5ad, or this."
+                )
+            check_count(name, 1 if size is None else size, suggestion=2_000)
+        if self.measurement_name is not None and self.uri is None:
+            raise ValueError(
+                f"--measurement-name={self.measurement_name} chooses within an experiment; add --uri, or "
+                "leave it out."
+            )
+        if self.layer_name is not None and self.uri is None and self.h5ad is None:
+            raise ValueError(
+                f"--layer-name={self.layer_name} chooses within an experiment or a file; add --uri or "
+                "--h5ad, or leave it out."
+            )
+
+
+# What it does ---------------------------------------------------------------------------------------------
+
+
+def run_demo(options: DemoOptions) -> None:
+    """Find the cells, train on them, and report."""
+    console = Console()
+    say: Callable[[str], None] = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    with errors_in_one_line():
+        options.check()
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        task = load_task(
+            _find_cells(options, say),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            snapshot_dir=options.output_dir if options.snapshot else None,
+            say=say,
+        )
+    n_train, n_held_out = (len(part.query_ids.obs_joinids) for part in (task.train, task.held_out))
+    say(f"training on {n_train:,} cells, testing on {n_held_out:,}")
+    history = _train(task, options, console)
+    console.print(summary(task, history))
+    picture = options.output_dir / "loss.png"
+    save_curves(picture, task, history)
+    say(f"loss curve: {picture}")
+
+
+def _find_cells(options: DemoOptions, say: Say) -> LabelledCells:
+    """Return the cells of an experiment; those of a file, or simulated ones, are written to one first."""
+    label, layer_name = options.label, options.layer_name
+    if options.uri is not None:
+        uri, name = options.uri, options.uri.rstrip("/").rpartition("/")[2]
+    elif options.h5ad is not None:
+        uri, label = ingest_h5ad(absolute_path(options.h5ad), label, options.output_dir, say, layer_name)
+        name, layer_name = options.h5ad.name, None
+    else:
+        size = options.n_cells or N_CELLS, options.n_genes or N_GENES
+        uri = build_simulated(options.output_dir, *size, seed=options.seed, say=say)
+        name = "simulated cells"
+    return LabelledCells(
+        uri=uri,
+        name=name,
+        measurement_name=options.measurement_name,
+        layer_name=layer_name,
+        label=label or "cell_type",
+        obs_filter=options.obs_filter,
+    )
+
+
+def _train(task: Task, options: DemoOptions, console: Console) -> History:
+    """Train with a progress bar where there is a terminal, and a line for each epoch in any case."""
+    with progress_bar(console) as progress, _core_left_to_readers():
+        n_batches = options.epochs * len(task.train)
+        bar = progress.add_task(f"epoch 1/{options.epochs}", total=n_batches, rates="")
+
+        def on_batch(history: History) -> None:
+            if math.isnan(history.losses[-1]):
+                raise refusal(
+                    "X must hold counts, or other numbers of 0 or more; choose another --layer-name."
+                )
+            epoch = f"epoch {len(history.accuracies) + 1}/{options.epochs}"
+            rates = f"loss {history.losses[-1]:.3f}  {history.rows_per_s:,.0f} rows/s"
+            progress.update(bar, advance=1, description=epoch, rates=rates)
+
+        def on_epoch(history: History) -> None:
+            epoch, loss = len(history.accuracies), np.mean(history.losses[-len(task.train) :])
+            console.print(
+                f"epoch {epoch}/{options.epochs}  training loss {loss:.3f}  "
+                f"held-out accuracy {history.accuracies[-1]:.1%}  {history.rows_per_s:,.0f} rows/s",
+                highlight=False,
+            )
+
+        return train_classifier(
+            task,
+            epochs=options.epochs,
+            num_workers=options.num_workers,
+            seed=options.seed,
+            on_batch=on_batch,
+            on_epoch=on_epoch,
+        )
+
+
 @contextmanager
-def open_experiment(uri: str) -> Iterator[soma.Experiment]:
-    """Open an experiment; raise a ValueError if there is none."""
-    try:
-        experiment = _context.open_experiment(uri)
-    except (soma.SOMAError, TypeError, ValueError) as err:
-        raise ValueError(
-            f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({first_line(err)}); "
-            "check the path and your access to it."
-        ) from err
-    with experiment:
-        yield experiment
+def _core_left_to_readers() -> Iterator[None]:
+    """Let torch compute on all cores but one, which the threads that read ahead need.
 
-
-def choose_measurement(name: str | None, experiment: soma.Experiment) -> str:
-    """Return the measurement of this name; without a name "RNA" if there is one, else the only one."""
-    known: list[str] = list(experiment.ms)
-    if name is None and len(known) == 1:
-        return known[0]
-    return check_name("measurement_name", name or "RNA", known, of="a measurement of the experiment")
-
-
-def _read_labels(experiment: soma.Experiment, label: str, obs_filter: str | None) -> pd.Series[Any]:
-    """Return the label of each cell that passes the filter, with its joinid as index."""
-    schema = experiment.obs.schema
-    check_name("label", label, set(schema.names) - {"soma_joinid"}, of="a column of obs")
-    if pa.types.is_floating(schema.field(label).type):
-        raise ValueError(f"label={label!r} must hold classes, not decimal numbers; choose another column.")
-    try:
-        obs = experiment.obs.read(column_names=["soma_joinid", label], value_filter=obs_filter).concat()
-    except soma.SOMAError as err:
-        raise ValueError(
-            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({first_line(err)}); "
-            "try one like \"assay == 'Smart-seq2' and donor_id != 'D1'\"."
-        ) from err
-    labels: pd.Series[Any] = obs.to_pandas().set_index("soma_joinid")[label]
-    if labels.empty and obs_filter:
-        raise ValueError(
-            f"obs_filter={obs_filter!r} must select cells, and selects none of {experiment.obs.count:,}; "
-            "loosen it or leave it out."
-        )
-    return labels
-
-
-def _check_classes(label: str, labels: pd.Series[Any]) -> None:
-    n_cells, n_classes = len(labels), labels.nunique()
-    if n_cells < _MIN_CELLS:
-        raise ValueError(f"{n_cells} labelled cells are too few, {_MIN_CELLS} needed; select more of them.")
-    if n_classes < 2:
-        raise ValueError(
-            f"label={label!r} must have 2 or more classes, and has only {str(labels.iloc[0])!r} in the "
-            f"{n_cells:,} cells selected; choose another column or select more cells."
-        )
-    if n_classes > n_cells // 2:
-        raise ValueError(
-            f"label={label!r} must have classes of several cells, and has {n_classes:,} values in "
-            f"{n_cells:,} cells; choose another column."
-        )
-
-
-# Training ---------------------------------------------------------------------------------------------
-
-
-def train_classifier(
-    task: Task,
-    *,
-    epochs: int,
-    workers: int,
-    seed: int,
-    on_batch: Callable[[History], None],
-    on_epoch: Callable[[History], None],
-) -> History:
-    """Train a small classifier on the mini-batches of the training cells, and test it after each epoch.
-
-    Args:
-        task: The task to learn.
-        epochs: Passes over the training cells.
-        workers: Processes that read, beside this one.
-        seed: For the first weights of the model.
-        on_batch: Called after each mini-batch.
-        on_epoch: Called after each epoch.
+    Threads of torch wait for each other in every small step: on two cores of which one is busy, two of them
+    are several times slower than one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _make_classifier(task.n_genes, len(task.classes), seed).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    train_loader = experiment_dataloader(task.train, num_workers=workers)
-    held_out_loader = experiment_dataloader(task.held_out, num_workers=workers)
-    history = History()
-    for _ in range(epochs):
-        start = time.perf_counter() - history.train_s
-        for X, obs in train_loader:
-            logits = model(normalise(X, device))
-            loss = torch.nn.functional.cross_entropy(logits, task.codes(obs).to(device))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            history.losses.append(loss.item())
-            history.n_rows += len(obs)
-            history.train_s = time.perf_counter() - start
-            on_batch(history)
-        history.accuracies.append(_accuracy(model, held_out_loader, task, device))
-        on_epoch(history)
-    return history
-
-
-def normalise(X: Any, device: torch.device) -> torch.Tensor:
-    """Return log(1 + counts per 10,000 of the cell), the usual scale of single-cell counts."""
-    counts = torch.as_tensor(X, dtype=torch.float32, device=device)
-    counts = counts.view(-1, counts.shape[-1])  # a mini-batch of one row has one dimension only
-    return torch.log1p(1e4 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0))
-
-
-def _make_classifier(n_genes: int, n_classes: int, seed: int) -> torch.nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return torch.nn.Sequential(
-            torch.nn.Linear(n_genes, 128), torch.nn.ReLU(), torch.nn.Linear(128, n_classes)
-        )
-
-
-@torch.inference_mode()
-def _accuracy(model: torch.nn.Module, loader: DataLoader[Any], task: Task, device: torch.device) -> float:
-    n_right = n_rows = 0
-    for X, obs in loader:
-        predicted = model(normalise(X, device)).argmax(dim=1).cpu()
-        n_right += int((predicted == task.codes(obs)).sum())
-        n_rows += len(obs)
-    return n_right / n_rows
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, n_threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

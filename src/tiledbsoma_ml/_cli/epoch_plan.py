@@ -1,4 +1,4 @@
-"""The plan of an epoch: which rows are read together and who yields which, for `tiledbsoma-ml plan`.
+"""The plan of an epoch as JSON: which rows are read together, and who yields which.
 
 `docs/plan_format.md` specifies it. The page `shuffle_viz` draws it.
 """
@@ -12,8 +12,8 @@ import attrs
 import numpy as np
 import tiledbsoma as soma
 
-from tiledbsoma_ml._cli.demo import choose_measurement, open_experiment
-from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count, first_line
+from tiledbsoma_ml._cli.query import check_selects, choose_measurement, filtering, open_experiment
+from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan
 from tiledbsoma_ml._order.sizes import read_amplification
 from tiledbsoma_ml._query_ids import Partition
@@ -29,37 +29,37 @@ Json: TypeAlias = dict[str, Any]
 
 @attrs.frozen(kw_only=True)
 class PlanOptions:
-    """What to plan: a query, and how it is read.
+    """A query and an epoch of it; `ExperimentDataset` checks the options that it has itself.
 
     Attributes:
-        uri: Where the experiment is.
+        uri: URI of the experiment.
         measurement_name: If None, "RNA" if there is one, else the only one.
         layer_name: If None, "raw" if there is one, else the only one.
-        obs_filter: Which rows, as a SOMA value filter; all if None.
-        shuffle_chunk_size: As `ExperimentDataset` has it, and so are the others.
+        obs_filter: Rows to select, as a SOMA value filter; None for all.
+        shuffle_chunk_size: A number, or "auto".
         io_batch_size: A number, or "auto".
         batch_size: Rows per mini-batch.
         seed: Seed of the order.
-        epoch: Which epoch.
+        epoch: Number of the epoch, from 0.
         world_size: Number of ranks.
-        num_workers: Workers of each rank; 0 where the training process reads.
+        num_workers: Workers of each rank; with 0, each rank reads by itself.
         shuffle_scope: "partition" or "global".
         limit: Rows that are listed, at most.
     """
 
     uri: str = attrs.field(converter=absolute_uri)
-    measurement_name: str | None = None
-    layer_name: str | None = None
-    obs_filter: str | None = None
-    shuffle_chunk_size: int | str = 64
-    io_batch_size: int | str = 65_536
-    batch_size: int = 1024
-    seed: int = 0
-    epoch: int = 0
-    world_size: int = 1
-    num_workers: int = 0
-    shuffle_scope: str = "partition"
-    limit: int = 100_000
+    measurement_name: str | None
+    layer_name: str | None
+    obs_filter: str | None
+    shuffle_chunk_size: int | str
+    io_batch_size: int | str
+    batch_size: int
+    seed: int
+    epoch: int
+    world_size: int
+    num_workers: int
+    shuffle_scope: str
+    limit: int
 
     def __attrs_post_init__(self) -> None:
         check_count("epoch", self.epoch, suggestion=0, minimum=0)
@@ -83,7 +83,9 @@ def plan_epoch(options: PlanOptions) -> Json:
         measurement_name = choose_measurement(options.measurement_name, experiment)
         obs_query = soma.AxisQuery(value_filter=options.obs_filter)
         with experiment.axis_query(measurement_name, obs_query=obs_query) as query:
-            _check_filter(options.obs_filter, query)
+            with filtering(options.obs_filter):
+                n_rows = query.n_obs
+            check_selects(options.obs_filter, n_rows, experiment)
             dataset = ExperimentDataset(
                 query,
                 layer_name=options.layer_name,
@@ -93,38 +95,20 @@ def plan_epoch(options: PlanOptions) -> Json:
                 seed=options.seed,
                 shuffle_scope=options.shuffle_scope,  # type: ignore[arg-type]
             )
-    plan, ids, tile = dataset.plan, dataset.query_ids, dataset.source.row_tile
-    places = [
-        Partition(rank, options.world_size, worker, max(1, options.num_workers))
-        for rank in range(options.world_size)
-        for worker in range(max(1, options.num_workers))
-    ]
+    ids, tile = dataset.query_ids, dataset.source.row_tile
     planned = [
-        plan.of(EpochPart(ids=ids, partition=place, seed=options.seed, epoch=options.epoch))
-        for place in places
+        dataset.plan.of(EpochPart(ids=ids, partition=worker, seed=options.seed, epoch=options.epoch))
+        for worker in _workers(options)
     ]
-    parts = [_part(part, options.limit // len(places)) for part in planned]
+    parts = [_part(part, options.limit // len(planned)) for part in planned]
     first = planned[0]
     times = read_amplification(first.chunk_rows, first.window_rows, tile, parts[0]["n_rows"])
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "n_rows": len(ids.obs_joinids),
+        "n_rows": n_rows,
         "row_tile": tile,
-        "settings": {
-            "uri": options.uri,
-            "measurement_name": measurement_name,
-            "layer_name": dataset.layer_name,
-            "obs_filter": options.obs_filter,
-            "shuffle_chunk_size": dataset.shuffle_chunk_size,
-            "io_batch_size": dataset.io_batch_size,
-            "batch_size": dataset.batch_size,
-            "seed": options.seed,
-            "epoch": options.epoch,
-            "world_size": options.world_size,
-            "num_workers": options.num_workers,
-            "shuffle_scope": plan.scope,
-        },
+        "settings": _settings(options, measurement_name, dataset),
         "sizes": {"chunk_rows": first.chunk_rows, "io_batch_rows": first.window_rows},
         "predicted": {"mixing": first.predicted_mixing, "read_amplification": times},
         "is_whole": all(_n_listed(part) == part["n_rows"] for part in parts),
@@ -132,29 +116,33 @@ def plan_epoch(options: PlanOptions) -> Json:
     }
 
 
-def _check_filter(obs_filter: str | None, query: soma.ExperimentAxisQuery) -> None:
-    try:
-        n_rows = query.n_obs
-    except soma.SOMAError as err:
-        raise ValueError(
-            f"obs_filter={obs_filter!r} must be a filter that SOMA understands ({first_line(err)}); "
-            "try one like \"assay == 'Smart-seq2' and donor_id != 'D1'\"."
-        ) from err
-    if not n_rows:
-        raise ValueError(f"obs_filter={obs_filter!r} must select cells, and selects none; loosen it.")
+def _workers(options: PlanOptions) -> list[Partition]:
+    """Return all workers, rank after rank; a rank that reads by itself counts as one."""
+    n_workers = max(1, options.num_workers)
+    return [
+        Partition(rank, options.world_size, worker, n_workers)
+        for rank in range(options.world_size)
+        for worker in range(n_workers)
+    ]
+
+
+def _settings(options: PlanOptions, measurement_name: str, dataset: ExperimentDataset) -> Json:
+    """Return the options, with the names that were chosen where none were given."""
+    settings = attrs.asdict(options, filter=lambda field, _: field.name != "limit")
+    return {**settings, "measurement_name": measurement_name, "layer_name": dataset.layer_name}
 
 
 def _part(planned: PartPlan, limit: int) -> Json:
-    """Return what one worker reads and yields; of chunks and IO batches, the rows that mini-batches list."""
-    batch_size, place = planned.plan.batch_size, planned.part.partition
+    """Return the reads and the mini-batches of one worker; chunks and IO batches list rows of those only."""
+    batch_size, worker = planned.plan.batch_size, planned.part.partition
     io_batches = list(planned.io_batches())
     yielded = np.concatenate([planned.ids.obs_joinids[:0], *io_batches])
     chunks = _chunks(planned, yielded)
     n_listed = len(yielded) if len(yielded) <= limit else limit // batch_size * batch_size
     listed = np.sort(yielded[:n_listed])
     return {
-        "rank": place.rank,
-        "worker": place.worker_id,
+        "rank": worker.rank,
+        "worker": worker.worker_id,
         "n_rows": len(yielded),
         "n_chunks": len(chunks),
         "n_io_batches": len(io_batches),
@@ -183,7 +171,7 @@ def _chunks(planned: PartPlan, yielded: NDArrayJoinId) -> list[NDArrayJoinId]:
 
 
 def _pieces(batches: Iterable[NDArrayJoinId], listed: NDArrayJoinId) -> list[Json]:
-    """Return batches that have listed rows: these rows, and how many there are in all."""
+    """Return the listed rows of each batch that has any, and the number of all its rows."""
     pieces = []
     for batch in batches:
         place = np.minimum(np.searchsorted(listed, batch), max(0, len(listed) - 1))
