@@ -1,4 +1,4 @@
-"""A simulated experiment with structure to learn, for demos and tests."""
+"""Simulated cells with types to tell apart, for demos and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["N_CELLS", "N_GENES", "simulate_cells", "simulate_experiment"]
 N_CELLS = 20_000
 N_GENES = 3_000
 
-# Cell types by falling abundance, each with the lineage whose marker genes it shares.
+# Cell types, the most abundant first, each with the lineage whose marker genes it shares.
 _LINEAGE = {
     "CD4-positive, alpha-beta T cell": "T",
     "classical monocyte": "myeloid",
@@ -33,7 +33,7 @@ _LINEAGE = {
 _TYPES = tuple(_LINEAGE)
 _TYPE_SHARES = 0.75 ** np.arange(len(_TYPES)) / np.sum(0.75 ** np.arange(len(_TYPES)))
 
-# Each dataset has one assay; the number is how many molecules it typically counts in a cell.
+# Assays, each with the number of molecules that it typically counts in a cell; a dataset has one assay.
 _ASSAYS = {"10x 3' v3": 900.0, "10x 3' v2": 500.0, "10x 5' v1": 650.0}
 _N_DATASETS = 6
 _MAX_DONORS = 4
@@ -52,16 +52,16 @@ def simulate_experiment(uri: str, n_cells: int = N_CELLS, n_genes: int = N_GENES
 def simulate_cells(n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0) -> anndata.AnnData:
     """Return simulated counts of 12 blood cell types over several datasets, donors and assays.
 
-    A gene's mean is log-normal. Marker genes raise it in a lineage, and further ones in one cell type
-    only; related types (the T cells, the monocytes) therefore differ in few genes. Each dataset shifts
-    every gene a little (its batch effect), has its own mix of types, one assay and donors of its own,
-    and its cells follow each other, as in the CELLxGENE Census. Types fall in size by a quarter each.
-    A cell's number of molecules is log-normal around what is typical of the assay, and its counts are
-    negative binomial, drawn as Poisson counts of a gamma-distributed rate.
+    The mean of a gene is log-normal. Some marker genes have a higher mean in a lineage, others in one cell
+    type only; related types (the T cells, the monocytes) therefore differ in few genes. Each type has about
+    a quarter fewer cells than the one before. The cells of a dataset are neighbours, as in the CELLxGENE
+    Census. A dataset shifts every gene a little (its batch effect), and has its own mix of types, one assay
+    and its own donors. The number of molecules of a cell is log-normal around the typical number of its
+    assay. Counts are negative binomial, drawn as Poisson counts of a gamma-distributed rate.
 
     Returns:
-        `X` as CSR of float32 whole numbers; `obs` with cell_type, dataset_id, donor_id and assay;
-        `var` with feature_name. Equal arguments give equal cells.
+        The cells: `X` as CSR of float32 whole numbers, `obs` with cell_type, dataset_id, donor_id and assay,
+        and `var` with feature_name. Equal arguments give equal cells.
     """
     if n_cells < 1 or n_genes < 1:
         raise ValueError(f"n_cells={n_cells} and n_genes={n_genes} must be at least 1.")
@@ -89,7 +89,7 @@ def simulate_cells(n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0
 
 
 def _gene_shares(n_genes: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return what share of a cell's molecules each gene has, of shape (datasets, types, genes)."""
+    """Return the share of each gene in the molecules of a cell, of shape (datasets, types, genes)."""
     log_mean = rng.normal(0.0, 1.2, n_genes) + np.zeros((len(_TYPES), 1))
     for lineage in dict.fromkeys(_LINEAGE.values()):
         members = [t for t, name in enumerate(_TYPES) if _LINEAGE[name] == lineage]
@@ -103,7 +103,7 @@ def _gene_shares(n_genes: int, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def _marker_effect(n_genes: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return log fold changes, zero but for one gene in a hundred (ten at least, where there are)."""
+    """Return log fold changes: not zero for one gene in a hundred, and for at least ten if there are ten."""
     n_markers = min(n_genes, max(10, n_genes // 100))
     effect = np.zeros(n_genes)
     effect[rng.choice(n_genes, n_markers, replace=False)] = rng.normal(1.1, 0.4, n_markers)
@@ -113,7 +113,7 @@ def _marker_effect(n_genes: int, rng: np.random.Generator) -> NDArray[np.float64
 def _datasets_and_donors(
     n_cells: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return each cell's dataset and donor: runs of unequal length, donors nested in datasets."""
+    """Return the dataset and the donor of each cell: runs of unequal length, donors nested in datasets."""
     size = rng.lognormal(0.0, 0.6, _N_DATASETS)
     dataset = np.sort(rng.choice(_N_DATASETS, n_cells, p=size / size.sum()))
     n_donors = rng.integers(2, _MAX_DONORS + 1, _N_DATASETS)
@@ -126,7 +126,7 @@ def _donor_names() -> list[str]:
 
 
 def _cell_types(dataset: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw each cell's type from the mix of types of its dataset."""
+    """Draw the type of each cell from the mix of types of its dataset."""
     mixes = rng.dirichlet(30.0 * _TYPE_SHARES, _N_DATASETS)
     n_cells = np.bincount(dataset, minlength=_N_DATASETS)
     draws = [rng.choice(len(_TYPES), n, p=mix) for n, mix in zip(n_cells, mixes, strict=True)]
@@ -144,7 +144,7 @@ def _draw_counts(
     n_molecules: NDArray[np.float64],
     rng: np.random.Generator,
 ) -> sp.csr_matrix:
-    """Draw counts around `shares` × `n_molecules`, a slab of rows at a time to keep memory small."""
+    """Draw counts around `shares` × `n_molecules`, some rows at a time to keep memory small."""
     n_rows = max(1, _CHUNK_VALUES // shares.shape[-1])
     slabs = []
     for start in range(0, len(dataset), n_rows):
