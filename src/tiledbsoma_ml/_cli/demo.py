@@ -118,9 +118,9 @@ def demo(
 ) -> None:
     """Train a classifier of cell types on shuffled mini-batches of a SOMA Experiment.
 
-    Four fifths of the cells are for training, the others show how well it went. Without `--h5ad` and
-    `--uri` the cells are simulated. The counts of a file are written to a SOMA Experiment first, once.
-    For more than one epoch the cells are put in a snapshot, from which they are read many times faster.
+    The classifier learns from four fifths of the cells, and is tested on the others. Without `--h5ad` and
+    `--uri` the cells are simulated. The counts of a file are first written to a SOMA Experiment, once. For
+    more than one epoch the cells are put in a snapshot, from which they are read many times faster.
 
     **Examples**
 

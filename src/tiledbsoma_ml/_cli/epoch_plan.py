@@ -74,7 +74,7 @@ class PlanOptions:
 
 
 def plan_epoch(options: PlanOptions) -> Json:
-    """Return the plan of an epoch, without reading `X`.
+    """Return the plan of an epoch; `X` is not read, but for a sample if a size is "auto".
 
     Raises:
         ValueError: If there is no such query, or an option breaks a rule.

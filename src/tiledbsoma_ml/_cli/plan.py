@@ -78,9 +78,10 @@ def plan(
     shuffle_scope: Scope = "partition",
     limit: Limit = 100_000,
 ) -> None:
-    """Show which rows are read together and who yields which, without reading X.
+    """Show which rows are read together, and which worker yields them.
 
-    The page `shuffle_viz` draws what `--json` prints.
+    `X` is not read, but for a sample of it if a size is `auto`. The page `shuffle_viz` draws what `--json`
+    prints.
 
     **Examples**
 
