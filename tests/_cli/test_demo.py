@@ -200,7 +200,7 @@ def test_help_names_every_option_and_gives_examples() -> None:
     [
         (["--epochs", 0], "epochs=0 must be a positive integer; try 5."),
         (["--batch-size", -1], "batch_size=-1 must be a positive integer; try 128."),
-        (["--seed", -1], "seed=-1 must be an integer of at least 0; try 0."),
+        (["--seed", -1], "seed=-1 must be an integer of at least 0; try 42."),
         (["--num-workers", -1], "num_workers=-1 must be an integer of at least 0; try 0."),
         (["--cells", 0], "cells=0 must be a positive integer; try 2000."),
         (["--genes", 0], "genes=0 must be a positive integer; try 2000."),

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from tiledbsoma_ml.dataset import DEFAULT_IO_BATCH_SIZE, DEFAULT_SHUFFLE_CHUNK_SIZE
 
-BATCH_SIZE, SEED = 128, 0
+BATCH_SIZE, SEED = 128, 42
 SHUFFLE_CHUNK_SIZE, IO_BATCH_SIZE = str(DEFAULT_SHUFFLE_CHUNK_SIZE), str(DEFAULT_IO_BATCH_SIZE)
 
 # Panels of `--help`.
