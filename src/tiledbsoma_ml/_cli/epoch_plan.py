@@ -174,8 +174,8 @@ def _pieces(batches: Iterable[NDArrayJoinId], listed: NDArrayJoinId) -> list[Jso
     """Return the listed rows of each batch that has any, and the number of all its rows."""
     pieces = []
     for batch in batches:
-        place = np.minimum(np.searchsorted(listed, batch), max(0, len(listed) - 1))
-        found = batch[listed[place] == batch] if len(listed) else batch[:0]
+        position = np.minimum(np.searchsorted(listed, batch), max(0, len(listed) - 1))
+        found = batch[listed[position] == batch] if len(listed) else batch[:0]
         if len(found):
             pieces.append({"n_rows": len(batch), "obs_joinids": found.tolist()})
     return pieces
