@@ -14,7 +14,7 @@ SLOW_TESTS := agreement auto benchmarks budget classifier cli context data_modul
   epoch_counter h5ad iterations jit kernels lightning mapped memory_dataset memory_source notebooks \
   package progress ranks ray_train reading realdata resume s3 scopes scvi scvi_models scvi_realdata \
   shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset \
-  snapshot_progress snapshot_resume snapshot_source snapshot_source_part soma_source source_dataset \
+  snapshot_progress snapshot_resume snapshot_source snapshot_source_segment soma_source source_dataset \
   sources streaming tables task threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
