@@ -12,7 +12,7 @@ NEWEST_TESTS := $(addprefix tests/,test_package.py test_x_locator.py test_snapsh
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
 SLOW_TESTS := agreement auto benchmarks budget classifier cli context data_module dataloader demo distributed docs \
   epoch_counter h5ad iterations jit kernels lightning mapped memory_dataset memory_source notebooks \
-  package progress ranks ray_train reading realdata resume s3 scopes scvi scvi_models scvi_realdata \
+  package progress ranks ray_cluster ray_train reading realdata resume s3 scopes scvi scvi_models scvi_realdata \
   shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset \
   snapshot_progress snapshot_resume snapshot_source snapshot_source_segment soma_source source_dataset \
   sources streaming tables task threads torchrun window x_locator
