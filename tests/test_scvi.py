@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import pickle
 from collections import Counter
@@ -18,7 +19,7 @@ import torch
 from scipy import sparse
 
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
-from tiledbsoma_ml import SCVIDataModule
+from tiledbsoma_ml import ExperimentDataModule, SCVIDataModule
 from tiledbsoma_ml._ingest import experiment as _experiment
 from tiledbsoma_ml._scvi.genes import Genes
 from tiledbsoma_ml.scvi import write_obsm
@@ -231,6 +232,17 @@ def test_options_reach_the_dataset_by_position_and_by_name(counts: Store) -> Non
     assert datamodule.train_dataloader().num_workers == 0
     loader = module(counts, dataloader_kwargs={"num_workers": 1}).train_dataloader()
     assert loader.num_workers == 1
+
+
+def test_defaults_are_those_of_the_data_module_for_lightning(counts: Store) -> None:
+    with counts.query() as query:
+        others = ExperimentDataModule(query).train_dataloader().dataset.options
+    assert module(counts).train_dataset.options == others
+    assert (others.batch_size, others.seed, others.io_batch_size) == (128, 42, "auto")
+    ours, theirs = (inspect.signature(each).parameters for each in (SCVIDataModule, ExperimentDataModule))
+    same = ours.keys() & theirs.keys() - {"query", "train_size"}
+    assert same == {"dataloader_kwargs", "seed"}
+    assert {name: ours[name].default for name in same} == {name: theirs[name].default for name in same}
 
 
 def test_printing_makes_no_loader_and_so_no_snapshot(counts: Store, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What data modules for Lightning have in common."""
+"""`QueryDataModule`: the base of data modules for Lightning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATASET_DEFAULTS: Mapping[str, Any] = {
 """Options of `ExperimentDataset` for which data modules have defaults of their own."""
 
 LENGTH_WARNING = "Your `IterableDataset` has `__len__` defined"
-"""So begins a warning of Lightning that the length of a loader could be inaccurate; that of ours is exact."""
+"""Beginning of a warning of Lightning: it takes the lengths of loaders for inaccurate, but ours are exact."""
 
 
 class QueryDataModule(LightningDataModule):
@@ -33,18 +33,18 @@ class QueryDataModule(LightningDataModule):
     _is_tuned = False
 
     def __str__(self) -> str:
-        """Return its line; that of Lightning would make all loaders, and so write a snapshot."""
+        """Return the line of `repr`. `str` of Lightning would make all loaders, and so write a snapshot."""
         return repr(self)
 
     def _set_hparams(self, hp: Any) -> None:
-        """Leave queries out of `save_hyperparameters`: an open experiment can be neither copied nor saved."""
+        """Save hyperparameters without queries: an open experiment can be neither copied nor saved."""
         if isinstance(hp, dict):
             queries = [name for name, value in hp.items() if isinstance(value, soma.ExperimentAxisQuery)]
             hp = {name: value for name, value in hp.items() if name not in queries}
         super()._set_hparams(hp)
 
     def setup(self, stage: str | None = None) -> None:
-        """Begin a run; called by Lightning. Without a trainer there is nothing to do."""
+        """Begin a run; Lightning calls this. Without a trainer, it does nothing."""
         if self.trainer is None:
             return
         warnings.filterwarnings("ignore", LENGTH_WARNING)
@@ -52,25 +52,25 @@ class QueryDataModule(LightningDataModule):
         self._is_tuned = any(isinstance(callback, BatchSizeFinder) for callback in self.trainer.callbacks)
 
     def teardown(self, stage: str | None = None) -> None:
-        """End a run; called by Lightning."""
+        """End a run; Lightning calls this."""
         self._is_tuned = False
         with suppress(ValueError):
             warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
 
     def on_exception(self, exception: BaseException) -> None:
-        """End a run that failed; called by Lightning."""
+        """End a run that failed; Lightning calls this."""
         self.teardown()
 
     def _handed(self, loader: _Loader, mode: str = "sequential") -> _Loader:
-        """Return a loader as Lightning is to get it."""
+        """Return a loader in the form that Lightning needs."""
         return cast("_Loader", WithRowCount(loader, mode)) if self._is_tuned else loader
 
 
 class WithRowCount(CombinedLoader):
-    """A loader, for Lightning's batch size finder.
+    """A loader for Lightning's batch size finder.
 
-    That one goes no further than the length of the dataset, and takes it for a number of rows. That of an
-    `ExperimentDataset` is the number of mini-batches.
+    The finder tries no size above the length of the dataset, which it takes for a number of rows. But the
+    length of an `ExperimentDataset` is the number of mini-batches.
     """
 
     def _dataset_length(self) -> int:

@@ -150,7 +150,7 @@ class ExperimentDataModule(QueryDataModule):
         self._train_loader: ExperimentDataLoader | None = None
 
     def __repr__(self) -> str:
-        """Return what it holds, in a line; nothing is read for it, or written."""
+        """Return a line that says what the data module holds; nothing is read or written for it."""
         return as_line(type(self).__name__, self._described())
 
     def _repr_html_(self) -> str:
@@ -167,8 +167,8 @@ class ExperimentDataModule(QueryDataModule):
     def batch_size(self) -> int:
         """Rows per batch, on each rank.
 
-        Setting it makes all datasets anew: loaders have it that are made from then on, as Lightning's
-        `Tuner.scale_batch_size` does. An epoch that was left in the middle is over then.
+        A size that you set, or that Lightning's `Tuner.scale_batch_size` sets, holds for the loaders that are
+        made afterwards. An epoch that was left in the middle is over then.
         """
         return self._train.batch_size
 
@@ -188,11 +188,11 @@ class ExperimentDataModule(QueryDataModule):
         return len(self.query_ids.var_joinids)
 
     def read_obs(self, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `obs` for all rows of the query, in its order: its labels, for instance."""
+        """Return columns of `obs`, for instance labels, for all rows of the query, in its order."""
         return self._source.obs(self.query_ids.obs_joinids, column_names)
 
     def read_var(self, column_names: Sequence[str]) -> pd.DataFrame:
-        """Return columns of `var` for the columns of `X`, in their order: names of genes, for instance."""
+        """Return columns of `var`, for instance names of genes, for the columns of `X`, in their order."""
         return self._source.var(self.query_ids.var_joinids, column_names)
 
     # Loaders ----------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class ExperimentDataModule(QueryDataModule):
         return self._handed(self._train_loader, "max_size_cycle")
 
     def val_dataloader(self) -> ExperimentDataLoader | list[Any]:
-        """Return the loader of the validation part; none, as an empty list, if its size is 0."""
+        """Return the loader of the validation part; an empty list if its size is 0."""
         return self._handed(self._loader(self._val, "val_size")) if len(self.val_ids.obs_joinids) else []
 
     def test_dataloader(self) -> ExperimentDataLoader:
@@ -238,7 +238,7 @@ class ExperimentDataModule(QueryDataModule):
     # Resuming ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where training stands, for a checkpoint; the same on every rank."""
+        """Return the position of training, for a checkpoint; the same on every rank."""
         if self._loaded is not None:
             return dict(self._loaded)
         used = None if self.trainer is None else self.trainer.train_dataloader
@@ -247,38 +247,38 @@ class ExperimentDataModule(QueryDataModule):
         return (self._train_loader or self._train).state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where training stood, with the next `train_dataloader`, which checks that it can.
+        """Go on from a position, with the next `train_dataloader`, which checks that it can.
 
-        Lightning loads checkpoints to validate, test and predict as well: that changes nothing.
+        Lightning loads checkpoints to validate, test and predict as well. Then this does nothing.
         """
         if self.trainer is None or self.trainer.state.fn in (None, TrainerFn.FITTING):
             self._loaded = state_dict
 
     def on_exception(self, exception: BaseException) -> None:
-        """End a run that failed; called by Lightning. What it was to go on from, the next run does not."""
+        """End a run that failed; Lightning calls this. The next run does not go on from its checkpoint."""
         super().on_exception(exception)
         self._loaded = None
 
     def _of_size(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a state for the size of batches, which a new epoch may have changed, as when tuned."""
+        """Return a state with the present batch size, which may be another at the start of an epoch."""
         if not self._is_resized or state["n_yielded"] or state["earlier"]:
             return state
         return {**state, **{name: self._train.iterations.identity[name] for name in ("batch_size", "auto")}}
 
     def _n_train_batches(self) -> float:
-        """Return after how many batches an epoch is over: there may be a limit to them."""
+        """Return the number of batches after which an epoch is over; the trainer may limit it."""
         return math.inf if self.trainer is None else float(self.trainer.num_training_batches)
 
     # Batches ----------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: MiniBatch, dataloader_idx: int) -> Any:
-        """Return what goes to the device; Lightning calls it in the training process."""
+        """Return what goes to the device; Lightning calls this in the training process."""
         X, obs = batch
         transformed = (_as_tensor(X), obs)
         return transformed if self._transform is None else self._transform(transformed)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Return what goes to the model, made on the device; called by Lightning."""
+        """Return what goes to the model, made on the device; Lightning calls this."""
         return batch if self._device_transform is None else self._device_transform(batch)
 
 
@@ -295,7 +295,7 @@ def _in_order(options: Mapping[str, Any], padding_column_name: str) -> dict[str,
 
 
 def _split(ids: QueryIDs, sizes: Mapping[str, float], seed: int) -> tuple[QueryIDs, ...]:
-    """Return the parts of the rows, of the same sizes for every seed."""
+    """Return the parts of the rows; their sizes do not depend on the seed."""
     listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
     try:
         parts = ids.random_split(*sizes.values(), seed=seed, method="deterministic")

@@ -139,7 +139,7 @@ class SCVIDataModule(Facts, QueryDataModule):
         self._model_name = model_name
 
     def __repr__(self) -> str:
-        """Return what it holds, in a line; nothing is read for it, or written."""
+        """Return a line that says what the data module holds; nothing is read or written for it."""
         return as_line(type(self).__name__, self._described())
 
     def _repr_html_(self) -> str:
@@ -165,11 +165,11 @@ class SCVIDataModule(Facts, QueryDataModule):
     # Training ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Begin a run; called by Lightning.
+        """Begin a run; Lightning calls this.
 
         Raises:
-            ValueError: If a callback waits for a metric of validation, and no cells are left for it; or if
-                `SCANVI` has nothing to classify.
+            ValueError: If a callback waits for a metric of validation, and there are no cells for validation;
+                or if `SCANVI` has nothing to classify.
         """
         super().setup(stage)
         if self.trainer is None or stage != "fit":

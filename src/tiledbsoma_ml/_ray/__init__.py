@@ -1,1 +1,1 @@
-"""Behind `RayTrainRunner`."""
+"""The parts of `RayTrainRunner`."""

@@ -1,4 +1,4 @@
-"""What a run trains on: a data module, or what to make one of."""
+"""The data of a run: a data module, or what one is made of."""
 
 from __future__ import annotations
 

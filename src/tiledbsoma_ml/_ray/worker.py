@@ -24,7 +24,7 @@ CHECKPOINT_NAME = "checkpoint.ckpt"
 
 @attrs.frozen(kw_only=True)
 class Training:
-    """How long a run trains, and where it begins.
+    """The length of a run, and its beginning.
 
     Attributes:
         trainer_options: Options of Lightning's `Trainer`, `max_epochs` among them.
@@ -57,7 +57,7 @@ class Training:
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What each worker does.
+    """The work of each worker.
 
     Attributes:
         Model: The class of the model.

@@ -1,1 +1,1 @@
-"""What stands behind `SCVIDataModule`."""
+"""The parts of `SCVIDataModule`."""

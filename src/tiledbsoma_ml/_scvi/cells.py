@@ -16,12 +16,12 @@ from tiledbsoma_ml._scvi.labels import Labels, Unseen, read_numbers
 from tiledbsoma_ml._soma.obs import ObsColumns
 
 Batch: TypeAlias = dict[str, torch.Tensor]
-"""What a model of scvi-tools takes."""
+"""The tensors that a model of scvi-tools takes, by key."""
 
 
 @attrs.frozen(kw_only=True)
 class Roles:
-    """Which columns of `obs` mean what."""
+    """The columns of `obs`, by what they mean to a model; `SCVIDataModule` describes each."""
 
     batch: tuple[str, ...] = ()
     label: str | None = None
@@ -37,7 +37,7 @@ class Roles:
                 check_name(parameter, name, query.experiment.obs.keys(), of="a column of obs")
 
     def by_parameter(self) -> dict[str, tuple[str, ...]]:
-        """Return the columns by the parameter that names them."""
+        """Return the columns, by the parameter that names them."""
         return {
             "batch_column_names": self.batch,
             "label_column_name": () if self.label is None else (self.label,),
@@ -49,7 +49,7 @@ class Roles:
 
 @attrs.frozen(kw_only=True)
 class Known:
-    """Categories that have a code already; None where those of the query itself are to be taken."""
+    """Categories that have a code already; None where the categories of the query are to be taken."""
 
     batch: Sequence[str] | None = None
     classes: Sequence[str] | None = None
@@ -59,7 +59,7 @@ class Known:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Cells:
-    """Codes and numbers of all cells of a query, in the order of `obs_joinids`, which are sorted."""
+    """The codes and numbers of all cells of a query, in the order of `obs_joinids`, which are sorted."""
 
     obs_joinids: NDArrayJoinId
     batch: Labels
@@ -129,11 +129,11 @@ class Cells:
 
     @property
     def classes(self) -> NDArray[np.object_]:
-        """The labels but the one that stands for none."""
+        """The labels, without the one that means "no label"."""
         return self.labels.categories[: self.unlabeled_code]
 
     def places(self, obs_joinids: NDArrayJoinId) -> NDArray[np.int64]:
-        """Return where rows of the query are in these arrays."""
+        """Return the places of rows of the query in these arrays."""
         first, last = int(self.obs_joinids[0]), int(self.obs_joinids[-1])
         if last - first == len(self.obs_joinids) - 1:
             return obs_joinids - first
@@ -145,9 +145,9 @@ class Cells:
         return np.ones(len(codes), bool) if self.unlabeled_code is None else codes != self.unlabeled_code
 
     def batch_of(self, X: torch.Tensor, places: NDArray[np.int64]) -> Batch:
-        """Return rows as models of scvi-tools take them; without covariates there is no key of them.
+        """Return rows as models of scvi-tools take them; without covariates, their keys are absent.
 
-        None in their place is what Lightning takes for a batch whose size is ambiguous.
+        With None in their place, Lightning would warn that the size of the batch is ambiguous.
         """
         batch = {"X": X, "batch": _column(self.batch, places), "labels": _column(self.labels, places)}
         if self.categorical:
@@ -176,7 +176,7 @@ def _read_continuous(
 def _labels(
     labels: Labels, roles: Roles, classes: Sequence[str] | None, *, is_inference: bool
 ) -> tuple[Labels, int | None]:
-    """Return the labels with the category of unlabelled cells last, and its code if it occurs."""
+    """Return the labels, the unlabelled category last, and the code of this category if it occurs."""
     unlabeled = roles.unlabeled
     if classes is None:
         classes = [name for name in labels.categories if name != unlabeled]
@@ -199,7 +199,7 @@ def _labels(
 
 
 def _without_unseen(labels: Labels, unlabeled: str | None, classes: set[str]) -> Labels:
-    """Return the labels with those that are not known as unlabelled, where there is a category for that."""
+    """Return the labels; unknown ones become the unlabelled category, if there is one."""
     unseen = np.array([name not in classes and name != unlabeled for name in labels.categories])
     if unlabeled is None or not unseen.any():
         return labels

@@ -1,4 +1,4 @@
-"""`Facts`: what scvi-tools reads from a data module, above all its registry."""
+"""`Facts`: the attributes that scvi-tools reads from a data module, above all the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiledbsoma_ml.dataset import ExperimentDataset
 
 
 class Facts:
-    """What scvi-tools reads from a data module, by the names that it expects."""
+    """The attributes that scvi-tools reads from a data module, by the names that it expects."""
 
     _scheme: Scheme
     _selection: Selection
@@ -23,7 +23,7 @@ class Facts:
 
     @property
     def registry(self) -> dict[str, Any]:
-        """What a model knows of the data; the index of a category is its code."""
+        """All that a model knows of the data; the index of a category is its code."""
         return make_registry(
             self._selection.cells, self._scheme.roles, self._selection.genes.ids, self._model_name
         )
@@ -114,12 +114,12 @@ class Facts:
 
     @property
     def train_idx(self) -> NDArray[np.int64]:
-        """Where the cells to train on are in the query."""
+        """The places in the query of the cells to train on."""
         return self._places_of(self.train_dataset)
 
     @property
     def val_idx(self) -> NDArray[np.int64]:
-        """Where the cells for validation are in the query."""
+        """The places in the query of the cells for validation."""
         return self._places_of(self.val_dataset)
 
     @property

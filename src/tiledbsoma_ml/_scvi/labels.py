@@ -15,17 +15,19 @@ from tiledbsoma_ml._common import NDArrayJoinId, nearest_names, warn
 from tiledbsoma_ml._soma.obs import ObsColumns
 
 MISSING = "nan"
-"""The category of rows that have no value: what pandas makes of a missing value as text."""
+"""The category of rows that have no value: the text that pandas makes of a missing value."""
 
 SEPARATOR = "//"
-"""Stands between the values of several columns that together are one label."""
+"""Separator of the values of several columns that together are one label."""
 
 MANY_VALUES = 1000
-"""A numeric column with more values than this is hardly a label."""
+"""Number of different values above which a numeric column is hardly a label."""
 
 Unseen: TypeAlias = Literal["error", "extend"] | Mapping[str, str]
-"""The treatment of labels that are not known: they are refused, or appended, or each is replaced
-by the known one that a mapping names."""
+"""The treatment of labels that are not known.
+
+"error" refuses them, "extend" appends them to the known ones, and a mapping replaces each by a known one.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +55,13 @@ class Labels:
     def read(
         cls, columns: ObsColumns, obs_joinids: NDArrayJoinId, names: Sequence[str], *, parameter: str
     ) -> Labels:
-        """Return what the columns called `names` say of each row, joined by "//" and sorted as text.
+        """Return the values of columns for each row, joined by "//"; categories are sorted as text.
 
         Args:
             columns: Columns of `obs`, read.
             obs_joinids: All their rows, sorted.
-            names: At least one column.
-            parameter: The parameter in which the user gave the names.
+            names: Names of the columns; at least one.
+            parameter: The parameter by which the user gave the names, for messages.
         """
         joined, codes = np.array([""], dtype=object), np.zeros(len(obs_joinids), dtype=np.int64)
         for number, name in enumerate(names):
@@ -85,11 +87,11 @@ class Labels:
 
         Args:
             known: The categories; their order is kept.
-            unseen: The treatment of other labels. With "extend" they follow the known ones.
-            what: A word for a label: "batch".
+            unseen: The treatment of other labels; with "extend" they follow the known ones.
+            what: A word for such a label in messages, for instance "batch".
 
         Raises:
-            ValueError: If labels that occur are not known, and `unseen` does not say what to do.
+            ValueError: If labels that occur are not known, and `unseen` neither extends nor replaces them.
         """
         present = self.counts() > 0
         names = self.categories

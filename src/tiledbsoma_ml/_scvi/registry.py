@@ -1,4 +1,4 @@
-"""The registry: what a model of scvi-tools knows of its data, as a dictionary."""
+"""The registry of scvi-tools: a dictionary with all that a model knows of its data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tiledbsoma_ml._scvi.labels import Labels
 def make_registry(
     cells: Cells, roles: Roles, gene_ids: NDArray[np.object_], model_name: str | None
 ) -> dict[str, Any]:
-    """Return what scvi-tools' own data modules call their registry, for these cells and genes.
+    """Return the registry of cells and genes, with the keys that data modules of scvi-tools have.
 
-    It holds plain values and arrays only. Beyond what scvi-tools reads, `column_names` say which columns of
+    It holds plain values and arrays only. scvi-tools does not read `column_names`: they say which columns of
     `obs` a category was made of.
     """
     n_obs, n_vars = len(cells.obs_joinids), len(gene_ids)
@@ -56,7 +56,7 @@ def roles_of(registry: Mapping[str, Any]) -> Roles:
     """Return the columns that a registry was made of.
 
     Raises:
-        ValueError: If it was not made by this package.
+        ValueError: If the registry was not made by this package.
     """
     state = {name: field["state_registry"] for name, field in registry["field_registries"].items()}
     if "column_names" not in state.get("batch", {}):

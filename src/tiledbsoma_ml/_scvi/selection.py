@@ -1,4 +1,4 @@
-"""What a data module takes from a query: its cells and genes, as models know them, and their address."""
+"""`Selection`: the cells and genes of a query, as a model knows them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CENSUS_BATCH_COLUMNS = ("dataset_id", "assay", "suspension_type", "donor_id")
 
 @attrs.frozen(kw_only=True, eq=False)
 class Scheme:
-    """What a model reads of cells: columns of `obs`, categories that have a code, and genes.
+    """The columns of `obs`, the categories that have a code, and the genes that a model reads.
 
     Attributes:
         roles: The columns.
