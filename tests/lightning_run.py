@@ -1,4 +1,4 @@
-"""A run of Lightning for `test_data_module.py`, in processes of its own: each rank writes what it did.
+"""A run of Lightning for `test_lightning.py`, in processes of its own: each rank writes what it did.
 
     python lightning_run.py '{"uri": …, "out": …}'
 
@@ -67,7 +67,12 @@ def for_the_model(batch: Any) -> dict[str, torch.Tensor]:
 
 
 def main(options: Mapping[str, Any]) -> None:
-    """Fit and test as the options say."""
+    """Fit and test as the options say, and once more with each of the changes in `then`."""
+    for changes in ({}, *options.get("then", ())):
+        fit_and_test({**options, **changes})
+
+
+def fit_and_test(options: Mapping[str, Any]) -> None:
     with soma.Experiment.open(options["uri"]) as experiment:
         rows = soma.AxisQuery(coords=(slice(0, options["n_rows"] - 1),))
         with experiment.axis_query("RNA", obs_query=rows) as query:
@@ -83,6 +88,7 @@ def main(options: Mapping[str, Any]) -> None:
                 dataloader_kwargs={"num_workers": options.get("num_workers", 0)},
             )
     out = Path(options["out"])
+    out.mkdir(exist_ok=True)
     seed_everything(1, verbose=False)
     model = Model(data.n_vars)
     checkpoints = ModelCheckpoint(

@@ -10,21 +10,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy import sparse
 
+from stores import DTYPES
 from tiledbsoma_ml._csr import CSR_IO_Buffer, concat_toscipy, smallest_uint
-
-DTYPES = [
-    np.bool_,
-    np.int8,
-    np.uint8,
-    np.int16,
-    np.uint16,
-    np.int32,
-    np.uint32,
-    np.int64,
-    np.uint64,
-    np.float32,
-    np.float64,
-]
 
 
 class Coo(NamedTuple):

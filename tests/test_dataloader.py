@@ -78,7 +78,7 @@ def test_sparse_x_and_obs_of_every_type_come_through_workers(store: Store) -> No
         range(60), obs_column_names=columns, return_sparse_X=True, batch_size=16, shuffle=False
     )
     rows = []
-    for X, obs in experiment_dataloader(dataset, num_workers=2):
+    for X, obs in experiment_dataloader(dataset, num_workers=1):  # spawned
         assert isinstance(X, sparse.csr_matrix)
         np.testing.assert_array_equal(X.toarray(), expected_X(obs["soma_joinid"], range(N_VARS)))
         rows.append(obs)

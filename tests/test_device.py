@@ -12,28 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
+from stores import DTYPES
 from tiledbsoma_ml import _device
 from tiledbsoma_ml._device import DeviceRows
-
-DTYPES = [
-    np.bool_,
-    np.int8,
-    np.int16,
-    np.int32,
-    np.int64,
-    np.uint8,
-    np.uint16,
-    np.uint32,
-    np.uint64,
-    np.float32,
-    np.float64,
-]
-
-# torch says once per process that its CSR layout is in beta, and that it does not check it.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
-    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),
-]
 
 
 @pytest.fixture(
@@ -59,7 +40,9 @@ def matrices(dtype: Any, n_rows: int | None = None, n_cols: int | None = None) -
         st.integers(0, 8) if n_rows is None else st.just(n_rows),
         st.integers(0, 7) if n_cols is None else st.just(n_cols),
     )
-    return hnp.arrays(dtype, shape, elements=hnp.from_dtype(np.dtype(dtype)), fill=st.just(dtype(0)))
+    return hnp.arrays(
+        dtype, shape, elements=hnp.from_dtype(np.dtype(dtype)), fill=st.just(np.dtype(dtype).type(0))
+    )
 
 
 def put(matrix: np.ndarray, device: torch.device, index_type: Any = np.uint16) -> DeviceRows:

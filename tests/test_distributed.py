@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from stores import Store
+from stores import Store, workers
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
 
@@ -116,11 +116,10 @@ class WhoAmI(IterableDataset):
         yield get_worker_id_and_num()
 
 
-@pytest.mark.parametrize(("num_workers", "workers"), [(0, [[0, 1]]), (2, [[0, 2], [1, 2]])])
-def test_a_worker_of_a_dataloader_knows_its_number(num_workers: int, workers: list[list[int]]) -> None:
-    context = "spawn" if num_workers else None
-    loader = DataLoader(WhoAmI(), batch_size=None, num_workers=num_workers, multiprocessing_context=context)
-    assert sorted(loader) == workers
+@pytest.mark.parametrize(("num_workers", "expected"), [(0, [[0, 1]]), (2, [[0, 2], [1, 2]])])
+def test_a_worker_of_a_dataloader_knows_its_number(num_workers: int, expected: list[list[int]]) -> None:
+    loader = DataLoader(WhoAmI(), batch_size=None, **workers(num_workers))
+    assert sorted(loader) == expected
 
 
 def test_the_worker_is_asked_for_through_torch_utils_data(monkeypatch: pytest.MonkeyPatch) -> None:

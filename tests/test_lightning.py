@@ -28,12 +28,9 @@ from stores import N_VARS, Store, joinids_of
 
 
 N_ROWS = 310  # 248 train, 31 validation and 31 test rows: 124 of two ranks, and 16 with one row that fills up
-
-
 STEPS = 8  # of 16 rows of 124
 
-
-Uninterrupted: TypeAlias = tuple[Path, list[dict[str, Any]]]
+Runs: TypeAlias = dict[str, list[dict[str, Any]]]
 
 
 def start_run(store: Store, out: Path, **options: Any) -> subprocess.Popen[str]:
@@ -56,22 +53,35 @@ def run(store: Store, out: Path, **options: Any) -> list[dict[str, Any]]:
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "not resumable" not in output
+    return seen_by_ranks(out)
+
+
+def seen_by_ranks(out: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(out.glob("rank*.json"))]
 
 
+CHECKPOINTS = {"epoch=1-step=12.ckpt": 12, "end-epoch=1.ckpt": 16}
+"""Checkpoints within an epoch and at its end, with the number of steps before each."""
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(
-    store: Store, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]]]:
-    """A run of two ranks over three epochs: where its checkpoints are, and what each rank saw."""
-    out = tmp_path_factory.mktemp("uninterrupted")
-    return out, run(store, out)
+def runs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What each of two ranks saw in three epochs: uninterrupted, and from each checkpoint on.
+
+    The same processes make one run after the other, because to start them takes longer than to train.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    whole = folder / "uninterrupted"
+    resumed = [{"out": str(folder / name), "ckpt_path": str(whole / name)} for name in CHECKPOINTS]
+    return {"uninterrupted": run(store, whole, then=resumed)} | {
+        name: seen_by_ranks(folder / name) for name in CHECKPOINTS
+    }
 
 
 def test_two_ranks_train_the_same_number_of_steps_on_disjoint_rows_that_are_all_rows(
-    store: Store, uninterrupted: Uninterrupted
+    store: Store, runs: Runs
 ) -> None:
-    _, ranks = uninterrupted
+    ranks = runs["uninterrupted"]
     data = make(store, slice(0, N_ROWS - 1), seed=5)
     orders = []
     for epoch in range(3):
@@ -84,8 +94,8 @@ def test_two_ranks_train_the_same_number_of_steps_on_disjoint_rows_that_are_all_
     assert of_rank_0[0] != of_rank_0[1]  # the global scope deals rows anew in each epoch
 
 
-def test_two_ranks_evaluate_every_row_once(store: Store, uninterrupted: Uninterrupted) -> None:
-    _, ranks = uninterrupted
+def test_two_ranks_evaluate_every_row_once(store: Store, runs: Runs) -> None:
+    ranks = runs["uninterrupted"]
     data = make(store, slice(0, N_ROWS - 1), seed=5)
     for part, ids in [("val", data.val_ids), ("test", data.test_ids)]:
         last = max(step[0] for step in ranks[0][part])
@@ -94,21 +104,13 @@ def test_two_ranks_evaluate_every_row_once(store: Store, uninterrupted: Uninterr
         assert [row for steps in rows for step in steps for row in step] == ids.obs_joinids.tolist()
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "n_done"),
-    [("epoch=1-step=12.ckpt", 12), ("end-epoch=1.ckpt", 16)],
-)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_a_run_resumed_within_an_epoch_or_at_its_end_has_the_losses_of_an_uninterrupted_one(
-    store: Store,
-    uninterrupted: Uninterrupted,
-    tmp_path: Path,
-    checkpoint: str,
-    n_done: int,
+    runs: Runs, checkpoint: str
 ) -> None:
-    folder, ranks = uninterrupted
-    resumed = run(store, tmp_path, ckpt_path=str(folder / checkpoint))
-    for rank, again in zip(ranks, resumed, strict=True):
-        assert again["train"] == rank["train"][n_done:]
+    for rank, again in zip(runs["uninterrupted"], runs[checkpoint], strict=True):
+        assert again["train"] == rank["train"][CHECKPOINTS[checkpoint] :]
+        assert again["train"]
 
 
 def in_this_process(folder: Path, **options: Any) -> Trainer:

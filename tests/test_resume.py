@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from epochs import batches_of, dataset_of
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, Snapshot
-from tiledbsoma_ml._soma import reader as _reader
+from windows import dataset_of as windowed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* changes nothing here: "),
@@ -65,26 +64,23 @@ def test_resuming_at_every_mini_batch_gives_the_very_sequence(
 
 
 def test_resuming_from_soma_reads_nothing_of_what_came_before(store: Store) -> None:
-    options = {"seed": 2, "batch_size": 10, "io_batch_size": 40, "shuffle_chunk_size": 4}
-    expected = batches_of(store.dataset(**options))
-    read, asked = _reader.SOMAReader.read, []
+    sizes = {"shuffle_chunk_size": 4, "io_batch_size": 40, "batch_size": 10}
 
-    def watched(self: Any, obs_joinids: Any) -> Any:
-        asked.extend(obs_joinids.tolist())
-        return read(self, obs_joinids)
+    def fresh() -> ExperimentDataset:
+        return windowed(store, range(N_OBS), return_sparse_X=False, seed=2, **sizes)
 
+    expected = batches_of(fresh())
     for n_yielded in (1, 4, 7, 20, len(expected) - 1):
-        dataset = store.dataset(**options)
+        dataset = fresh()
         iterator = iter(dataset)
         for _ in range(n_yielded):
             next(iterator)
         state = dataset.state_dict()
         iterator.close()
-        asked.clear()
-        resumed = store.dataset(**options)
+        resumed = fresh()
         resumed.load_state_dict(state)
-        with mock.patch.object(_reader.SOMAReader, "read", watched):
-            assert batches_of(resumed) == expected[n_yielded:]
+        assert batches_of(resumed) == expected[n_yielded:]
+        asked = np.concatenate(resumed.source.asked)
         assert sorted(asked) == sorted(np.concatenate(expected[n_yielded:]).tolist())
 
 

@@ -302,11 +302,12 @@ if __name__ == "__main__":
         from_snapshot = ExperimentDataset(query, snapshot="relative.snapshot")
         made = Snapshot.create("made.snapshot", query, progress=False)
         opened = Snapshot.open("made.snapshot")
+    forked = {"multiprocessing_context": "fork"}  # which starts faster
     os.makedirs("elsewhere")
     os.chdir("elsewhere")
     for dataset in (streamed, from_snapshot, pickle.loads(pickle.dumps(streamed))):
         assert sum(len(obs) for _, obs in dataset) == 12
-    assert sum(len(obs) for _, obs in experiment_dataloader(streamed, num_workers=1)) == 12
+    assert sum(len(obs) for _, obs in experiment_dataloader(streamed, num_workers=1, **forked)) == 12
     with soma.Experiment.open(name) as experiment:  # TileDB remembers the first folder
         again = XLocator.create(experiment, "RNA").uri
     print(streamed.x_locator.uri, again, made.path, opened.path, *os.listdir("."))
