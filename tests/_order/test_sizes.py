@@ -140,7 +140,7 @@ queries = st.builds(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     ids=queries,
     row_tile=st.sampled_from([1, 7, 64, 96, 2048]),
@@ -174,7 +174,7 @@ def test_auto_takes_the_longest_runs_that_reach_the_target_and_windows_as_large_
     assert sizes.mixing == pytest.approx(reached[sizes.run_length])
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     n_windows=st.integers(2, 40),
     row_tile=st.sampled_from([64, 2048]),
