@@ -12,24 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
+from devices import cuda
 from stores import DTYPES
 from tiledbsoma_ml import _device
 from tiledbsoma_ml._device import DeviceRows
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
-            ],
-        ),
-    ],
-)
+@pytest.fixture(scope="module", params=["cpu", cuda])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from devices import cuda, in_every_form, on_every_device
 from stores import DTYPES, expected_X, make_obs
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._csr import CSR_IO_Buffer
@@ -19,15 +20,6 @@ from tiledbsoma_ml._mini_batch_iterable import MiniBatchIterable
 
 N_VARS = 11
 COLUMNS = ["soma_joinid", "cell_type", "stage", "n_genes"]
-cuda = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
-    ],
-)
-on_every_device = pytest.mark.parametrize("device", ["cpu", cuda])
-in_every_form = pytest.mark.parametrize("sparse_X", [False, True], ids=["dense", "sparse"])
 
 
 def as_io_batches(sizes: list[int], dtype: Any = np.float32) -> list[IOBatch]:
@@ -180,63 +172,52 @@ def test_categoricals_keep_all_categories_and_their_order_across_io_batches(batc
 # Shuffling on the device ----------------------------------------------------------------------------------
 
 
-@on_every_device
-@given(
-    sizes=io_batch_sizes,
-    batch_size=st.integers(1, 20),
-    seed=st.integers(0, 99),
-    epoch=st.integers(0, 3),
-    sparse_X=st.booleans(),
-    eager=st.booleans(),
+shuffles = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 99),
+        "epoch": st.integers(0, 3),
+        "return_sparse_X": st.booleans(),
+        "use_eager_fetch": st.booleans(),
+    }
 )
+
+
+def shuffled(
+    mode: str, device: str, sizes: list[int], batch_size: int, shuffle: dict[str, Any]
+) -> tuple[list[list[int]], np.random.Generator]:
+    """Return the joinids of mini-batches that a device shuffled, and the generator that it had."""
+    mini_batches = MiniBatchIterable(
+        as_io_batches(sizes),
+        batch_size,
+        gpu_shuffle=True,
+        gpu_shuffle_mode=mode,
+        device=torch.device(device),
+        **shuffle,
+    )
+    return ids_in(mini_batches), np.random.default_rng([shuffle["seed"], shuffle["epoch"]])
+
+
+@on_every_device
+@given(sizes=io_batch_sizes, batch_size=st.integers(1, 20), shuffle=shuffles)
 @settings(max_examples=20)
 def test_mode_iobatch_permutes_the_rows_of_each_io_batch_by_the_next_draw(
-    device: str, sizes: list[int], batch_size: int, seed: int, epoch: int, sparse_X: bool, eager: bool
+    device: str, sizes: list[int], batch_size: int, shuffle: dict[str, Any]
 ) -> None:
-    mini_batches = MiniBatchIterable(
-        as_io_batches(sizes),
-        batch_size,
-        use_eager_fetch=eager,
-        return_sparse_X=sparse_X,
-        gpu_shuffle=True,
-        gpu_shuffle_mode="iobatch",
-        device=torch.device(device),
-        seed=seed,
-        epoch=epoch,
-    )
-    rng = np.random.default_rng([seed, epoch])
+    found, rng = shuffled("iobatch", device, sizes, batch_size, shuffle)
     borders = np.cumsum([0, *sizes])
     ids = [start + rng.permutation(size) for start, size in zip(borders, sizes, strict=False)]
-    assert ids_in(mini_batches) == cut(np.concatenate([np.empty(0), *ids]), batch_size)
+    assert found == cut(np.concatenate([np.empty(0), *ids]), batch_size)
 
 
 @on_every_device
-@given(
-    sizes=io_batch_sizes,
-    batch_size=st.integers(1, 20),
-    seed=st.integers(0, 99),
-    epoch=st.integers(0, 3),
-    sparse_X=st.booleans(),
-    eager=st.booleans(),
-)
+@given(sizes=io_batch_sizes, batch_size=st.integers(1, 20), shuffle=shuffles)
 @settings(max_examples=20)
 def test_mode_minibatch_cuts_in_order_and_then_permutes_each_mini_batch_by_the_next_draw(
-    device: str, sizes: list[int], batch_size: int, seed: int, epoch: int, sparse_X: bool, eager: bool
+    device: str, sizes: list[int], batch_size: int, shuffle: dict[str, Any]
 ) -> None:
-    mini_batches = MiniBatchIterable(
-        as_io_batches(sizes),
-        batch_size,
-        use_eager_fetch=eager,
-        return_sparse_X=sparse_X,
-        gpu_shuffle=True,
-        gpu_shuffle_mode="minibatch",
-        device=torch.device(device),
-        seed=seed,
-        epoch=epoch,
-    )
-    rng = np.random.default_rng([seed, epoch])
+    found, rng = shuffled("minibatch", device, sizes, batch_size, shuffle)
     in_order = cut(range(sum(sizes)), batch_size)
-    assert ids_in(mini_batches) == [np.array(ids)[rng.permutation(len(ids))].tolist() for ids in in_order]
+    assert found == [np.array(ids)[rng.permutation(len(ids))].tolist() for ids in in_order]
 
 
 def test_iobatch_is_the_mode_if_none_is_named() -> None:

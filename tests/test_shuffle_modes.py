@@ -11,20 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from devices import in_every_form, on_every_device
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
 from tiledbsoma_ml import ShuffleMode, experiment_dataloader
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml.dataloader import _by_worker, _in_turn
-
-cuda = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
-    ],
-)
-on_every_device = pytest.mark.parametrize("device", ["cpu", cuda])
-in_every_form = pytest.mark.parametrize("sparse_X", [False, True], ids=["dense", "sparse"])
 
 SIZES = {"batch_size": 20, "shuffle_chunk_size": 8, "io_batch_size": 48}
 
