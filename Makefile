@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
 NEWEST := .venv-newest
-NEWEST_TESTS := $(addprefix tests/,test_package.py test_x_locator.py test_snapshot_dataset.py _ingest _scvi)
+NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
 SLOW_TESTS := agreement auto benchmarks budget classifier cli context data_module dataloader demo distributed docs \
   epoch_counter h5ad iterations jit kernels lightning mapped memory_dataset memory_source notebooks \
@@ -44,7 +44,8 @@ compat-newest:  ## Install the newest version of everything but torch, and try i
 	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)' '.[test]'
 	$(NEWEST)/bin/pip list --disable-pip-version-check
 	$(NEWEST)/bin/tiledbsoma-ml demo --cells 300 --genes 50 --epochs 2 --output-dir $(NEWEST)/demo_output
-	$(NEWEST)/bin/pytest -q -W default --numprocesses auto --dist worksteal $(NEWEST_TESTS)
+	$(NEWEST)/bin/pytest -q -W default --numprocesses auto --dist worksteal \
+	  $(foreach name,$(NEWEST_TESTS),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 
 bench: $(VENV)/test.installed  ## Measure speed and memory; BENCH_ARGS="--quick" for two minutes
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
