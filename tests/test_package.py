@@ -125,6 +125,17 @@ def test_a_module_has_its_tests_in_the_same_folder(module: str) -> None:
     assert len(found) == 1 or (not found and {module, folder} & set(TESTED_ELSEWHERE))
 
 
+@pytest.mark.parametrize("module", LAYOUT)
+def test_modules_functions_and_classes_are_short_enough_to_be_read(module: str) -> None:
+    text = (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            n_lines = node.end_lineno - node.lineno + 1
+            assert n_lines <= (300 if isinstance(node, ast.ClassDef) else 60), node.name
+
+
 # Importing ------------------------------------------------------------------------------------------------
 
 WHAT_AN_IMPORT_DOES = """

@@ -21,7 +21,7 @@ import torch
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._dataset.auto import LazyPlan
-from tiledbsoma_ml._dataset.options import Options, ShuffleMode
+from tiledbsoma_ml._dataset.options import Options
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
     get_distributed_rank_and_world_size,
@@ -46,15 +46,10 @@ from tiledbsoma_ml._source import Source
 class Iterations:
     """The epochs of a dataset.
 
-    Args:
-        source: Where rows come from.
-        ids: Which rows and columns of it.
-        options: How they are read and ordered.
-
     Attributes:
-        source: Where rows come from.
-        ids: Which rows and columns of it.
-        options: How they are read and ordered.
+        source: The source of the rows.
+        ids: The rows and columns that are read.
+        options: The settings of the dataset.
     """
 
     def __init__(self, source: Source, ids: QueryIDs, options: Options) -> None:
@@ -174,23 +169,15 @@ class Iterations:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a state must agree about with the dataset that continues it."""
+        """The facts that a state and the dataset that continues it must agree on."""
         if self._fingerprint is None:
             self._fingerprint = self.ids.fingerprint
-        options = self.options
-        of_mini_batches = options.shuffle_mode is ShuffleMode.GPU_MINIBATCH
         return {
             "query": self._fingerprint,
             "n_obs": len(self.ids.obs_joinids),
             "n_vars": len(self.ids.var_joinids),
             "seed": self._seed,
-            "batch_size": options.batch_size,
-            "shuffle": options.shuffle,
-            "shuffle_mode": str(options.shuffle_mode) if of_mini_batches else "cpu",
-            "shuffle_chunk_size": options.shuffle_chunk_size,
-            "io_batch_size": options.io_batch_size,
-            "shuffle_scope": options.shuffle_scope,
-            "tail": options.tail,
+            **self.options.of_order,
             "auto": self.plan.order_key,
         }
 

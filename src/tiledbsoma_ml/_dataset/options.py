@@ -165,6 +165,20 @@ class Options:
         return self.shuffle and self.shuffle_mode is not ShuffleMode.GPU_MINIBATCH
 
     @property
+    def of_order(self) -> dict[str, Any]:
+        """The options that the order of an epoch depends on, beside the seed, by name."""
+        of_mini_batches = self.shuffle_mode is ShuffleMode.GPU_MINIBATCH
+        return {
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "shuffle_mode": str(self.shuffle_mode) if of_mini_batches else "cpu",
+            "shuffle_chunk_size": self.shuffle_chunk_size,
+            "io_batch_size": self.io_batch_size,
+            "shuffle_scope": self.shuffle_scope,
+            "tail": self.tail,
+        }
+
+    @property
     def fields(self) -> Fields:
         """What of each row is wanted beside `X`."""
         return Fields(obs_column_names=self.obs_column_names)

@@ -39,9 +39,7 @@ class Snapshot:
     Rows are in the order of their joinids, one query or source after the other. A snapshot is also a
     map-style dataset, which returns a whole mini-batch at once: `DataLoader(snapshot,
     sampler=BatchSampler(sampler, 128, drop_last=False), batch_size=None)`. It is pickled as its path, so all
-    processes map the same files.
-
-    Use `create` or `open` to get one.
+    processes map the same files. Use `create` or `open` to get one.
 
     Attributes:
         path: The folder.
@@ -81,8 +79,7 @@ class Snapshot:
             obs_column_names: Columns of `obs` to store. All columns of `var` are stored.
             layers: Further layers of `X` to store.
             obsm: Arrays of `obsm` to store.
-            memory_budget: Memory for buffers and for rows that wait to be written, in bytes or as a string
-                like "2GiB".
+            memory_budget: Memory for buffers and for rows that wait: bytes, or a string like "2GiB".
             progress: Whether to show progress on stderr; or a function, which is called with the rows done,
                 the rows in all, rows per second and seconds left.
 
