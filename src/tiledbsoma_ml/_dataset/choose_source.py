@@ -34,7 +34,7 @@ def choose_source(
     """Return what a dataset reads, and which rows and columns of it.
 
     Raises:
-        ValueError: If what is read is said in no way or in several, or has no such rows, columns or fields.
+        ValueError: If no source is given, or more than one, or it lacks the rows, columns or fields.
         TypeError: If something has the wrong type.
     """
     of = _said(query, layer_name, x_locator, query_ids, source, fields, may_be_none=snapshot is not None)
@@ -68,7 +68,7 @@ def _said(
     *,
     may_be_none: bool,
 ) -> Source | None:
-    """Return what was said to be read; None if nothing was, where a snapshot alone may say it."""
+    """Return the source that the arguments describe; None if they describe none, and a snapshot is given."""
     if query_ids is not None:
         check_whole(query_ids)
     said = {"query": query, "layer_name": layer_name, "x_locator": x_locator, "source": source}

@@ -29,7 +29,7 @@ def described(iterations: Iterations) -> dict[str, str]:
 
 
 def _partition(iterations: Iterations) -> Partition | None:
-    """Return this rank and worker; None where the environment tells what cannot be."""
+    """Return this rank and worker; None if the environment variables contradict each other."""
     try:
         return iterations.partition()
     except ValueError:

@@ -135,7 +135,7 @@ class Facts:
         return sorted({*super().__dir__(), *_OPTIONS})
 
     def __repr__(self) -> str:
-        """Return a line that says what the dataset yields, and where that is."""
+        """Return one line with the rows, the source and the settings of the dataset."""
         return as_line(type(self).__name__, described(self.iterations))
 
     def _repr_html_(self) -> str:

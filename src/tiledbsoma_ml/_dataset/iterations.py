@@ -1,8 +1,8 @@
-"""`Iterations`: the epochs of a dataset, as whoever iterates it has to know them.
+"""`Iterations`: the epochs of a dataset.
 
-A loader, a data module and torchdata talk to a dataset through this: which epoch comes next, how many
-mini-batches it has, what each rank and worker yields of it, and where it goes on after a resume. What moves
-while rows are yielded belongs to an iterator (`Iteration`) and to whoever makes iterators (`Progress`).
+Loaders, data modules and torchdata use it to know which epoch comes next, how many mini-batches it has, which
+rows each rank and worker yields, and where an epoch continues after a resume. What changes while rows are
+yielded belongs to an iterator (`Iteration`), and to the loader or dataset that makes iterators (`Progress`).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Iterations:
         return Progress.of_loader(self._epochs)
 
     def asking(self) -> Progress:
-        """Return who asks for an iterator now: a loader, or the dataset by itself."""
+        """Return the `Progress` of the loader that makes an iterator now, or else of the dataset itself."""
         return self._epochs.iterating()
 
     # Where it stands --------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class Iterations:
     # Beginning an epoch -----------------------------------------------------------------------------------
 
     def begin(self, progress: Progress) -> tuple[EpochPart, Iteration]:
-        """Begin an epoch, or go on with one that a state told of; return what of it is to be yielded here."""
+        """Begin an epoch, or continue the loaded one; return the part of it that this process yields."""
         partition, in_worker = self.partition(), torch.utils.data.get_worker_info() is not None
         if self._told is not None and in_worker:
             part = self._continued(self._told.begin(), partition)

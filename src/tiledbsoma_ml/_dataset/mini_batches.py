@@ -37,7 +37,7 @@ def mini_batches(planned: PartPlan, reader: Reader, options: Options) -> Generat
 def pieces_of_worker(
     planned: PartPlan, reader: Reader, options: Options
 ) -> Generator[tuple[int, Piece], None, None]:
-    """Yield what the training process makes mini-batches of, with the number of this worker."""
+    """Yield the rows that this worker reads, with its number; the loader makes mini-batches of them."""
     worker, _ = get_worker_id_and_num()
     with closing(_pieces(planned, reader, options)) as pieces:
         yield from ((worker, piece) for piece in pieces)
