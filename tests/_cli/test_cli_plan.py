@@ -63,6 +63,8 @@ def test_the_table_names_32_workers_and_counts_the_others(store: Store) -> None:
             ["{uri}", "--shuffle-chunk-size", "most"],
             "shuffle_chunk_size='most' must be a positive integer or",
         ),
+        (["{uri}", "--io-batch-size=--5"], "io_batch_size='--5' must be a positive integer or"),
+        (["{uri}", "--shuffle-chunk-size", "9" * 23], "must be at most 9223372036854775807"),
         (
             ["{uri}", "--io-batch-size", "100"],
             "io_batch_size=100 must be a multiple of shuffle_chunk_size=64",

@@ -12,7 +12,7 @@ from tiledbsoma_ml import experiment_dataloader
 def test_printing_says_what_a_dataset_yields(store: Store) -> None:
     facts = (
         f"311 rows by 23 columns; source={store.uri!r}, batch_size=16, shuffle_chunk_size=64, "
-        "io_batch_size=65,536, shuffle=shuffle_scope='partition', seed=3, X=dense, obs=soma_joinid, "
+        "io_batch_size=65,536, shuffle=True, shuffle_scope='partition', seed=3, X=dense, obs=soma_joinid, "
         "rank=0 of 1"
     )
     dataset = store.dataset(batch_size=16, seed=3)

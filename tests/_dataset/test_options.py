@@ -250,6 +250,12 @@ def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_fir
             "shuffle_chunk_size='tile' must be a positive integer or 'auto'; try 'auto'.",
         ),
         (
+            {"shuffle_chunk_size": 2**63, "io_batch_size": 2**63},
+            ValueError,
+            "io_batch_size=9223372036854775808 must be at most 9223372036854775807, the largest joinid; try "
+            "'auto'.",
+        ),
+        (
             {"shuffle_chunk_size": "auto", "io_batch_size": 0},
             ValueError,
             "io_batch_size=0 must be a positive integer; try 65536.",

@@ -6,6 +6,7 @@ option is an alias of its type, and a command takes it as `batch_size: BatchSize
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, TypeAlias
 
 from typer import Argument, Option
@@ -56,4 +57,4 @@ BatchSize: TypeAlias = Annotated[int, Option(help="Rows per mini-batch.", rich_h
 
 def as_size(text: str) -> int | str:
     """Return a size as a number if it is one, else unchanged: "auto", or what a dataset refuses."""
-    return int(text) if text.lstrip("-").isdecimal() else text
+    return int(text) if re.fullmatch(r"[+-]?\d{1,30}", text, flags=re.ASCII) else text

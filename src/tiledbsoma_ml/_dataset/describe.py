@@ -19,7 +19,8 @@ def described(iterations: Iterations) -> dict[str, str]:
         "source": type(iterations.source).__name__ if locator is None else repr(locator.uri),
         "batch_size": f"{options.batch_size:,}",
         **_sizes(iterations, partition),
-        "shuffle": f"shuffle_scope={options.shuffle_scope!r}" if options.shuffle else "False",
+        "shuffle": str(options.shuffle),
+        **({"shuffle_scope": repr(options.shuffle_scope)} if options.shuffle else {}),
         "seed": str(options.seed),
         "X": ("sparse" if options.return_sparse_X else "dense")
         + ("" if options.device is None else f", on {options.device}"),

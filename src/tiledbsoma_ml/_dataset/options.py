@@ -54,6 +54,8 @@ DEFAULT_SHUFFLE_CHUNK_SIZE = 64
 DEFAULT_IO_BATCH_SIZE = 65_536
 DEFAULT_MEMORY_BUDGET = "2GiB"
 
+MAX_SIZE = 2**63 - 1
+
 OF_SHUFFLING = frozenset({"mixing", "shuffle_chunk_size", "shuffle_mode"})
 """Options that change nothing where rows come in the order of the query."""
 
@@ -241,7 +243,10 @@ def check_size(name: str, value: object, suggestion: int) -> Size:
         if value != "auto":
             raise ValueError(f"{name}={value!r} must be a positive integer or 'auto'; try 'auto'.")
         return "auto"
-    return check_count(name, value, suggestion)
+    size = check_count(name, value, suggestion)
+    if size > MAX_SIZE:
+        raise ValueError(f"{name}={size} must be at most {MAX_SIZE}, the largest joinid; try 'auto'.")
+    return size
 
 
 def check_multiple(io_batch_size: Size, shuffle_chunk_size: Size) -> None:
