@@ -216,7 +216,18 @@ def test_a_snapshot_on_a_disk_that_cannot_be_written_to_is_used(
 # The seam -------------------------------------------------------------------------------------------------
 
 
-KNOW_NO_SOMA = ["build", "check", "content", "disk", "files", "format", "frames", "part", "resume", "shards"]
+KNOW_NO_SOMA = [
+    "build",
+    "check",
+    "content",
+    "disk",
+    "files",
+    "format",
+    "frames",
+    "resume",
+    "segment",
+    "shards",
+]
 
 
 def test_what_builds_a_snapshot_knows_nothing_of_experiments() -> None:
