@@ -58,7 +58,7 @@ export function chunkSizes(query: Query, window: number): number[] {
   return sizes;
 }
 
-/** What a budget of memory leaves for a window, as `_budget.py` and `_reading.py` divide it. */
+/** What a budget of memory leaves for a window, roughly as `_budget.py` divides it. */
 function windowBytes(total: number): number {
   const MiB = 2 ** 20;
   const tiledb = Math.min(Math.max(total / 16, 16 * MiB), 64 * MiB);
