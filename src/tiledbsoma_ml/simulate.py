@@ -38,7 +38,7 @@ _ASSAYS = {"10x 3' v3": 900.0, "10x 3' v2": 500.0, "10x 5' v1": 650.0}
 _N_DATASETS = 6
 _MAX_DONORS = 4
 _DISPERSION = 0.5
-_CHUNK_VALUES = 2**22
+_SLAB_VALUES = 2**22
 
 
 def simulate_experiment(uri: str, n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0) -> None:
@@ -84,7 +84,7 @@ def simulate_cells(n_cells: int = N_CELLS, n_genes: int = N_GENES, seed: int = 0
         {"feature_name": [f"GENE{g + 1:05d}" for g in range(n_genes)]},
         index=[f"SIMG{g + 1:011d}" for g in range(n_genes)],
     )
-    X = _draw_counts(shares, dataset, cell_type, n_molecules, rng)
+    X = _draw_counts(shares, dataset, cell_type, n_molecules, rng, slab_values=_SLAB_VALUES)
     return anndata.AnnData(X=X, obs=obs, var=var)
 
 
@@ -143,9 +143,11 @@ def _draw_counts(
     cell_type: NDArray[np.int64],
     n_molecules: NDArray[np.float64],
     rng: np.random.Generator,
+    *,
+    slab_values: int,
 ) -> sp.csr_matrix:
-    """Draw counts around `shares` × `n_molecules`, some rows at a time to keep memory small."""
-    n_rows = max(1, _CHUNK_VALUES // shares.shape[-1])
+    """Draw counts around `shares` × `n_molecules`, in slabs of rows to keep memory small."""
+    n_rows = max(1, slab_values // shares.shape[-1])
     slabs = []
     for start in range(0, len(dataset), n_rows):
         rows = slice(start, start + n_rows)

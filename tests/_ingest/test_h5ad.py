@@ -20,10 +20,10 @@ from scipy import sparse
 
 from stores import expected_X, make_cells
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._ingest import matrix
 from tiledbsoma_ml._ingest.choose import Choose, choose_matrix, find_counts
 from tiledbsoma_ml._ingest.experiment import build_once
 from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
+from tiledbsoma_ml._ingest.h5ad_file import open_h5ad
 
 GENES = ["g0", "g1", "g2", "g3", "g4"]
 
@@ -138,13 +138,16 @@ def test_matrices_of_every_kind_are_read(tmp_path: Path) -> None:
     assert names == GENES
 
 
-def test_rows_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "PIECE_VALUES", 12)  # two rows of a dense matrix
-    paths = [tmp_path / f"{number}.h5ad" for number in range(3)]
-    for path, X in zip(paths, [COUNTS, sparse.csr_matrix(COUNTS), split_entries(COUNTS.T).T], strict=True):
-        cells(X).write_h5ad(path)
-    X, _, _ = read(ingest_h5ads(paths, None, tmp_path / "made", print), ["obs_id"])
-    np.testing.assert_array_equal(X, np.concatenate([COUNTS] * 3))
+@pytest.mark.parametrize("X", [COUNTS, sparse.csr_matrix(COUNTS), split_entries(COUNTS.T).T])
+def test_rows_are_read_piece_by_piece(tmp_path: Path, X: Any) -> None:
+    cells(X).write_h5ad(tmp_path / "x.h5ad")
+    with open_h5ad(tmp_path / "x.h5ad") as file:
+        whole, matrix = file.matrices["X"].survey(), file.matrices["X"]
+        pieces = list(matrix.pieces(12))  # two rows of a dense matrix
+        assert matrix.survey(12) == whole
+        assert whole.bad_position is None
+    assert len(pieces) > 3
+    np.testing.assert_array_equal(sparse.vstack(pieces).toarray(), COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -386,21 +389,23 @@ def test_what_another_user_put_in_the_way_is_not_written_to_and_told(
 ANOTHER_PROCESS = """
 import sys, time
 from pathlib import Path
-from tiledbsoma_ml._ingest import h5ad as _h5ad
+import tiledbsoma as soma
+from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
 
 folder, first, second = (Path(argument) for argument in sys.argv[1:])
-entries = _h5ad._entries
+write = soma.SparseNDArray.write
 
-def slowly(*arguments):
-    (folder / "writing").touch()
-    while not (folder / "go on").exists():
-        time.sleep(0.01)
-    return entries(*arguments)
+def slowly(array, entries, **options):
+    if len(entries):  # not when the layer is made
+        (folder / "writing").touch()
+        while not (folder / "go on").exists():
+            time.sleep(0.01)
+    return write(array, entries, **options)
 
-_h5ad._entries = slowly
-print(_h5ad.ingest_h5ads([first], None, folder, lambda line: None), flush=True)
+soma.SparseNDArray.write = slowly
+print(ingest_h5ads([first], None, folder, lambda line: None), flush=True)
 (folder / "go on").unlink()
-_h5ad.ingest_h5ads([second], None, folder, lambda line: None)
+ingest_h5ads([second], None, folder, lambda line: None)
 """
 
 

@@ -74,14 +74,18 @@ class Matrix:
         )
         return tuple(int(size) for size in shape)
 
-    def pieces(self) -> Iterator[sp.csr_matrix]:
-        """Yield the rows, some at a time, as float32; values of one coordinate are added up."""
+    def pieces(self, n_values: int = PIECE_VALUES) -> Iterator[sp.csr_matrix]:
+        """Yield the rows as float32; values of one coordinate are added up.
+
+        Args:
+            n_values: Values of a piece of whole rows. A longer row is a piece of its own.
+        """
         with self.reading():
             if self._is_csc:
-                yield from self._pieces_of_csc()
+                yield from self._pieces_of_csc(n_values)
                 return
             starts = self._starts()
-            for first, last in _cuts(starts):
+            for first, last in _cuts(starts, n_values):
                 if self._is_dense:
                     yield sp.csr_matrix(self.node[first:last], dtype=np.float32)
                     continue
@@ -93,12 +97,12 @@ class Matrix:
                 )
                 yield _canonical(sp.csr_matrix(parts, (last - first, self.shape[1]), dtype=np.float32))
 
-    def survey(self) -> Survey:
-        """Look at every value once, up to the first that is not a number of float32."""
+    def survey(self, n_values: int = PIECE_VALUES) -> Survey:
+        """Look at every value once, so many at a time, up to the first that is not a number of float32."""
         bad_position, least, is_whole, is_zero = None, 0.0, True, True
         with self.reading(), np.errstate(over="ignore"):
             starts = self._starts()
-            for first, last in _cuts(starts):
+            for first, last in _cuts(starts, n_values):
                 values = (
                     self.node[first:last].ravel()
                     if self._is_dense
@@ -151,20 +155,20 @@ class Matrix:
         starts: NDArray[np.int64] = self.node["indptr"][:].astype(np.int64)
         return starts
 
-    def _pieces_of_csc(self) -> Iterator[sp.csr_matrix]:
+    def _pieces_of_csc(self, n_values: int) -> Iterator[sp.csr_matrix]:
         parts = (self.values[:].astype(np.float32), self.node["indices"][:], self._starts())
         columns = sp.csc_matrix(parts, self.shape)
         columns.check_format(full_check=True)
         rows = columns.tocsr()
-        for first, last in _cuts(rows.indptr):
+        for first, last in _cuts(rows.indptr, n_values):
             yield _canonical(rows[first:last])
 
 
-def _cuts(starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) of runs of rows that hold about `PIECE_VALUES` values."""
+def _cuts(starts: NDArray[np.int64], n_values: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) of runs of rows that hold at most `n_values` values, or are one row."""
     first, n_rows = 0, len(starts) - 1
     while first < n_rows:
-        last = int(np.searchsorted(starts, starts[first] + PIECE_VALUES, side="right")) - 1
+        last = int(np.searchsorted(starts, starts[first] + n_values, side="right")) - 1
         last = min(max(last, first + 1), n_rows)
         yield first, last
         first = last
