@@ -12,6 +12,7 @@ import torch
 from scipy import sparse
 
 from data_modules import FIXED_SIZES, SIZES, make
+from matrix_source import matrix_source
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataModule, MemorySource, Snapshot
 
@@ -74,13 +75,13 @@ def test_predict_yields_all_rows_in_the_order_of_the_query_with_their_joinids(
 
 @pytest.mark.parametrize("world_size", [2, 3, 50])
 def test_every_row_that_is_not_marked_as_padding_is_evaluated_once_over_all_ranks(
-    store: Store, monkeypatch: pytest.MonkeyPatch, world_size: int
+    monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
+    data = ExperimentDataModule(source=matrix_source(), batch_size=16, seed=3)
     counted: dict[str, list[int]] = {"val": [], "test": [], "predict": []}
     n_steps: dict[str, set[int]] = {"val": set(), "test": set(), "predict": set()}
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        data = make(store)
         for part in counted:
             loader = getattr(data, f"{part}_dataloader")()
             mini_batches = list(loader)
