@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,27 @@ from tiledbsoma_ml import Layout, QueryIDs, Rows, Source
 from tiledbsoma_ml._common import check_name
 
 
+def unchanged(rows: Rows[Any]) -> Rows[Any]:
+    return rows
+
+
 class MatrixSource(Source):
-    """Rows of a SciPy matrix, and of a frame of the same length, numbered from 0."""
+    """Rows of a SciPy matrix, and of a frame of the same length, numbered from 0.
+
+    Its readers give each piece as `given` returns it.
+    """
 
     row_tile = 64
 
-    def __init__(self, X: Any, frame: pd.DataFrame, features: Any = None, content: Any = None) -> None:
-        self.X, self.frame, self.features = sparse.csr_matrix(X), frame, features
+    def __init__(
+        self,
+        X: Any,
+        frame: pd.DataFrame,
+        features: Any = None,
+        content: Any = None,
+        given: Callable[[Rows[Any]], Rows[Any]] = unchanged,
+    ) -> None:
+        self.X, self.frame, self.features, self.given = sparse.csr_matrix(X), frame, features, given
         self.query_ids = QueryIDs(obs_joinids=np.arange(X.shape[0]), var_joinids=np.arange(X.shape[1]))
         self._content = {"version": "1"} if content is None else content
 
@@ -53,21 +67,21 @@ class MatrixReader:
 
     def __init__(self, source: MatrixSource, var_joinids: np.ndarray, names: Sequence[str]) -> None:
         self.source, self.var_joinids, self.names = source, var_joinids, names
+        self.is_closed = False
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
         for start in range(0, len(obs_joinids), 30):
             ids = obs_joinids[start : start + 30]
             X = self.source.X[ids][:, self.var_joinids]
-            yield self.given(Rows.from_scipy(ids, X, self.source.obs(ids, self.names)))
-
-    def given(self, rows: Rows[Any]) -> Rows[Any]:
-        return rows
+            yield self.source.given(Rows.from_scipy(ids, X, self.source.obs(ids, self.names)))
 
     def close(self) -> None:
-        pass
+        self.is_closed = True
 
 
-def matrix_source(n_obs: int = N_OBS, **options: Any) -> MatrixSource:
+def matrix_source(
+    n_obs: int = N_OBS, kind: type[MatrixSource] = MatrixSource, **options: Any
+) -> MatrixSource:
     """Return a source of the same rows as the test experiment has."""
     frame = make_obs(np.arange(n_obs)).drop(columns="soma_joinid")
-    return MatrixSource(expected_X(range(n_obs), range(N_VARS)), frame, **options)
+    return kind(expected_X(range(n_obs), range(N_VARS)), frame, **options)

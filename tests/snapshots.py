@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -17,9 +18,9 @@ import pyarrow as pa
 import pytest
 import tiledbsoma as soma
 
-from matrix_source import MatrixReader, MatrixSource
+from matrix_source import MatrixSource
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
-from tiledbsoma_ml import QueryIDs
+from tiledbsoma_ml import QueryIDs, Rows
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.build import ShardSizes
@@ -27,7 +28,6 @@ from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.format import MANIFEST
 from tiledbsoma_ml.snapshot.resume import PARTIAL
 from tiledbsoma_ml.snapshot.segments import located
-from tiledbsoma_ml.snapshot.shards import ShardWriter
 from tiledbsoma_ml.x_locator import XLocator
 
 ALL_OBS = [name for name in make_obs(np.arange(4)) if name != "soma_joinid"]
@@ -151,32 +151,77 @@ def partial(path: Path, of: Any, n_rows: int = 3 * 64, **options: Any) -> None:
     assert (building(path) / PARTIAL).is_file()
 
 
-def slowly(seconds: float) -> None:
-    """Let creations in this process take time for every shard, and make several."""
-    write = ShardWriter.write
+@contextmanager
+def watched_disk(folder: Path, step: Callable[[str, Path], object]) -> Iterator[None]:
+    """Call `step` before each change of this process to files in a folder, and each wait for the disk.
 
-    def slow(self: Any, name: str, window: Any) -> Any:
-        with Path("written.txt").open("a") as file:
-            file.write(f"{os.getpid()} {name}\n")
-        time.sleep(seconds)
-        return write(self, name, window)
+    It gets "open" for a new file, "write", "fsync", "replace" or "rename", and the path.
+    """
+    usual, paths = {name: getattr(os, name) for name in ("open", "fdopen", "fsync")}, dict[int, Path]()
 
-    ShardWriter.write = slow  # type: ignore[method-assign]
+    def tell(what: str, path: Path) -> None:
+        if folder in path.parents:
+            step(what, path)
+
+    class Writer(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            tell("write", paths[self.fileno()])
+            return super().write(data)
+
+    def opened(file: Any, flags: int, *args: Any, **options: Any) -> int:
+        path = Path(os.fsdecode(file))
+        if flags & os.O_CREAT:
+            tell("open", path)
+        descriptor: int = usual["open"](file, flags, *args, **options)
+        paths[descriptor] = path
+        return descriptor
+
+    def fdopen(descriptor: int, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode == "wb":
+            return Writer(io.FileIO(descriptor, mode))
+        return usual["fdopen"](descriptor, mode, *args, **options)
+
+    def fsync(descriptor: int) -> None:
+        tell("fsync", paths[descriptor])
+        usual["fsync"](descriptor)
+
+    def moving(what: str) -> Callable[[Any, Any], None]:
+        move = getattr(os, what)
+
+        def moved(old: Any, new: Any) -> None:
+            tell(what, Path(new))
+            move(old, new)
+
+        return moved
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in (("open", opened), ("fdopen", fdopen), ("fsync", fsync)):
+            patch.setattr(os, name, function)
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, moving(name))
+        yield
 
 
 def create_in_folder(locator: XLocator, folder: Path, seconds: float, progress: bool) -> None:
-    """Make x.snapshot in a folder, telling into a file of this process."""
+    """Make x.snapshot in a folder, which takes time for every shard, telling into files of this process."""
     os.chdir(folder)
     sys.stderr = Path(f"{os.getpid()}.err").open("w", buffering=1)  # noqa: SIM115
-    slowly(seconds)
     ids = QueryIDs(obs_joinids=np.arange(N_OBS), var_joinids=np.arange(N_VARS))
-    Snapshot.create_from(
-        "x.snapshot",
-        [(locator, ids)],
-        obs_column_names=["soma_joinid"],
-        progress=progress,
-        shards=OF_ONE_TILE,
-    ).verify()
+
+    def slowly(what: str, path: Path) -> None:
+        if what == "open" and path.suffix == ".indices":
+            with Path("written.txt").open("a") as file:
+                file.write(f"{os.getpid()} {path.name}\n")
+            time.sleep(seconds)
+
+    with watched_disk(folder, slowly):
+        Snapshot.create_from(
+            folder / "x.snapshot",
+            [(locator, ids)],
+            obs_column_names=["soma_joinid"],
+            progress=progress,
+            shards=OF_ONE_TILE,
+        ).verify()
 
 
 def raising(number: int) -> Any:
@@ -189,16 +234,13 @@ def raising(number: int) -> Any:
 # Once, and killed -----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def recording(source: MatrixSource) -> Iterator[list[int]]:
-    """Keep which rows a source is asked for, but for the one that tells the type."""
+def recording(source: MatrixSource) -> list[int]:
+    """Return the rows that a source will have been asked for, but for the one that tells the type."""
     asked: list[int] = []
-    given = MatrixReader.given
 
-    def record(self: Any, rows: Any) -> Any:
+    def record(rows: Rows[Any]) -> Rows[Any]:
         asked.extend(rows.obs_joinids.tolist() if len(rows) > 1 else [])
-        return given(self, rows)
+        return rows
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MatrixReader, "given", record)
-        yield asked
+    source.given = record
+    return asked

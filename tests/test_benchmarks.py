@@ -18,6 +18,7 @@ import tiledbsoma as soma
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIZE = {"rows": 5000, "genes": 3000, "nnz_per_row": 40.0, "seed": 1}
+SIZE_OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,14 @@ def make(harness, data_dir: Path, layout: str) -> Path:
 
 
 def run_bench(data_dir: Path, *arguments: str) -> tuple[str, dict]:
-    size = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
     report = data_dir / "report.json"
-    command = [sys.executable, BENCHMARKS / "run.py", *size, f"--data-dir={data_dir}", f"--json={report}"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "run.py",
+        *SIZE_OPTIONS,
+        f"--data-dir={data_dir}",
+        f"--json={report}",
+    ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(report.read_text())
@@ -153,15 +159,15 @@ def test_an_option_that_is_not_there_is_reported(harness, data_dir):
 
 
 def test_a_peer_that_cannot_be_installed_is_reported(harness, data_dir, monkeypatch):
-    envs, run, cases = harness("envs"), harness("run"), harness("cases")
+    run, cases = harness("run"), harness("cases")
     case = next(case for case in cases.CASES if case.peer == "scdataset")
 
-    def fail(peer: str, envs_dir: Path) -> Path:
-        raise envs.NotInstalledError("ERROR: No matching distribution found")
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "pip\nERROR: No matching distribution found\n")
 
-    monkeypatch.setattr(run, "peer_python", fail)
-    options = run.parse_options([f"--data-dir={data_dir}", "--repetitions=1"])
-    monkeypatch.setattr(run, "DataSpec", lambda **_: harness("make_data").DataSpec(**SIZE))
+    monkeypatch.setattr(subprocess, "run", fail)
+    folders = [f"--data-dir={data_dir}", f"--envs-dir={data_dir / 'envs'}"]
+    options = run.parse_options([*SIZE_OPTIONS, *folders, "--repetitions=1"])
 
     [row] = run.measure_all([case], options)["cases"]
 

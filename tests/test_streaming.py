@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stores import N_OBS, N_VARS, Store, joinids_of, make_obs, workers
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
-from tiledbsoma_ml._device import DeviceRows
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, Rows, experiment_dataloader
 from windows import AUTO, N_ROWS, SMALL, dataset_of, window_lengths
 
 # Every row once, with its own values ----------------------------------------------------------------------
@@ -190,19 +190,21 @@ def test_the_device_does_not_change_the_order_of_windows_in_files(large: Store, 
 
 
 @pytest.mark.parametrize("mode", ["cpu", "gpu_iobatch", "gpu_minibatch"])
-def test_windows_in_files_go_to_the_device_in_parts(
-    large: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    put, n_rows = DeviceRows.put, []
+def test_windows_in_files_go_to_the_device_in_parts(large: Store, tmp_path: Path, mode: str) -> None:
+    n_rows = []
 
-    def counted(indptr: Any, *args: Any) -> DeviceRows:
-        n_rows.append(len(indptr) - 1)
-        return put(indptr, *args)
+    class Counted(Rows[Any]):
+        """Rows that tell how many of them go to a device at once."""
 
-    monkeypatch.setattr(DeviceRows, "put", counted)
+        def to(self, device: torch.device) -> Any:
+            n_rows.append(len(self))
+            return Rows.to(self, device)
+
     files = {"window_dir": tmp_path, "window_budget": "64MiB"}
     dataset = dataset_of(large, io_batch_size=320, **files, shuffle_mode=mode, device="cpu")
+    dataset.source.given = lambda rows: Counted(obs_joinids=rows.obs_joinids, X=rows.X, obs=rows.obs)
     assert len(joinids_of(dataset)) == N_ROWS
+    assert sum(n_rows) == N_ROWS
     assert max(n_rows) <= 320 / 10
 
 

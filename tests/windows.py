@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from matrix_source import unchanged
 from stores import N_VARS, Store, joinids_of
 from tiledbsoma_ml import ExperimentDataset, Fields, Layout, QueryIDs
 from tiledbsoma_ml._budget import Budget
@@ -41,6 +42,8 @@ class WindowsBudget(Budget):
 class Windowed(SOMASource):
     """A query on an experiment that tells which windows it was read in.
 
+    Its readers give each piece as `given` returns it.
+
     Args:
         store: The experiment.
         ids: The query.
@@ -61,6 +64,7 @@ class Windowed(SOMASource):
         super().__init__(store.locator, ids, make_limit=make_limit)
         self.windows_bytes, self.row_bytes = windows_bytes, row_bytes
         self.asked: list[np.ndarray] = []
+        self.given: Callable[[Rows[Any]], Rows[Any]] = unchanged
 
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
         budget = self.changed(budget)
@@ -71,7 +75,7 @@ class Windowed(SOMASource):
         return attrs.evolve(layout, bytes_per_row=self.row_bytes, window_rows=n_rows)
 
     def open(self, ids: Any, fields: Fields, budget: Budget) -> Any:
-        return Watched(super().open(ids, fields, self.changed(budget)), self.asked)
+        return Watched(super().open(ids, fields, self.changed(budget)), self)
 
     def changed(self, budget: Budget) -> Budget:
         if self.windows_bytes is None:
@@ -82,12 +86,12 @@ class Windowed(SOMASource):
 class Watched:
     """A reader that keeps which rows are read together."""
 
-    def __init__(self, reader: SOMAReader, asked: list[np.ndarray]) -> None:
-        self.reader, self.asked = reader, asked
+    def __init__(self, reader: SOMAReader, source: Windowed) -> None:
+        self.reader, self.source = reader, source
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
-        self.asked.append(obs_joinids)
-        return self.reader.read(obs_joinids)
+        self.source.asked.append(obs_joinids)
+        return map(self.source.given, self.reader.read(obs_joinids))
 
     def close(self) -> None:
         self.reader.close()

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiledbsoma as soma
+import tiledbsoma.io
 from scipy import sparse
 
 from stores import make_cells
@@ -87,12 +88,12 @@ def test_other_cells_get_another_experiment(tmp_path: Path) -> None:
 def test_what_was_broken_off_leaves_nothing_and_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_off(uri: str, n_cells: int, n_genes: int, seed: int) -> None:
+    def break_off(uri: str, *_: Any, **__: Any) -> None:
         Path(uri).mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(_task, "simulate_experiment", break_off)
+        patched.setattr(tiledbsoma.io, "from_anndata", break_off)
         with pytest.raises(KeyboardInterrupt):
             build_simulated(tmp_path, 20, 10, seed=0, say=print)
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ import tiledbsoma as soma
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._order import sizes as order_sizes
+from tiledbsoma_ml._order.sizes import predicted_mixing
 from windows import AUTO, N_ROWS, SMALL, TILE, dataset_of, plan, window_lengths
 
 # What is read together ------------------------------------------------------------------------------------
@@ -51,14 +51,16 @@ def test_no_tile_is_decoded_twice_in_an_epoch_where_runs_are_whole_tiles(
 
 
 def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_chunk(
-    large: Store, monkeypatch: pytest.MonkeyPatch
+    make_store: Callable[..., Store],
 ) -> None:
-    # The store is small: say that 15 chunks mix well enough.
-    monkeypatch.setattr(order_sizes, "predicted_mixing", lambda n_chunks, _: min(1.0, n_chunks / 15))
-    dataset = dataset_of(large, windows_bytes=160_000, batch_size=4, mixing=1.0)
+    n_rows = 2 * N_ROWS
+    store = make_store(obs_joinids=range(n_rows), tile=(TILE, 8))
+    of_30_chunks = predicted_mixing(30, batch_size=4)
+    options = {"windows_bytes": 320_000, "batch_size": 4, "mixing": of_30_chunks}
+    dataset = dataset_of(store, range(n_rows), **options)
     sizes = dataset.plan.sizes(dataset.query_ids)
     lengths = window_lengths(dataset)
-    assert 2 * sizes.first_window_rows == sizes.window_rows == N_ROWS / 2
+    assert 2 * sizes.first_window_rows == sizes.window_rows == n_rows / 2
     assert lengths[0] < sizes.first_window_rows + sizes.run_length
     assert max(lengths) < sizes.window_rows + sizes.run_length
     assert len(lengths) == 3

@@ -88,12 +88,14 @@ def test_a_part_of_a_query_is_refused(store: Store) -> None:
     assert len(ExperimentDataset(x_locator=store.locator, query_ids=whole)) == 4
 
 
-def test_what_it_does_not_have_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MatrixSource, "open", None)
+def test_what_it_does_not_have_is_told_before_anything_is_read() -> None:
+    class Unread(MatrixSource):
+        open = None  # type: ignore[assignment]
+
     with pytest.raises(ValueError, match="obs_column_names='cell_typ' must be a column of obs; did you mean"):
-        ExperimentDataset(source=matrix_source(), obs_column_names=["cell_typ"])
+        ExperimentDataset(source=matrix_source(kind=Unread), obs_column_names=["cell_typ"])
     with pytest.raises(ValueError, match=r"not source, layer_name|not layer_name, source"):
-        ExperimentDataset(source=matrix_source(), layer_name="raw")
+        ExperimentDataset(source=matrix_source(kind=Unread), layer_name="raw")
 
 
 def test_what_is_no_source_is_refused() -> None:

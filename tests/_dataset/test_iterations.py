@@ -87,30 +87,34 @@ def test_the_rows_of_a_source_stay_its_own_in_a_pickled_dataset_of_a_part(kind: 
         pd.testing.assert_frame_equal(obs, other_obs)
 
 
-def test_a_layout_that_failed_can_be_asked_for_again_and_its_error_is_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_layout_that_failed_can_be_asked_for_again_and_its_error_is_its_own() -> None:
+    class Failing(MatrixSource):
+        is_failing = True
+
+        def layout(self, *args: Any) -> Any:
+            return {}.nothing if self.is_failing else super().layout(*args)  # type: ignore[attr-defined]
+
     auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
-    dataset = ExperimentDataset(source=matrix_source(), batch_size=8, **auto)
-    with monkeypatch.context() as patch:
-        patch.setattr(MatrixSource, "layout", lambda *_: {}.nothing)
-        for _ in range(2):
-            with pytest.raises(AttributeError, match="'dict' object has no attribute 'nothing'"):
-                dataset.plan  # noqa: B018
+    dataset = ExperimentDataset(source=matrix_source(kind=Failing), batch_size=8, **auto)
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="'dict' object has no attribute 'nothing'"):
+            dataset.plan  # noqa: B018
+    Failing.is_failing = False
     assert sorted(joinids_of(dataset)) == list(range(N_OBS))
 
 
-def test_parts_on_several_threads_ask_for_the_plan_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, asked = MatrixSource.layout, []
+def test_parts_on_several_threads_ask_for_the_plan_once() -> None:
+    asked = []
 
-    def slow(*args: Any) -> Any:
-        asked.append(args)
-        time.sleep(0.05)
-        return layout(*args)
+    class Slow(MatrixSource):
+        def layout(self, *args: Any) -> Any:
+            asked.append(args)
+            time.sleep(0.05)
+            return super().layout(*args)
 
-    monkeypatch.setattr(MatrixSource, "layout", slow)
     auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
-    parts = ExperimentDataset(source=matrix_source(), batch_size=8, **auto).random_split(0.5, 0.5, seed=1)
+    whole = ExperimentDataset(source=matrix_source(kind=Slow), batch_size=8, **auto)
+    parts = whole.random_split(0.5, 0.5, seed=1)
     with ThreadPoolExecutor(4) as pool:
         plans = list(pool.map(lambda part: part.plan, [*parts, *parts]))
     assert len(asked) == 1

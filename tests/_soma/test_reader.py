@@ -167,13 +167,13 @@ def test_a_dense_layer_is_read_in_blocks_that_fit_into_the_buffer_of_tiledb(
 
 
 def test_of_a_dense_layer_rows_that_are_far_apart_are_read_without_those_between(
-    dense_store: Store, dense_reads: list[int], monkeypatch: pytest.MonkeyPatch
+    dense_store: Store, dense_reads: list[int]
 ) -> None:
-    monkeypatch.setattr(_reader, "DENSE_GAP_ROWS", 3)
-    rows = [0, 1, 2, 50, 53, 54, 57, *range(100, 140), 310]
+    assert _reader.DENSE_GAP_ROWS == 64
+    rows = [0, 1, 2, 67, 70, 134, 135, *range(200, 240), 305]
     X, _ = read(dense_store, rows[::-1])
     np.testing.assert_array_equal(X, expected_X(rows[::-1], range(N_VARS)))
-    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == [3, 8, 40, 1]
+    assert [n_bytes // (N_VARS * 4) for n_bytes in dense_reads] == [3, 69, 40, 1]
 
 
 @pytest.mark.parametrize(("buffer_rows", "expected"), [(1000, [311]), (150, [128, 128, 55])])

@@ -7,13 +7,10 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from snapshots import assert_is_right, building, make, raising
+from snapshots import assert_is_right, building, make, raising, watched_disk
 from stores import Store
-from tiledbsoma_ml.snapshot import progress as _snapshot_progress
-from tiledbsoma_ml.snapshot.files import HashedFile
 from tiledbsoma_ml.snapshot.resume import PARTIAL
 
 Usage = namedtuple("Usage", "total used free")
@@ -32,21 +29,21 @@ def test_space_is_checked_before_anything_is_read(
 def test_a_disk_that_becomes_full_is_told_and_what_is_finished_is_kept(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, n_left, n_free = HashedFile.write, [9], [2**30]
+    n_free = [2**30]
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - n_free[0], n_free[0]))
 
-    def full(self: HashedFile, array: np.ndarray) -> None:
-        n_left[0] -= 1
-        if n_left[0] < 0:
+    def write(what: str, file: Path) -> None:
+        if what == "write" and file.name == "shard-00002.data":
             n_free[0] = 2**19
+        if n_free[0] < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, array)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(HashedFile, "write", full)
-        with pytest.raises(OSError, match=r"MiB free, .* call again: what is finished is kept") as raised:
-            make(path, store)
+    with (
+        watched_disk(path.parent, write),
+        pytest.raises(OSError, match=r"MiB free, .* call again: what is finished is kept") as raised,
+    ):
+        make(path, store)
     assert raised.value.errno == errno.ENOSPC
     assert (building(path) / PARTIAL).is_file()
     n_free[0] = 2**30
@@ -64,7 +61,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     def read_only(*_: Any) -> Any:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(_snapshot_progress.os, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(OSError, match=r"must be in a folder .* but: Read-only file system; choose"):
         make(path, store)
 
@@ -83,9 +80,12 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     ],
 )
 def test_an_error_of_the_disk_is_told_as_what_it_is(
-    store: Store, path: Path, number: int, message: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, path: Path, number: int, message: str
 ) -> None:
-    monkeypatch.setattr(HashedFile, "write", raising(number))
-    with pytest.raises(OSError, match=message) as raised:
+    def fail(what: str, file: Path) -> None:
+        if what == "write" and file.suffix == ".indices":
+            raising(number)()
+
+    with watched_disk(path.parent, fail), pytest.raises(OSError, match=message) as raised:
         make(path, store)
     assert raised.value.errno == number

@@ -18,7 +18,6 @@ from stores import MEASUREMENT, N_VARS, Store, expected_X
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot import build as _snapshot_build
-from tiledbsoma_ml.snapshot import progress as _snapshot_progress
 from tiledbsoma_ml.snapshot.build import create
 from tiledbsoma_ml.snapshot.format import MANIFEST
 from tiledbsoma_ml.snapshot.progress import Progress
@@ -193,7 +192,7 @@ def test_what_another_user_put_in_the_way_is_not_used_and_no_link_is_followed(
     partial(path, store)
     user = os.geteuid()
     with monkeypatch.context() as patch:
-        patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
+        patch.setattr(os, "geteuid", lambda: user + 1)
         with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; choose"):
             make(path, store)
     (other / "mine").write_text("mine")

@@ -83,8 +83,8 @@ def test_a_lock_of_another_user_and_a_link_are_told(
     lock.touch()
     user = os.geteuid()
     with monkeypatch.context() as patch:
-        patch.setattr(_snapshot_progress.os, "open", raising(errno.EACCES))
-        patch.setattr(_snapshot_progress.os, "geteuid", lambda: user + 1)
+        patch.setattr(os, "open", raising(errno.EACCES))
+        patch.setattr(os, "geteuid", lambda: user + 1)
         with pytest.raises(
             OSError, match=r"lock '.*lock' belongs to the user .*; wait until it is there, or"
         ):

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,31 @@ from snapshots import (
     make,
     partial,
     recording,
+    watched_disk,
 )
 from stores import N_OBS, N_VARS, Store, expected_X
 from tiledbsoma_ml.snapshot import Snapshot
-from tiledbsoma_ml.snapshot import build as _snapshot_build
-from tiledbsoma_ml.snapshot import files as _snapshot_files
-from tiledbsoma_ml.snapshot import format as _snapshot_format
-from tiledbsoma_ml.snapshot import frames as _snapshot_frames
-from tiledbsoma_ml.snapshot import resume as _snapshot_resume
-from tiledbsoma_ml.snapshot.files import HashedFile
+from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.resume import PARTIAL
-from tiledbsoma_ml.snapshot.shards import ShardWriter
 
 
 @pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kill_at(tmp_path: Path) -> Iterator[Callable[[int], None]]:
     """Let the n-th step of a creation that changes something on the disk, or waits for it, fail."""
-    n_left = [0]
+    n_left = 0
 
-    def counted(function: Any) -> Any:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            n_left[0] -= 1
-            if n_left[0] == 0:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return step
+    def step(*_: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            raise Killed
 
     def arm(n: int) -> None:
-        n_left[0] = n
+        nonlocal n_left
+        n_left = n
 
-    monkeypatch.setattr(HashedFile, "write", counted(HashedFile.write))
-    fsync = counted(_snapshot_files.fsync)
-    for module in (_snapshot_build, _snapshot_files):
-        monkeypatch.setattr(module, "fsync", fsync)
-    monkeypatch.setattr(_snapshot_frames, "write_table", counted(_snapshot_frames.write_table))
-    for module in (_snapshot_resume, _snapshot_format):
-        monkeypatch.setattr(module, "write_atomically", counted(_snapshot_files.write_atomically))
-    monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    monkeypatch.setattr(Path, "rename", counted(Path.rename))
-    return arm
+    with watched_disk(tmp_path, step):
+        yield arm
 
 
 def test_a_creation_that_ends_at_any_step_is_continued_and_ends_right(
@@ -151,29 +136,26 @@ def test_a_continued_creation_believes_nothing_that_is_not_so(store: Store, path
     fields = json.loads((building(path) / PARTIAL).read_text())
     del fields["sha256"]
     change(fields)
-    (building(path) / PARTIAL).write_text(_snapshot_files.sealed(fields))
+    (building(path) / PARTIAL).write_text(sealed(fields))
     make(path, store)
     assert_is_right(path)
 
 
 @pytest.mark.parametrize(("kind", "value"), [("indices", 2**15), ("indices", 0), ("indptr", 2**40)])
-def test_a_creation_checks_what_it_wrote(
-    store: Store, path: Path, kind: str, value: int, monkeypatch: pytest.MonkeyPatch
+def test_a_creation_checks_what_the_disk_has_of_what_it_wrote(
+    store: Store, path: Path, kind: str, value: int
 ) -> None:
-    write = ShardWriter.write
+    def alter(what: str, file: Path) -> None:
+        if (what, file.name) == ("fsync", f"shard-00001.{kind}"):
+            values = np.fromfile(file, "<u2" if kind == "indices" else "<i8")
+            values[1] = value
+            values.tofile(file)
 
-    def wrong(self: Any, name: str, window: Any) -> Any:
-        written = write(self, name, window)
-        file = self._folder / f"{name}.{kind}"
-        values = np.fromfile(file, "<u2" if kind == "indices" else "<i8")
-        values[1] = value
-        values.tofile(file)
-        return written | {kind: _snapshot_files.describe_file(file)}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", wrong)
-        with pytest.raises(ValueError, match=rf"shard-0000\d\.{kind}.* it is damaged"):
-            make(path, store)
+    with (
+        watched_disk(path.parent, alter),
+        pytest.raises(ValueError, match=rf"shard-00001\.{kind}.* it is damaged"),
+    ):
+        make(path, store)
     assert not path.exists()
     make(path, store)
     assert_is_right(path)
@@ -212,8 +194,8 @@ def test_creations_that_are_killed_at_random_moments_end_in_a_right_snapshot(
 def test_a_creation_that_was_killed_is_continued_and_finished_shards_are_not_read_again(path: Path) -> None:
     partial(path, matrix_source())
     source = matrix_source()
-    with recording(source) as asked:
-        snapshot = make(path, source)
+    asked = recording(source)
+    snapshot = make(path, source)
     assert asked == list(range(192, N_OBS))
     snapshot.verify()
     np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))

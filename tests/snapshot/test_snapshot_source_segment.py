@@ -165,8 +165,8 @@ def test_what_a_layer_of_an_experiment_holds_as_it_is_is_kept_as_of_the_experime
 def test_a_snapshot_of_a_source_is_made_once_and_then_used(path: Path) -> None:
     make(path, matrix_source())
     source = matrix_source()
-    with recording(source) as asked:
-        make(path, source)
+    asked = recording(source)
+    make(path, source)
     assert asked == []
 
 
@@ -207,6 +207,11 @@ def with_X(change: Callable[[CSR_IO_Buffer], CSR_IO_Buffer]) -> Callable[[Any], 
     return lambda rows: Rows(obs_joinids=rows.obs_joinids, X=change(rows.X), obs=rows.obs)
 
 
+def but_for_one(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a change that leaves the single row alone that is asked for first, to learn the type."""
+    return lambda rows: change(rows) if len(rows) > 1 else rows
+
+
 def of_another_type(X: CSR_IO_Buffer) -> CSR_IO_Buffer:
     return CSR_IO_Buffer(X.indptr, X.indices, X.data.astype(np.float64 if len(X) == 4 else X.dtype), X.shape)
 
@@ -241,26 +246,22 @@ def wider(X: CSR_IO_Buffer) -> CSR_IO_Buffer:
     ],
 )
 def test_a_source_that_gives_what_it_must_not_is_told_and_nothing_is_made(
-    path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+    path: Path, change: Any, message: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(MatrixReader, "given", lambda self, rows: change(rows) if len(rows) > 1 else rows)
-        with pytest.raises(ValueError, match=f"'source:MatrixSource' must give {message}.*check_source"):
-            make(path, matrix_source())
+    with pytest.raises(ValueError, match=f"'source:MatrixSource' must give {message}.*check_source"):
+        make(path, matrix_source(given=but_for_one(change)))
     assert not path.exists()
     make(path, matrix_source()).verify()
 
 
-def test_a_column_that_a_row_has_twice_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_column_that_a_row_has_twice_is_told(path: Path) -> None:
     def repeat(X: CSR_IO_Buffer) -> CSR_IO_Buffer:
         indices = X.indices.copy()
         indices[X.indptr[1] + 1] = indices[X.indptr[1]]
         return CSR_IO_Buffer(X.indptr, indices, X.data, X.shape)
 
-    change = with_X(repeat)
-    monkeypatch.setattr(MatrixReader, "given", lambda self, rows: change(rows) if len(rows) > 1 else rows)
     with pytest.raises(ValueError, match="must give each column of a row once, but gives one twice in row 1"):
-        make(path, matrix_source())
+        make(path, matrix_source(given=but_for_one(with_X(repeat))))
 
 
 @pytest.mark.parametrize(
@@ -274,17 +275,14 @@ def test_a_column_that_a_row_has_twice_is_told(path: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_an_obs_that_does_not_belong_to_the_rows_is_told(
-    path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
-) -> None:
-    obs = MatrixSource.obs
+def test_an_obs_that_does_not_belong_to_the_rows_is_told(path: Path, change: Any, message: str) -> None:
+    class Changed(MatrixSource):
+        def obs(self, ids: Any, names: Any) -> Any:
+            frame = super().obs(ids, names)
+            return change(frame) if len(ids) == N_OBS else frame
 
-    def changed(self: Any, ids: Any, names: Any) -> Any:
-        return change(obs(self, ids, names)) if len(ids) == N_OBS else obs(self, ids, names)
-
-    monkeypatch.setattr(MatrixSource, "obs", changed)
-    with pytest.raises(ValueError, match=f"'source:MatrixSource' must give {message}"):
-        make(path, matrix_source())
+    with pytest.raises(ValueError, match=f"'source:Changed' must give {message}"):
+        make(path, matrix_source(kind=Changed))
 
 
 @pytest.mark.parametrize(
@@ -313,33 +311,30 @@ def test_a_type_of_x_that_a_snapshot_cannot_hold_is_told(path: Path) -> None:
         make(path, matrix_source(content={"version": 7}))
 
 
-def test_an_error_of_a_file_of_the_source_is_told_as_it_is(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["given", "var"])
+def test_an_error_of_a_file_of_the_source_is_told_as_it_is(path: Path, name: str) -> None:
     def fail(*_: Any) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "cells.h5ad")
 
-    for name, kind in (("given", MatrixReader), ("var", MatrixSource)):
-        with monkeypatch.context() as patch:
-            patch.setattr(kind, name, fail)
-            with pytest.raises(PermissionError, match=r"^\[Errno 13\] Permission denied: 'cells.h5ad'$"):
-                make(path, matrix_source())
+    source = matrix_source()
+    setattr(source, name, fail)
+    with pytest.raises(PermissionError, match=r"^\[Errno 13\] Permission denied: 'cells.h5ad'$"):
+        make(path, source)
 
 
-def test_a_source_is_asked_by_one_thread_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, obs, n_asking, overlaps = MatrixReader.given, MatrixSource.obs, [0], []
+def test_a_source_is_asked_by_one_thread_at_a_time(path: Path) -> None:
+    n_asking, overlaps = [0], []
 
-    def obs_slowly(self: Any, ids: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
-        n_asking[0] += len(ids) == N_OBS
-        time.sleep(0.2 if len(ids) == N_OBS else 0)  # long enough that rows are asked for meanwhile
-        n_asking[0] -= len(ids) == N_OBS
-        return obs(self, ids, names)
+    class Slow(MatrixSource):
+        def obs(self, ids: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
+            n_asking[0] += len(ids) == N_OBS
+            time.sleep(0.2 if len(ids) == N_OBS else 0)  # long enough that rows are asked for meanwhile
+            n_asking[0] -= len(ids) == N_OBS
+            return super().obs(ids, names)
 
-    def watched(self: Any, rows: Any) -> Any:
+    def watched(rows: Any) -> Any:
         overlaps.append(n_asking[0])
-        return given(self, rows)
+        return rows
 
-    monkeypatch.setattr(MatrixSource, "obs", obs_slowly)
-    monkeypatch.setattr(MatrixReader, "given", watched)
-    make(path, matrix_source(), obs_column_names=ALL_OBS)
+    make(path, matrix_source(kind=Slow, given=watched), obs_column_names=ALL_OBS)
     assert set(overlaps) == {0}
