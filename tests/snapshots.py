@@ -26,8 +26,8 @@ from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.build import ShardSizes
 from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.format import MANIFEST
-from tiledbsoma_ml.snapshot.resume import PARTIAL
 from tiledbsoma_ml.snapshot.segments import located
+from tiledbsoma_ml.snapshot.takeover import PARTIAL
 from tiledbsoma_ml.x_locator import XLocator
 
 ALL_OBS = [name for name in make_obs(np.arange(4)) if name != "soma_joinid"]

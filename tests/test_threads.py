@@ -158,7 +158,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import tiledbsoma
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
-from tiledbsoma_ml.snapshot.progress import locked
+from tiledbsoma_ml.snapshot.creation import locked
 
 def in_a_fork(check):
     "Return how a fork of this process ends that does something."

@@ -11,7 +11,7 @@ import pytest
 
 from snapshots import assert_is_right, building, make, raising, watched_disk
 from stores import Store
-from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.takeover import PARTIAL
 
 Usage = namedtuple("Usage", "total used free")
 

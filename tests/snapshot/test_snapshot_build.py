@@ -19,10 +19,10 @@ from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot import build as _snapshot_build
 from tiledbsoma_ml.snapshot.build import create
+from tiledbsoma_ml.snapshot.creation import Progress
 from tiledbsoma_ml.snapshot.format import MANIFEST
-from tiledbsoma_ml.snapshot.progress import Progress
-from tiledbsoma_ml.snapshot.resume import PARTIAL
 from tiledbsoma_ml.snapshot.segments import located, segment_of
+from tiledbsoma_ml.snapshot.takeover import PARTIAL
 from windows import WindowsBudget
 
 # Once -----------------------------------------------------------------------------------------------------

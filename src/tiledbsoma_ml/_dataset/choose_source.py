@@ -1,4 +1,7 @@
-"""Which source a dataset reads: that of a query, of an address, one of its own, or a snapshot of it."""
+"""`choose_source`: which of its arguments a dataset reads from: a query, an address, a source, or a snapshot.
+
+A new source changes nothing here: it comes in the argument `source`.
+"""
 
 from __future__ import annotations
 

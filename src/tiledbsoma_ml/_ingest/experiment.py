@@ -15,7 +15,7 @@ import tiledbsoma.io
 
 from tiledbsoma_ml._common import absolute_uri
 from tiledbsoma_ml._context import context
-from tiledbsoma_ml.snapshot.progress import check_own_folder, locked
+from tiledbsoma_ml.snapshot.creation import check_own_folder, locked
 
 Say: TypeAlias = Callable[[str], None]
 """Takes a line of text about something that the user may want to know."""

@@ -26,6 +26,7 @@ from tiledbsoma_ml._soma.window import preload_kernels
 from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml.snapshot.check import check_content, verify
 from tiledbsoma_ml.snapshot.content import Content, warn_of_unknown
+from tiledbsoma_ml.snapshot.creation import Progress, check_own_folder, locked
 from tiledbsoma_ml.snapshot.disk import check_space, disk_error
 from tiledbsoma_ml.snapshot.files import File, Fsyncs, HashedFile, digest, fsync
 from tiledbsoma_ml.snapshot.format import (
@@ -38,10 +39,9 @@ from tiledbsoma_ml.snapshot.format import (
     indices_dtype,
 )
 from tiledbsoma_ml.snapshot.frames import read_frames, write_frames
-from tiledbsoma_ml.snapshot.progress import Progress, check_own_folder, locked
-from tiledbsoma_ml.snapshot.resume import PARTIAL, Finished, keep_partial, shard_name, take_over
 from tiledbsoma_ml.snapshot.segment import PIECE_BYTES, Segment, ShardRows, StoredLayer
 from tiledbsoma_ml.snapshot.shards import ShardWriter
+from tiledbsoma_ml.snapshot.takeover import PARTIAL, Finished, keep_partial, shard_name, take_over
 
 
 @attrs.frozen(kw_only=True)

@@ -18,9 +18,9 @@ from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.snapshot.build import DEFAULT_SHARDS, ShardSizes, create
 from tiledbsoma_ml.snapshot.check import verify
+from tiledbsoma_ml.snapshot.creation import Progress, ProgressCallback
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
 from tiledbsoma_ml.snapshot.mapped import Mapped
-from tiledbsoma_ml.snapshot.progress import Progress, ProgressCallback
 from tiledbsoma_ml.snapshot.reader import SnapshotReader
 from tiledbsoma_ml.snapshot.segments import Located, Query, check_origin, located, segment_of
 from tiledbsoma_ml.x_locator import XLocator

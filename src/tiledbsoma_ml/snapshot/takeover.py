@@ -1,4 +1,4 @@
-"""Resuming: the shards that a creation has finished, which the next one takes over if it is killed."""
+"""Shards that a creation finished before it was killed, which the next creation takes over."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 
 from snapshots import N_SHARDS, assert_is_right, create_in_folder, make, partial, raising
 from stores import N_OBS, Store
-from tiledbsoma_ml.snapshot import progress as _snapshot_progress
+from tiledbsoma_ml.snapshot import creation as _snapshot_creation
 
 # Killed ---------------------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def test_a_lock_that_is_taken_away_whenever_it_is_looked_at_is_made_again(
 
     usual, n_taken_away = os.open, [0]
     monkeypatch.setattr(os, "open", opened)
-    with _snapshot_progress.locked(path, pytest.fail):
+    with _snapshot_creation.locked(path, pytest.fail):
         assert not n_taken_away
         assert list(path.parent.iterdir()) == [path.with_name(".x.snapshot.lock")]
 

@@ -25,7 +25,7 @@ from snapshots import (
 from stores import N_OBS, N_VARS, Store, expected_X
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.files import sealed
-from tiledbsoma_ml.snapshot.resume import PARTIAL
+from tiledbsoma_ml.snapshot.takeover import PARTIAL
 
 
 @pytest.fixture
