@@ -14,6 +14,7 @@ from tiledbsoma_ml._order.order import STEP_ROWS, Chunked, Order, Stored, Tiled,
 from tiledbsoma_ml._order.share import Deal
 from tiledbsoma_ml._order.windows import Windows
 from tiledbsoma_ml._query_ids import Partition
+from tiledbsoma_ml.testing import check_order
 
 # Chunks that follow tiles ---------------------------------------------------------------------------------
 
@@ -100,32 +101,33 @@ def test_the_order_of_the_query_is_given_out_as_a_copy() -> None:
 
 
 class Weighted:
-    """A sampler: so many draws of rows, each as likely as its weight says."""
+    """A sampler: as many draws as there are rows, each row as likely as its weight says."""
 
     borders = ()
 
     def __init__(
-        self, joinids: NDArrayJoinId, weights: NDArray[np.float64], n_rows: int, rng: np.random.Generator
+        self, joinids: NDArrayJoinId, weights: NDArray[np.float64], rng: np.random.Generator
     ) -> None:
-        self._drawn = rng.choice(joinids, n_rows, p=weights / weights.sum())
-        self.n_rows = n_rows
+        self.n_rows = len(joinids)
+        self._drawn = rng.choice(joinids, self.n_rows, p=weights / weights.sum())
 
     def rows(self, start: int, stop: int) -> NDArrayJoinId:
-        return self._drawn[start:stop]
+        return self._drawn[start:stop].copy()
 
 
 @pytest.mark.parametrize("permutes", [False, True])
 def test_a_sampler_of_a_dozen_lines_is_dealt_to_ranks_and_workers_like_any_order(permutes: bool) -> None:
     weights = np.where(np.arange(1000) < 100, 9.0, 0.1)
-    order: Order = Weighted(np.arange(1000), weights, 600, seeded_rng(1, 0))
-    drawn = order.rows(0, 600)
+    order: Order = Weighted(np.arange(1000), weights, seeded_rng(1, 0))
+    check_order(order, np.arange(1000))
+    drawn = order.rows(0, 1000)
     assert (drawn < 100).mean() > 0.8
     deal = Deal(n_rows=order.n_rows, batch_size=10, tail="drop", scope="global")
     windows = Windows(
         order=order,
-        starts=[0, 300],
-        n_rows_of_rank=300,
-        borders=range(50, 300, 50),
+        starts=[0, 500],
+        n_rows_of_rank=500,
+        borders=range(50, 500, 50),
         make_rng=(lambda: seeded_rng(1, 0)) if permutes else None,
     )
     found = [

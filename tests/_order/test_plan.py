@@ -12,8 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._order.plan import EpochPart, Plan
-from tiledbsoma_ml._order.share import Stage
+from tiledbsoma_ml._order.order import Order, Stored
+from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
+from tiledbsoma_ml._order.share import ALONE, Stage
 from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout, read_amplification
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
 
@@ -340,6 +341,20 @@ def test_the_order_of_a_part_is_computed_once_whatever_is_asked(scope: Any) -> N
     assert len(planned.obs_joinids) == 51
     assert flat([batch.tolist() for batch in planned.io_batches()])[8:] == flat([b.tolist() for b in batches])
     assert planned.order is order
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+@pytest.mark.parametrize("n_rows", [49, 51])
+def test_an_order_of_another_length_than_the_query_is_refused(n_rows: int, scope: Any) -> None:
+    class Resized(PartPlan):
+        def draw_order(self) -> Order:
+            return Stored(joinids=np.resize(self.ids.obs_joinids, n_rows))
+
+    plan = Plan(shuffle_chunk_size=4, io_batch_size=8, batch_size=2, permutes=True, scope=scope)
+    ids = QueryIDs(obs_joinids=np.arange(50), var_joinids=[0])
+    planned = Resized(plan=plan, part=EpochPart(ids=ids, partition=ALONE, seed=0, epoch=0))
+    with pytest.raises(ValueError, match=f"n_rows={n_rows} of Stored must be the number of joinids, 50"):
+        next(planned.io_batches())
 
 
 def test_what_one_reads_together_is_said_by_the_plan() -> None:

@@ -14,16 +14,20 @@ IDS = np.arange(0, 200, 2)
 
 
 @pytest.mark.parametrize(
-    "order",
+    ("order", "joinids"),
     [
-        Stored(joinids=IDS),
-        Chunked.draw(IDS, 7, np.random.default_rng(0)),
-        Tiled.draw(IDS, 16, np.random.default_rng(0)),
-        Stored(joinids=IDS[:0]),
+        (Stored(joinids=IDS), IDS),
+        (Stored(joinids=IDS[:0]), IDS[:0]),
+        (Chunked.draw(IDS, 7, np.random.default_rng(0)), IDS),
+        (Tiled.draw(IDS, 16, np.random.default_rng(0)), IDS),
     ],
 )
-def test_the_orders_of_this_package_keep_their_promises(order: Any) -> None:
-    check_order(order, IDS)
+def test_the_orders_of_this_package_keep_their_promises(order: Any, joinids: Any) -> None:
+    check_order(order, joinids)
+
+
+def test_an_order_may_repeat_joinids_and_leave_others_out() -> None:
+    check_order(Stored(joinids=np.repeat(IDS[:50], 2)), IDS)
 
 
 class AnyOrder:
@@ -47,7 +51,9 @@ def _changing(values: Any) -> Any:
     ("sentence", "members"),
     [
         ("`n_rows` must be a number of rows", {"n_rows": 3.0}),
-        ("must be n_rows joinids, int64", {"n_rows": 101}),
+        ("`n_rows` must be the number of joinids", {"n_rows": 101}),
+        ("`n_rows` must be the number of joinids", {"n_rows": 99}),
+        ("must be n_rows joinids, int64", {"rows": lambda start, stop: IDS[start : stop - 1]}),
         ("must be n_rows joinids, int64", {"rows": lambda start, stop: IDS[start:stop].tolist()}),
         ("`rows` must be rows of the query", {"rows": lambda start, stop: IDS[start:stop] + 1}),
         ("must be that span", {"rows": lambda start, stop: np.roll(IDS, start)[start:stop]}),

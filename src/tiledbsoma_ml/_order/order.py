@@ -30,7 +30,10 @@ class Order(Protocol):
 
     @property
     def n_rows(self) -> int:
-        """Number of rows of an epoch. A joinid may come several times."""
+        """Number of rows of an epoch: as many as there are joinids.
+
+        A joinid may come several times, and another one not at all.
+        """
 
     @property
     def borders(self) -> Borders:

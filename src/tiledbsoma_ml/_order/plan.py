@@ -200,7 +200,21 @@ class PartPlan:
 
     @cached_property
     def order(self) -> Order:
-        """The order of the epoch, before rows are permuted."""
+        """The order of the epoch, before rows are permuted.
+
+        Raises:
+            ValueError: If it has another number of rows than the joinids, by which rows are divided.
+        """
+        order, n_rows = self.draw_order(), len(self.ids.obs_joinids)
+        if order.n_rows != n_rows:
+            raise ValueError(
+                f"n_rows={order.n_rows} of {type(order).__name__} must be the number of joinids, {n_rows}; "
+                "repeat joinids, or leave some out."
+            )
+        return order
+
+    def draw_order(self) -> Order:
+        """Return a new object of the order of the epoch; a new order is chosen here."""
         joinids, size = self.ids.obs_joinids, self.plan.shuffle_chunk_size
         rng = seeded_rng(self.part.seed, self.part.epoch)
         if size is None:

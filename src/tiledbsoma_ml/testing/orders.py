@@ -17,10 +17,13 @@ def check_order(order: Order, joinids: NDArrayJoinId) -> None:
 
     Args:
         order: The order of an epoch. All of its rows are asked for.
-        joinids: Joinids of the rows of the query. The order may repeat a row, or leave it out.
+        joinids: Joinids of the rows of the query, as many as the order has rows. The order may repeat a
+            joinid, and leave out another.
     """
     n = order.n_rows
     require(isinstance(n, int) and n >= 0, "`n_rows` must be a number of rows", f"it is {n!r}")
+    expected_n = len(joinids)
+    require(n == expected_n, "`n_rows` must be the number of joinids", f"it is {n}, not {expected_n}")
     rows = order.rows(0, n)
     is_array = isinstance(rows, np.ndarray) and rows.dtype == np.int64 and rows.shape == (n,)
     kind = f"{getattr(rows, 'dtype', type(rows).__name__)} of shape {np.shape(rows)}"
