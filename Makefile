@@ -8,14 +8,14 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
 NEWEST := .venv-newest
-NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models
+NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
 SLOW_TESTS := agreement auto benchmarks budget classifier cli context creation data_module dataloader demo \
   distributed docs epoch_counter h5ad iterations jit kernels lightning mapped memory_dataset memory_source \
   notebooks package progress ranks ray_cluster ray_train reading realdata resume s3 scopes scvi scvi_models \
-  scvi_realdata shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset \
-  snapshot_source snapshot_source_segment soma_source source_dataset sources streaming tables takeover task \
-  threads torchrun window x_locator
+  scvi_realdata scvi_training shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build \
+  snapshot_dataset snapshot_source snapshot_source_segment soma_source source_dataset sources streaming tables \
+  takeover task threads torchrun window x_locator
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null

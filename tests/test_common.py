@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiledbsoma_ml._common import (
+    absolute_path,
+    absolute_uri,
     cache_folder,
     check_bool,
     check_count,
@@ -56,6 +58,14 @@ def test_the_cache_folder_is_where_the_environment_says_or_else_below_the_home_d
     expected = usual if beginning is None else tmp_path / beginning
     assert cache_folder() == expected / "tiledbsoma_ml"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_or_uri_is_refused_in_place_of_the_working_directory() -> None:
+    with pytest.raises(ValueError, match=r"^window_dir='' must not be empty; try '\.' for the working dire"):
+        absolute_path("", "window_dir")
+    with pytest.raises(ValueError, match="^uri='' must not be empty"):
+        absolute_uri("")
+    assert absolute_path(".") == Path.cwd() == Path(absolute_uri("."))
 
 
 @pytest.mark.parametrize("value", [True, False, np.True_, np.False_])

@@ -297,6 +297,29 @@ def test_mini_batches_out_of_order_are_refused(whole: Snapshot) -> None:
         experiment_dataloader(dataset_of(whole), num_workers=1, in_order=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("drop_last", "no", "drop_last='no' must be True or False"),
+        ("in_order", "no", "in_order='no' must be True or False"),
+        ("persistent_workers", 1, "persistent_workers=1 must be True or False"),
+        ("pin_memory", "no", "pin_memory='no' must be True or False"),
+        ("num_workers", "2", "num_workers='2' must be an integer of at least 0"),
+    ],
+)
+def test_an_argument_of_the_wrong_type_is_refused_in_one_sentence(
+    whole: Snapshot, name: str, value: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        experiment_dataloader(dataset_of(whole), **{name: value})
+
+
+def test_numbers_and_bools_of_numpy_are_taken(whole: Snapshot) -> None:
+    loader = experiment_dataloader(dataset_of(whole), num_workers=np.int64(0), pin_memory=np.False_)
+    assert loader.num_workers == 0
+    assert loader.pin_memory is False
+
+
 # With torchdata -------------------------------------------------------------------------------------------
 
 

@@ -86,6 +86,11 @@ def test_the_place_of_this_process_is_found_out_if_none_is_given(monkeypatch: py
     np.testing.assert_array_equal(part.obs_joinids, expected.obs_joinids)
 
 
+def test_an_unknown_tail_is_refused() -> None:
+    with pytest.raises(ValueError, match="tail='keep' must be 'drop' or 'pad'; try 'drop'"):
+        ids_of(10).partitioned(Partition(0, 2, 0, 1), "keep")  # type: ignore[arg-type]
+
+
 def test_a_part_is_not_partitioned_again() -> None:
     part = ids_of(8).partitioned(Partition(0, 2, 0, 1))
     with pytest.raises(

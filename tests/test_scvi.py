@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -326,6 +327,18 @@ def test_unseen_batches_follow_the_policy(counts: Store) -> None:
     assert next(iter(mapped))["batch"].flatten().tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("unseen", ["typo", None, ["extend"]])
+def test_an_unknown_treatment_of_unseen_batches_is_refused_in_one_sentence(
+    counts: Store, unseen: Any
+) -> None:
+    sentence = re.escape(f"unseen={unseen!r} must be 'error', 'extend' or a mapping of new batches to known")
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        module(counts, unseen=unseen)
+    datamodule = module(counts)
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        datamodule.inference_dataloader(unseen=unseen)
+
+
 def test_unseen_labels_count_as_unlabeled_with_a_warning(counts: Store) -> None:
     options = {"label_column_name": "cell_type", "unlabeled_category": "B cell"}
     datamodule = module(counts, [0, 1, 3, 4], **options)  # B and T cells
@@ -483,6 +496,8 @@ def test_an_embedding_is_found_by_queries_and_never_overwritten(tmp_path: Path) 
         write_obsm(uri, "RNA", "other", embedding.reset_index(drop=True))
     with pytest.raises(ValueError, match="measurement_name='DNA' must be a measurement"):
         write_obsm(uri, "DNA", "other", embedding)
+    with pytest.raises(ValueError, match="^experiment_uri='' must not be empty"):
+        write_obsm("", "RNA", "other", embedding)
 
 
 # The package ----------------------------------------------------------------------------------------------

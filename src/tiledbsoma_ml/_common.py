@@ -48,14 +48,24 @@ def seeded_rng(seed: int | None, epoch: int = 0) -> np.random.Generator:
     return np.random.default_rng(None if seed is None else [seed, epoch])
 
 
-def absolute_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path that means the same in every working directory and process; `~` is the home directory."""
+def absolute_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """Return a path that means the same in every working directory and process; `~` is the home directory.
+
+    Args:
+        path: The path. An empty string is often a variable that is not set.
+        name: The parameter by which the user gave it, for messages.
+
+    Raises:
+        ValueError: If it is an empty string.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"{name}={path!r} must not be empty; try '.' for the working directory.")
     return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - a folder may have a name like "~x"
 
 
-def absolute_uri(uri: str | os.PathLike[str]) -> str:
+def absolute_uri(uri: str | os.PathLike[str], name: str = "uri") -> str:
     """Return a URI as it is, and a path as an absolute path (see `absolute_path`)."""
-    return str(uri) if "://" in str(uri) else str(absolute_path(uri))
+    return str(uri) if "://" in str(uri) else str(absolute_path(uri, name))
 
 
 def cache_folder() -> Path:

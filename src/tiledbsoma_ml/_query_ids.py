@@ -15,7 +15,7 @@ import numpy as np
 import tiledbsoma as soma
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._common import NDArrayJoinId, check_count, seeded_rng
+from tiledbsoma_ml._common import NDArrayJoinId, check_choice, check_count, seeded_rng
 from tiledbsoma_ml._distributed import get_distributed_rank_and_world_size, get_worker_id_and_num
 from tiledbsoma_ml.x_locator import check_open
 
@@ -255,9 +255,11 @@ class QueryIDs:
             tail: See `Tail`. Every rank gets the same number of rows.
 
         Raises:
-            ValueError: If this is the share of a worker already: no worker would get the rest of it.
+            ValueError: If this is the share of a worker already, so that no worker would get the rest of it;
+                or if `tail` is unknown.
         """
         check_whole(self)
+        check_choice("tail", tail, get_args(Tail))
         if partition is None:
             partition = Partition(*get_distributed_rank_and_world_size(), *get_worker_id_and_num())
         bounds = partition.bounds(len(self.obs_joinids), tail)

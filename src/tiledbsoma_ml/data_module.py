@@ -16,7 +16,7 @@ from tiledbsoma_ml._common import MiniBatch, check_count
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
 from tiledbsoma_ml._dataset.options import DEFAULT_OBS_COLUMN_NAMES, OF_SHUFFLING
 from tiledbsoma_ml._query_ids import QueryIDs
-from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
+from tiledbsoma_ml.dataloader import ExperimentDataLoader, check_dataloader_kwargs, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 from tiledbsoma_ml.snapshot import Snapshot
 
@@ -139,7 +139,7 @@ class ExperimentDataModule(QueryDataModule):
         self._take_parts(shuffled, in_order)
         self._transform = transform
         self._device_transform = device_transform
-        self._dataloader_kwargs = dict(dataloader_kwargs or {})
+        self._dataloader_kwargs = check_dataloader_kwargs(dataloader_kwargs)
         self._is_resized = False
         self._loaded: dict[str, Any] | None = None
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, overload
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from tiledbsoma_ml._batch.read_ahead import Piece
-from tiledbsoma_ml._common import MiniBatch
+from tiledbsoma_ml._common import MiniBatch, check_bool, check_count
 from tiledbsoma_ml._dataset.describe import as_line, as_table, described
 from tiledbsoma_ml._dataset.mini_batches import assembly
 from tiledbsoma_ml._epoch.position import Position
@@ -19,6 +19,8 @@ from tiledbsoma_ml._epoch.progress import Iteration, Progress
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 _T = TypeVar("_T")
+
+_BOOLS = ("drop_last", "in_order", "persistent_workers", "pin_memory")
 
 _SET_ELSEWHERE = {
     "batch_sampler": "ExperimentDataset(batch_size=…, shuffle=…)",
@@ -45,7 +47,8 @@ def experiment_dataloader(ds: IterableDataset[Any], **dataloader_kwargs: Any) ->
         dataloader_kwargs: For `torch.utils.data.DataLoader`.
 
     Raises:
-        TypeError: If `ds` is not an `ExperimentDataset`, nor another iterable dataset.
+        TypeError: If `ds` is not an `ExperimentDataset`, nor another iterable dataset, or an argument has the
+            wrong type.
         ValueError: If an argument does not apply: `shuffle`, `batch_size`, `sampler`, `batch_sampler`, or
             `in_order=False`.
     """
@@ -54,26 +57,40 @@ def experiment_dataloader(ds: IterableDataset[Any], **dataloader_kwargs: Any) ->
             f"ds must be an ExperimentDataset, not a {type(ds).__name__}; "
             "give any other dataset to torch.utils.data.DataLoader."
         )
+    given = check_dataloader_kwargs(dataloader_kwargs)
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged}
+    if given.get("num_workers", 0) > 0:
+        options |= {"multiprocessing_context": "spawn", "persistent_workers": True}
+    options |= given
+    if not isinstance(ds, ExperimentDataset):
+        return DataLoader(ds, **options)
+    loader = ExperimentDataLoader(ds, **options)
+    loader.own_progress = ds.iterations.of_loader()  # from now on it counts its own epochs
+    return loader
+
+
+def check_dataloader_kwargs(dataloader_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of `experiment_dataloader` beside the dataset, checked; none for None.
+
+    Raises:
+        TypeError: If one has the wrong type.
+        ValueError: If one does not apply.
+    """
+    given = dict(dataloader_kwargs or {})
     for name, place in _SET_ELSEWHERE.items():
-        if name in dataloader_kwargs:
+        if name in given:
             raise ValueError(
-                f"{name}={dataloader_kwargs[name]!r} does not apply to experiment_dataloader; "
-                f"set it in {place}."
+                f"{name}={given[name]!r} does not apply to experiment_dataloader; set it in {place}."
             )
-    n_workers = dataloader_kwargs.get("num_workers", 0)
-    if n_workers > 0 and not dataloader_kwargs.get("in_order", True):
+    given |= {name: check_bool(name, given[name]) for name in _BOOLS if name in given}
+    if "num_workers" in given:
+        given["num_workers"] = check_count("num_workers", given["num_workers"], suggestion=2, minimum=0)
+    if given.get("num_workers", 0) > 0 and not given.get("in_order", True):
         raise ValueError(
             "in_order=False does not apply to experiment_dataloader, whose state tells by a number which "
             "mini-batches there were, so that a resumed run would lose some; leave it out."
         )
-    defaults: dict[str, Any] = {"collate_fn": _unchanged}
-    if n_workers > 0:
-        defaults |= {"multiprocessing_context": "spawn", "persistent_workers": True}
-    if not isinstance(ds, ExperimentDataset):
-        return DataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
-    loader = ExperimentDataLoader(ds, batch_size=None, **{**defaults, **dataloader_kwargs})
-    loader.own_progress = ds.iterations.of_loader()  # from now on it counts its own epochs
-    return loader
+    return given
 
 
 class ExperimentDataLoader(DataLoader[MiniBatch]):

@@ -17,7 +17,7 @@ from tiledbsoma_ml._scvi.batches import Batches, dense
 from tiledbsoma_ml._scvi.cells import Batch, Roles
 from tiledbsoma_ml._scvi.facts import Facts
 from tiledbsoma_ml._scvi.inference import INFERENCE_BATCH_SIZE, InferenceDataLoader
-from tiledbsoma_ml._scvi.labels import Unseen
+from tiledbsoma_ml._scvi.labels import Unseen, check_unseen
 from tiledbsoma_ml._scvi.models import (
     attach,
     check_fits,
@@ -28,10 +28,10 @@ from tiledbsoma_ml._scvi.models import (
     registry_of,
 )
 from tiledbsoma_ml._scvi.obsm import write_obsm
-from tiledbsoma_ml._scvi.parts import Parts
 from tiledbsoma_ml._scvi.registry import known_of
 from tiledbsoma_ml._scvi.selection import Scheme, Selection, batch_columns, check_list
-from tiledbsoma_ml.dataloader import ExperimentDataLoader, experiment_dataloader
+from tiledbsoma_ml._scvi.splits import Splits
+from tiledbsoma_ml.dataloader import ExperimentDataLoader, check_dataloader_kwargs, experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 try:
@@ -128,14 +128,15 @@ class SCVIDataModule(Facts, QueryDataModule):
             sample=sample_column_name,
         )
         self._scheme = Scheme.create(roles, batch_labels, reference, var_column_name)
+        unseen = check_unseen(unseen)
         seed = check_count("seed", seed, suggestion=42, minimum=0)
         options = _dataset_options(query, args, kwargs) | {"seed": seed}
         self._is_sparse_asked = "return_sparse_X" in options
         self._selection = Selection.read(query, options.pop("layer_name", None), self._scheme, unseen=unseen)
         where = {"x_locator": self._selection.locator, "query_ids": self._selection.ids}
-        self._parts = Parts.create(where | {"snapshot": options.pop("snapshot", None)}, options, train_size)
+        self._splits = Splits.create(where | {"snapshot": options.pop("snapshot", None)}, options, train_size)
         self._batches = Batches(self._selection)
-        self._dataloader_kwargs = dict(dataloader_kwargs or {})
+        self._dataloader_kwargs = check_dataloader_kwargs(dataloader_kwargs)
         self._model_name = model_name
 
     def __repr__(self) -> str:
@@ -148,9 +149,9 @@ class SCVIDataModule(Facts, QueryDataModule):
 
     def _described(self) -> dict[str, str]:
         shape = {"rows": f"{self.n_obs:,} cells by {self.n_vars:,} genes"}
-        parts = {"train": f"{self.n_train:,} cells", "val": f"{self.n_val:,} cells"}
+        splits = {"train": f"{self.n_train:,} cells", "val": f"{self.n_val:,} cells"}
         codes = {"batches": f"{self.n_batch:,}", "labels": f"{self.n_labels:,}"}
-        return described(self.train_dataset.iterations) | shape | parts | codes
+        return described(self.train_dataset.iterations) | shape | splits | codes
 
     @property
     def batch_size(self) -> int:
@@ -160,7 +161,7 @@ class SCVIDataModule(Facts, QueryDataModule):
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         if batch_size != self.batch_size:
-            self._parts = self._parts.with_batch_size(batch_size)
+            self._splits = self._splits.with_batch_size(batch_size)
 
     # Training ---------------------------------------------------------------------------------------------
 
@@ -250,6 +251,7 @@ class SCVIDataModule(Facts, QueryDataModule):
             ValueError: If the query does not fit.
         """
         batch_size = check_count("batch_size", batch_size, suggestion=INFERENCE_BATCH_SIZE)
+        unseen = check_unseen(unseen)
         selection, train = self._selection, self.train_dataset
         where: dict[str, Any] = {"source": train.source, "query_ids": selection.ids}
         if query is not None:

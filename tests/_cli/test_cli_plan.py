@@ -54,6 +54,7 @@ def test_the_table_names_32_workers_and_counts_the_others(store: Store) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([""], "uri='' must not be empty"),
         (["none"], "none' must be a SOMA experiment, and cannot be opened as one"),
         (["{uri}", "--obs-filter", "n_genes = 1"], "must be a filter that SOMA understands"),
         (["{uri}", "--obs-filter", "n_genes < 0"], "must select cells, and selects none of 311; loosen it"),

@@ -271,6 +271,11 @@ def test_what_auto_stands_for_is_that_of_the_whole_query_whichever_part_asks_fir
             f"window_dir={__file__!r} must be an existing folder; make it, or choose another.",
         ),
         (
+            {"window_dir": "", "window_budget": "1GiB"},
+            ValueError,
+            "window_dir='' must not be empty; try '.' for the working directory.",
+        ),
+        (
             {"window_dir": "/"},
             ValueError,
             "window_dir='/' needs a limit; add window_budget='64GiB'.",

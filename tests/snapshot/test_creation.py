@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from snapshots import N_SHARDS, assert_is_right, create_in_folder, make, partial, raising
@@ -120,6 +121,14 @@ def test_lines_on_stderr_tell_how_far_it_is_unless_they_are_unwanted(
     shutil.rmtree(path)
     make(path, store, progress=True)
     assert "x.snapshot: 311 of 311 rows, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("progress", [np.True_, np.False_])
+def test_a_bool_of_numpy_says_whether_there_are_lines(
+    store: Store, path: Path, capsys: pytest.CaptureFixture[str], progress: Any
+) -> None:
+    make(path, store, progress=progress)
+    assert ("311 of 311 rows" in capsys.readouterr().err) == bool(progress)
 
 
 def test_a_terminal_shows_a_bar(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

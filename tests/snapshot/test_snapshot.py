@@ -117,6 +117,18 @@ def test_to_anndata_gives_rows_as_an_anndata(whole: Snapshot, monkeypatch: pytes
 # Files ----------------------------------------------------------------------------------------------------
 
 
+def test_an_empty_path_is_no_path_of_a_snapshot(store: Store) -> None:
+    def create(path: str) -> Snapshot:
+        with store.query() as query:
+            return Snapshot.create(path, query)
+
+    for take in (Snapshot.open, create):
+        with pytest.raises(ValueError, match="^path='' must not be empty"):
+            take("")
+    with pytest.raises(ValueError, match="^snapshot='' must not be empty"):
+        store.dataset(snapshot="")
+
+
 def test_what_is_no_snapshot_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "none", tmp_path / "file"):

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 import tiledbsoma as soma
 
 from tiledbsoma_ml import _context
-from tiledbsoma_ml._common import check_name, first_line
+from tiledbsoma_ml._common import absolute_uri, check_name, first_line
 
 
 @contextmanager
 def open_experiment(uri: str) -> Iterator[soma.Experiment]:
     """Open an experiment; raise a ValueError if it cannot be opened."""
+    address = absolute_uri(uri)
     try:
-        experiment = _context.open_experiment(uri)
+        experiment = _context.open_experiment(address)
     except (soma.SOMAError, TypeError, ValueError) as err:
         raise ValueError(
             f"uri={uri!r} must be a SOMA experiment, and cannot be opened as one ({first_line(err)}); "

@@ -331,7 +331,7 @@ def check_window_dir(window_dir: object, window_budget: int | str | None) -> tup
         if budget:
             raise ValueError("window_budget needs a folder on a local disk; add window_dir='/path'.")
         return None, 0
-    folder = absolute_path(str(window_dir))
+    folder = absolute_path(str(window_dir), "window_dir")
     if not folder.is_dir():
         raise ValueError(
             f"window_dir={str(folder)!r} must be an existing folder; make it, or choose another."

@@ -82,7 +82,7 @@ def run_config(
     """Return where a run is stored, and how often it starts again."""
     return ray.train.RunConfig(
         name=name,
-        storage_path=absolute_uri(storage_path),
+        storage_path=absolute_uri(storage_path, "storage_path"),
         failure_config=ray.train.FailureConfig(max_failures=max_failures),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
     )

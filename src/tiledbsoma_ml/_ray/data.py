@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
 import tiledbsoma as soma
 from lightning.pytorch import LightningDataModule
 
-from tiledbsoma_ml._common import absolute_path, cache_folder
+from tiledbsoma_ml._common import absolute_path, absolute_uri, cache_folder
 from tiledbsoma_ml._context import open_experiment
 from tiledbsoma_ml._ingest.experiment import MEASUREMENT_NAME
 from tiledbsoma_ml._ingest.h5ad import ingest_h5ads
@@ -66,10 +65,11 @@ class UnopenedQuery:
 
         The files are first written to an experiment. `layer_name` among the options is a layer of the files.
         """
-        paths = [Path(file) for file in files]
+        paths = [absolute_path(file, "data") for file in files]
         if not paths:
             raise ValueError("data=[] must hold at least one h5ad file; try ['cells.h5ad'].")
-        folder = absolute_path(self.experiments_path or cache_folder())
+        path = cache_folder() if self.experiments_path is None else self.experiments_path
+        folder = absolute_path(path, "experiments_path")
         uri = ingest_h5ads(paths, options.get("layer_name"), folder, _logger.info)
         rest = {name: value for name, value in options.items() if name != "layer_name"}
         return attrs.evolve(self, measurement_name=MEASUREMENT_NAME).of_experiment(uri, rest)
@@ -115,7 +115,7 @@ def as_data_module(
     if isinstance(data, soma.ExperimentAxisQuery):
         return ExperimentDataModule(data, **options)
     if isinstance(data, str | os.PathLike) and not str(data).endswith(".h5ad"):
-        return query.of_experiment(str(data), options)
+        return query.of_experiment(absolute_uri(data, "data"), options)
     return query.of_h5ads([data] if isinstance(data, str | os.PathLike) else data, options)
 
 

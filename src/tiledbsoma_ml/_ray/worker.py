@@ -80,7 +80,7 @@ def checkpoint_file(path: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: If there is none.
     """
-    whole = absolute_uri(path)
+    whole = absolute_uri(path, "ckpt_path")
     if "://" in whole:
         return whole if whole.endswith(".ckpt") else f"{whole.rstrip('/')}/{CHECKPOINT_NAME}"
     file = Path(whole) / CHECKPOINT_NAME if Path(whole).is_dir() else Path(whole)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._scvi.parts import Parts
 from tiledbsoma_ml._scvi.registry import make_registry
 from tiledbsoma_ml._scvi.selection import Scheme, Selection
+from tiledbsoma_ml._scvi.splits import Splits
 from tiledbsoma_ml.dataset import ExperimentDataset
 
 
@@ -18,7 +18,7 @@ class Facts:
 
     _scheme: Scheme
     _selection: Selection
-    _parts: Parts
+    _splits: Splits
     _model_name: str | None
 
     @property
@@ -95,17 +95,17 @@ class Facts:
     @property
     def train_dataset(self) -> ExperimentDataset:
         """The cells to train on."""
-        return self._parts.train
+        return self._splits.train
 
     @property
     def val_dataset(self) -> ExperimentDataset | None:
         """The cells for validation; None without any."""
-        return self._parts.val
+        return self._splits.val
 
     @property
     def n_train(self) -> int:
         """Number of cells to train on."""
-        return len(self._parts.train.query_ids.obs_joinids)
+        return len(self._splits.train.query_ids.obs_joinids)
 
     @property
     def n_val(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import attrs
 import numpy as np
@@ -30,6 +30,20 @@ Unseen: TypeAlias = Literal["error", "extend"] | Mapping[str, str]
 """
 
 logger = logging.getLogger(__name__)
+
+
+def check_unseen(unseen: object) -> Unseen:
+    """Return the treatment of labels that are not known, as the user gave it.
+
+    Raises:
+        ValueError: If it is neither a mapping nor one of the words.
+    """
+    if not isinstance(unseen, Mapping) and unseen not in ("error", "extend"):
+        raise ValueError(
+            f"unseen={unseen!r} must be 'error', 'extend' or a mapping of new batches to known ones; "
+            "try 'error'."
+        )
+    return cast(Unseen, unseen)
 
 
 @attrs.frozen(eq=False)

@@ -108,7 +108,7 @@ def load_query_model(
 
 def read_saved(dir_path: str | os.PathLike[str], prefix: str = "") -> dict[str, Any]:
     """Return what `model.save` wrote: "model_state_dict", "var_names" and "attr_dict"."""
-    path = absolute_path(dir_path) / f"{prefix}{MODEL_FILE}"
+    path = absolute_path(dir_path, "dir_path") / f"{prefix}{MODEL_FILE}"
     if not path.is_file():
         raise ValueError(
             f"dir_path={str(dir_path)!r} must hold a model of scvi-tools, but there is no {path.name}; "

@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
 
-from tiledbsoma_ml._common import check_name
+from tiledbsoma_ml._common import absolute_uri, check_name
 from tiledbsoma_ml._context import open_experiment
 
 
@@ -26,8 +26,9 @@ def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding:
     Raises:
         ValueError: If the measurement does not exist, the name is taken, or rows are not rows of `obs`.
     """
+    uri = absolute_uri(experiment_uri, "experiment_uri")
     joinids, values = embedding.index.to_numpy(), embedding.to_numpy(dtype=np.float32)
-    with open_experiment(experiment_uri) as experiment:
+    with open_experiment(uri) as experiment:
         n_obs = _check_obsm(experiment, measurement_name, name, embedding)
     table = pa.table(
         {
@@ -36,7 +37,7 @@ def write_obsm(experiment_uri: str, measurement_name: str, name: str, embedding:
             "soma_data": values.ravel(),
         }
     )
-    with open_experiment(experiment_uri, "w") as experiment:
+    with open_experiment(uri, "w") as experiment:
         measurement = experiment.ms[measurement_name]
         obsm = measurement["obsm"] if "obsm" in measurement else measurement.add_new_collection("obsm")
         obsm.add_new_sparse_ndarray(name, type=pa.float32(), shape=(n_obs, values.shape[1])).write(table)

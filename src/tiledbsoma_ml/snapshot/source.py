@@ -192,7 +192,7 @@ class SnapshotSource(Source):
 
     def _path_of(self, snapshot: str | os.PathLike[str] | bool) -> Path:
         if not isinstance(snapshot, bool):
-            return absolute_path(snapshot)
+            return absolute_path(snapshot, "snapshot")
         request = self._request
         if request.origin is None or request.ids is None:
             raise ValueError("snapshot=True needs a query to make it of; name the folder of a snapshot.")

@@ -1,4 +1,4 @@
-"""The parts of a query that a model of scvi-tools is trained and validated on."""
+"""`Splits`: the cells of a query that a model of scvi-tools is trained on, and those for validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiledbsoma_ml.dataset import ExperimentDataset
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Parts:
+class Splits:
     """The cells to train on, and those for validation.
 
     Attributes:
@@ -28,7 +28,7 @@ class Parts:
     val: ExperimentDataset | None
 
     @classmethod
-    def create(cls, where: Mapping[str, Any], options: Mapping[str, Any], train_size: float) -> Parts:
+    def create(cls, where: Mapping[str, Any], options: Mapping[str, Any], train_size: float) -> Splits:
         """Split a query.
 
         Args:
@@ -37,7 +37,7 @@ class Parts:
             train_size: Share of the cells to train on.
 
         Raises:
-            ValueError: If the share leaves a part without cells.
+            ValueError: If the share leaves a split without cells.
         """
         check_train_size(train_size)
         whole = ExperimentDataset(**where, **options)
@@ -45,8 +45,8 @@ class Parts:
         if train_size == 1:
             return cls(ids=ids, train=whole, val=None)
         train_ids, val_ids = ids.random_split(train_size, 1 - train_size, seed=options["seed"])
-        for part, what in ((train_ids, "to train on"), (val_ids, "for validation")):
-            if not len(part.obs_joinids):
+        for split, what in ((train_ids, "to train on"), (val_ids, "for validation")):
+            if not len(split.obs_joinids):
                 raise ValueError(
                     f"train_size={train_size} must leave at least one of {len(ids.obs_joinids):,} cells "
                     f"{what}, but leaves none; try 0.9, or train_size=1 for no validation."
@@ -55,18 +55,18 @@ class Parts:
         in_order = ExperimentDataset(source=whole.source, query_ids=ids, **kept | {"shuffle": False})
         return cls(ids=ids, train=whole.over(train_ids), val=in_order.over(val_ids))
 
-    def with_batch_size(self, batch_size: int) -> Parts:
-        """Return the same parts in mini-batches of another size; the epoch that comes next is the same."""
-        train, val = (self._resized(part, batch_size) for part in (self.train, self.val))
+    def with_batch_size(self, batch_size: int) -> Splits:
+        """Return the same splits in mini-batches of another size; the epoch that comes next is the same."""
+        train, val = (self._resized(split, batch_size) for split in (self.train, self.val))
         assert train is not None
         train.set_epoch(self.train.iterations.upcoming_epoch)
         return attrs.evolve(self, train=train, val=val)
 
-    def _resized(self, part: ExperimentDataset | None, batch_size: int) -> ExperimentDataset | None:
-        """Return a part anew; "auto" is chosen for the whole query."""
-        if part is None:
+    def _resized(self, split: ExperimentDataset | None, batch_size: int) -> ExperimentDataset | None:
+        """Return a split anew; "auto" is chosen for the whole query."""
+        if split is None:
             return None
-        return part.over(self.ids).with_batch_size(batch_size).over(part.query_ids)
+        return split.over(self.ids).with_batch_size(batch_size).over(split.query_ids)
 
 
 def check_train_size(train_size: object) -> None:
