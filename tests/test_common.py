@@ -63,7 +63,7 @@ def test_the_cache_folder_is_where_the_environment_says_or_else_below_the_home_d
 def test_an_empty_path_or_uri_is_refused_in_place_of_the_working_directory() -> None:
     with pytest.raises(ValueError, match=r"^window_dir='' must not be empty; try '\.' for the working dire"):
         absolute_path("", "window_dir")
-    with pytest.raises(ValueError, match="^uri='' must not be empty"):
+    with pytest.raises(ValueError, match=r"^uri='' must not be empty"):
         absolute_uri("")
     assert absolute_path(".") == Path.cwd() == Path(absolute_uri("."))
 

@@ -496,7 +496,7 @@ def test_an_embedding_is_found_by_queries_and_never_overwritten(tmp_path: Path) 
         write_obsm(uri, "RNA", "other", embedding.reset_index(drop=True))
     with pytest.raises(ValueError, match="measurement_name='DNA' must be a measurement"):
         write_obsm(uri, "DNA", "other", embedding)
-    with pytest.raises(ValueError, match="^experiment_uri='' must not be empty"):
+    with pytest.raises(ValueError, match=r"^experiment_uri='' must not be empty"):
         write_obsm("", "RNA", "other", embedding)
 
 

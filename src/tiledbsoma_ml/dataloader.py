@@ -126,14 +126,15 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
     def __iter__(self) -> Iterator[MiniBatch]:  # type: ignore[override]
         """Begin an epoch, or go on with the one that was loaded."""
         if self.num_workers == 0:
-            with self.progress.asking():
+            with self.progress.calling():
                 return super().__iter__()
-        with self.dataset.iterations.handed_to_workers(self.progress, self.num_workers) as (begin, iteration):
+        iterations = self.dataset.iterations
+        with iterations.handed_to_workers(self.progress, self.num_workers) as (position, iteration):
             if iteration.loaded is not None:
                 self._iterator = None  # workers that were kept do not know of a state: new ones are started
             items: Iterator[Any] = super().__iter__()
         self._n_iterators += 1
-        mini_batches = items if self.dataset.device is None else self._on_device(items, begin)
+        mini_batches = items if self.dataset.device is None else self._on_device(items, position)
         named = _naming_dead_workers(mini_batches, getattr(items, "_workers", []))
         return self._counted(named, iteration, self._n_iterators)
 
@@ -178,12 +179,12 @@ class ExperimentDataLoader(DataLoader[MiniBatch]):
         finally:
             iteration.is_over = True
 
-    def _on_device(self, items: Iterator[Any], begin: Position) -> Iterator[MiniBatch]:
+    def _on_device(self, items: Iterator[Any], position: Position) -> Iterator[MiniBatch]:
         return _in_turn(
             assembly(self.dataset.plan.of(part), self.dataset.options, in_worker=True).mini_batches(pieces)
             for pieces, part in zip(
                 _by_worker(items, self.num_workers),
-                self.dataset.iterations.parts_of_workers(begin, self.num_workers),
+                self.dataset.iterations.parts_of_workers(position, self.num_workers),
                 strict=True,
             )
         )

@@ -188,7 +188,7 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         """Yield the mini-batches of one epoch: those of this rank, and of this worker in a worker."""
         if torch.utils.data.get_worker_info() is not None:
             end_with_parent()
-        return ClosedWhenDropped(self._epoch(self.iterations.asking()))
+        return ClosedWhenDropped(self._epoch(self.iterations.progress_of_caller))
 
     def __len__(self) -> int:
         """Return the number of mini-batches of an epoch: those of this rank; in a worker, of this worker."""

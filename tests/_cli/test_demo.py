@@ -223,6 +223,7 @@ def test_help_names_every_option_and_gives_examples() -> None:
             "--cells=9 is for simulated cells; leave out --uri and --h5ad, or this.",
         ),
         (["--h5ad", "none.h5ad"], "/none.h5ad' must be an existing file; check the path."),
+        (["--uri", "", "--label", "x"], "uri='' must not be empty; try '.' for the working directory."),
         (
             ["--uri", "none", "--label", "x"],
             "/none' must be a SOMA experiment, and cannot be opened as one",

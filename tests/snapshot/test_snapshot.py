@@ -123,9 +123,9 @@ def test_an_empty_path_is_no_path_of_a_snapshot(store: Store) -> None:
             return Snapshot.create(path, query)
 
     for take in (Snapshot.open, create):
-        with pytest.raises(ValueError, match="^path='' must not be empty"):
+        with pytest.raises(ValueError, match=r"^path='' must not be empty"):
             take("")
-    with pytest.raises(ValueError, match="^snapshot='' must not be empty"):
+    with pytest.raises(ValueError, match=r"^snapshot='' must not be empty"):
         store.dataset(snapshot="")
 
 

@@ -1,8 +1,9 @@
-"""`Iterations`: the epochs of a dataset.
+"""`Iterations`: begins epochs of a dataset, for the dataset itself, its loaders and data modules.
 
-Loaders, data modules and torchdata use it to know which epoch comes next, how many mini-batches it has, which
-rows each rank and worker yields, and where an epoch continues after a resume. What changes while rows are
-yielded belongs to an iterator (`Iteration`), and to the loader or dataset that makes iterators (`Progress`).
+It knows which epoch comes next, how many mini-batches it has, which rows each rank and worker yields, and
+where an epoch continues after a resume. The state that changes while rows are yielded is not here: see
+`_epoch/progress.py`, where an `Iteration` is the state of one iterator, `Progress` that of one loader, and
+`Epochs` that of the dataset.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from tiledbsoma_ml._source import Source
 
 
 class Iterations:
-    """The epochs of a dataset.
+    """The facts by which a dataset begins epochs, and the methods that begin them.
 
     Attributes:
         source: The source of the rows.
@@ -58,7 +59,7 @@ class Iterations:
         seed = options.seed
         self._seed = np.random.SeedSequence().generate_state(1).item() if seed is None else seed
         self._epochs = Epochs()
-        self._told: WorkerStart | None = None
+        self._worker_start: WorkerStart | None = None
         self._shared_ids: SharedQueryIDs | None = None
         self._fingerprint: str | None = None
         self._content: Mapping[str, str] | None = None
@@ -137,9 +138,10 @@ class Iterations:
         """Return the iterators of a new loader, which counts epochs by itself."""
         return Progress.of_loader(self._epochs)
 
-    def asking(self) -> Progress:
-        """Return the `Progress` of the loader that makes an iterator now, or else of the dataset itself."""
-        return self._epochs.iterating()
+    @property
+    def progress_of_caller(self) -> Progress:
+        """The progress of the loader that makes an iterator now, or else that of the dataset."""
+        return self._epochs.of_caller
 
     # Where it stands --------------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ class Iterations:
             identity["seed"] = check_count("seed", state["seed"], suggestion=42, minimum=0)
         position = Position.from_dict(state, identity)
         self._seed = identity["seed"]
-        (progress or self._epochs.own).load(position)
+        (progress or self._epochs.of_dataset).load(position)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -186,18 +188,18 @@ class Iterations:
     def begin(self, progress: Progress) -> tuple[EpochPart, Iteration]:
         """Begin an epoch, or continue the loaded one; return the part of it that this process yields."""
         partition, in_worker = self.partition(), torch.utils.data.get_worker_info() is not None
-        if self._told is not None and in_worker:
-            part = self._continued(self._told.begin(), partition)
+        if self._worker_start is not None and in_worker:
+            part = self._continued(self._worker_start.begin(), partition)
             return part, Iteration(start=Position(epoch=part.epoch), total=0, waits=True)
         self._check_ranks()
         epoch, loaded = progress.upcoming()
-        begin = Position(epoch=epoch) if loaded is None else loaded.position
+        position = Position(epoch=epoch) if loaded is None else loaded.position
         if not in_worker:
-            self._agree(0, begin)
+            self._agree(0, position)
         elif self.options.shuffle:
             scope = self.options.shuffle_scope
             check_seed_of_all(self.options.seed, scope=scope, world_size=partition.world_size)
-        part = self._continued(begin, partition)
+        part = self._continued(position, partition)
         start = Position(
             epoch=epoch,
             world_size=partition.world_size,
@@ -218,30 +220,30 @@ class Iterations:
         """
         self._check_ranks()
         epoch, loaded = progress.upcoming()
-        begin = Position(epoch=epoch) if loaded is None else loaded.position
-        self._agree(num_workers, begin)
+        position = Position(epoch=epoch) if loaded is None else loaded.position
+        self._agree(num_workers, position)
         self.source.prepare()
         self._plan.get()  # which forked workers would find out each by itself
-        iteration = progress.begin(self._iteration_of_workers(begin, num_workers, loaded))
-        self._told = WorkerStart(self.ranks, begin, progress.tell(epoch))
+        iteration = progress.begin(self._iteration_of_workers(position, num_workers, loaded))
+        self._worker_start = WorkerStart(self.ranks, position, progress.publish(epoch))
         try:
-            yield begin, iteration
+            yield position, iteration
         finally:
-            self._told = None
+            self._worker_start = None
 
     @property
     def is_told(self) -> bool:
         """Whether this is in a worker of a loader that told it rank, epoch and state."""
-        return self._told is not None
+        return self._worker_start is not None
 
     def part(self, epoch: int, partition: Partition) -> EpochPart:
         """Return what a worker of a rank yields of an epoch."""
         return EpochPart(ids=self.ids, partition=partition, seed=self._seed, epoch=epoch)
 
-    def parts_of_workers(self, begin: Position, num_workers: int) -> list[EpochPart]:
-        """Return what each worker of this rank yields of an epoch, from where it begins."""
+    def parts_of_workers(self, position: Position, num_workers: int) -> list[EpochPart]:
+        """Return what each worker of this rank yields of an epoch, from a position on."""
         n = max(num_workers, 1)
-        return [self._continued(begin, Partition(*self.ranks, worker, n)) for worker in range(n)]
+        return [self._continued(position, Partition(*self.ranks, worker, n)) for worker in range(n)]
 
     def n_mini_batches(self, num_workers: int | None = None) -> int:
         """Return how many mini-batches an epoch has here.
@@ -259,16 +261,16 @@ class Iterations:
     @property
     def ranks(self) -> tuple[int, int]:
         """This rank and the number of ranks: as told, or as found now."""
-        told = None if self._told is None else self._told.ranks
-        return told or self.options.ranks or get_distributed_rank_and_world_size()
+        of_loader = None if self._worker_start is None else self._worker_start.ranks
+        return of_loader or self.options.ranks or get_distributed_rank_and_world_size()
 
     def partition(self) -> Partition:
         """Return this rank and this worker, and how many there are."""
         return Partition(*self.ranks, *get_worker_id_and_num())
 
-    def _continued(self, begin: Position, partition: Partition) -> EpochPart:
+    def _continued(self, position: Position, partition: Partition) -> EpochPart:
         """Return the part of a worker, from a position on."""
-        return begin.rest_of(self.part(begin.epoch, partition), self.options.shuffle_scope)
+        return position.rest_of(self.part(position.epoch, partition), self.options.shuffle_scope)
 
     def _deal(self, earlier: tuple[Stage, ...] = ()) -> Deal:
         """Return how rows are dealt, where others have yielded some of them."""
@@ -281,12 +283,12 @@ class Iterations:
         )
 
     def _iteration_of_workers(
-        self, begin: Position, num_workers: int, loaded: LoadedPosition | None = None
+        self, position: Position, num_workers: int, loaded: LoadedPosition | None = None
     ) -> Iteration:
         """Return the state of the iterator of a rank with workers, from a position on."""
-        parts = self.parts_of_workers(begin, num_workers)
+        parts = self.parts_of_workers(position, num_workers)
         start = Position(
-            epoch=begin.epoch,
+            epoch=position.epoch,
             world_size=parts[0].partition.world_size,
             num_workers=num_workers,
             n_yielded=sum(part.skip for part in parts),
@@ -303,12 +305,12 @@ class Iterations:
         if options.tail == "drop":
             check_a_row_each(n_rows, world_size)
 
-    def _agree(self, num_workers: int, begin: Position) -> None:
+    def _agree(self, num_workers: int, position: Position) -> None:
         """Make sure that all ranks can iterate, and that they iterate the same."""
         (_, world_size), options = self.ranks, self.options
         if world_size > 1:
             self._seed = agreed_seed(
-                partial(self._shared_by_ranks, begin, max(num_workers, 1)),
+                partial(self._shared_by_ranks, position, max(num_workers, 1)),
                 options.seed if options.shuffle else 0,  # where nothing is shuffled, any will do
                 drawn_seed=self._seed,
                 scope=options.shuffle_scope,
@@ -320,14 +322,15 @@ class Iterations:
             log_parts(world_size, max(num_workers, 1))
         self._is_first = False
 
-    def _shared_by_ranks(self, begin: Position, n_workers: int) -> dict[str, Any]:
+    def _shared_by_ranks(self, position: Position, n_workers: int) -> dict[str, Any]:
         """Return what must be the same on all ranks at the start of an epoch, but for the seed."""
         if self._content is None:
             self._content = self.source.content
         # At the start of an epoch it is of no account who took part in the one before.
-        begin = begin if begin.n_yielded or begin.earlier else Position(epoch=begin.epoch)
-        first = {"epoch": begin.epoch, "n_yielded": begin.n_yielded}  # told first where ranks differ
-        state = {**first, **begin.to_dict({**self.identity, **self._content})}
+        if not (position.n_yielded or position.earlier):
+            position = Position(epoch=position.epoch)
+        first = {"epoch": position.epoch, "n_yielded": position.n_yielded}  # told first where ranks differ
+        state = {**first, **position.to_dict({**self.identity, **self._content})}
         del state["seed"]
         # Each worker's last mini-batch may be smaller there, so that their number counts.
         return state | ({"workers": n_workers} if self.options.shuffle_scope == "partition" else {})

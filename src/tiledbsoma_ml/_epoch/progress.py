@@ -1,7 +1,8 @@
-"""`Progress`: the next epoch, the loaded position, and the position of the newest iterator.
+"""`Iteration`, `Progress` and `Epochs`: the state of one iterator, of one loader, and of the whole dataset.
 
-An iterator has an epoch. A loader, and a dataset that is iterated without a loader, have a position: that of
-their newest iterator. They share only the counter of the dataset, so none changes the position of another.
+A loader has many iterators, one after the other; its position is that of the newest one. A dataset can have
+many loaders, and can be iterated without any: then it has a position like a loader. They share only the
+counter of the dataset, so none changes the position of another.
 """
 
 from __future__ import annotations
@@ -122,29 +123,31 @@ class Iteration:
 
 
 class Epochs:
-    """The epochs of a dataset.
+    """The state of the epochs of a dataset, which all of its loaders share.
 
     Attributes:
         counter: The counter of epochs.
-        own: The progress of the dataset without a loader.
+        of_dataset: The progress of the dataset where it is iterated without a loader.
         latest: The progress, of a loader or of the dataset, whose iterator began last.
     """
 
     def __init__(self) -> None:
         self.counter = EpochCounter()
-        self.own = Progress(self)
-        self.latest = self.own
+        self.of_dataset = Progress(self)
+        self.latest = self.of_dataset
 
-    def iterating(self) -> Progress:
-        """Return the progress of the loader that is making an iterator, or else that of the dataset."""
-        progress = _ASKING.get()
-        return progress if progress is not None and progress.epochs is self else self.own
+    @property
+    def of_caller(self) -> Progress:
+        """The progress of the loader that makes an iterator now, or else that of the dataset."""
+        progress = _CALLER.get()
+        return progress if progress is not None and progress.epochs is self else self.of_dataset
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"latest": self.own}
+        return self.__dict__ | {"latest": self.of_dataset}
 
 
-_ASKING: ContextVar[Progress | None] = ContextVar("_ASKING", default=None)
+_CALLER: ContextVar[Progress | None] = ContextVar("_CALLER", default=None)
+"""The progress of the loader that makes an iterator now. A `DataLoader` passes nothing to its dataset."""
 
 
 class Progress:
@@ -174,15 +177,15 @@ class Progress:
 
     def load(self, position: Position) -> None:
         """Make the next iterator begin at a position."""
-        counter, of_dataset = self.epochs.counter, self.epochs.own._loaded
-        if self._is_own:
+        counter, other = self.epochs.counter, self.epochs.of_dataset._loaded
+        if self._is_of_dataset:
             counter.set(position.epoch, has_begun=position.n_yielded > 0)
         else:
             counter.reach(position.epoch, has_begun=False)
             self._next, self._n_set = position.epoch, counter.n_set
-        waits = of_dataset is not None and self.epochs.own._pending() is of_dataset
-        if of_dataset is not None and waits and not self._is_own and of_dataset.position == position:
-            self._loaded = of_dataset  # both come from one checkpoint, and are used once
+        waits = other is not None and self.epochs.of_dataset._pending() is other
+        if other is not None and waits and not self._is_of_dataset and other.position == position:
+            self._loaded = other  # both come from one checkpoint, and are used once
         else:
             self._loaded = LoadedPosition(position, counter.n_set)
         self._iteration, self.epochs.latest = None, self
@@ -193,7 +196,7 @@ class Progress:
         loaded = self._pending()
         if loaded is not None and not in_worker:
             return loaded.position.epoch, loaded
-        if self._is_own:
+        if self._is_of_dataset:
             epoch = counter.upcoming
         else:
             epoch = self._next if self._n_set == counter.n_set else counter.last_set
@@ -202,7 +205,7 @@ class Progress:
     def begin(self, iteration: Iteration) -> Iteration:
         """Note that an iterator begins the epoch that was `upcoming`, and return its state."""
         counter, epoch = self.epochs.counter, iteration.start.epoch
-        if not self._is_own or (iteration.loaded is not None and not iteration.waits):
+        if not self._is_of_dataset or (iteration.loaded is not None and not iteration.waits):
             counter.reach(epoch, has_begun=True)
         else:
             counter.take()
@@ -211,7 +214,7 @@ class Progress:
         self._iteration, self.epochs.latest = iteration, self
         return iteration
 
-    def tell(self, epoch: int) -> SharedArray:
+    def publish(self, epoch: int) -> SharedArray:
         """Write the epoch that begins now to memory that persistent workers read, and return that memory."""
         if self._channel is None:
             self._channel = SharedArray(np.zeros(1, dtype=np.int64))
@@ -227,30 +230,31 @@ class Progress:
         return Position(epoch=self.upcoming()[0]) if newest is None else newest.position
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
+    def calling(self) -> Iterator[None]:
         """Count iterators that the dataset makes within this context as iterators of this loader."""
-        token = _ASKING.set(self)
+        token = _CALLER.set(self)
         try:
             yield
         finally:
-            _ASKING.reset(token)
+            _CALLER.reset(token)
 
     @property
-    def _is_own(self) -> bool:
-        return self.epochs.own is self
+    def _is_of_dataset(self) -> bool:
+        return self.epochs.of_dataset is self
 
     def _pending(self) -> LoadedPosition | None:
         """Return the position that was loaded last, here or into the dataset, if it is still valid.
 
         It is not valid any longer if it was used, or if another epoch was set since.
         """
-        found = [p._loaded for p in (self, self.epochs.own) if p._loaded is not None]
+        found = [p._loaded for p in (self, self.epochs.of_dataset) if p._loaded is not None]
         for loaded in sorted(found, key=lambda loaded: -loaded.n_set)[:1]:
             counter = self.epochs.counter
-            was_set = loaded.n_set != counter.n_set and (
+            # Training loops set the epoch that was loaded once more, which changes nothing.
+            another_was_set = loaded.n_set != counter.n_set and (
                 counter.last_set != loaded.position.epoch or counter.same_since > loaded.n_set + 1
             )
-            if not (was_set or loaded.is_used or loaded.n_begun > MAX_PEEKS):
+            if not (another_was_set or loaded.is_used or loaded.n_begun > MAX_PEEKS):
                 return loaded
         return None
 

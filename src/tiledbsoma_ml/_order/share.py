@@ -84,9 +84,9 @@ class Deal:
 
     def mini_batches(self, partition: Partition) -> tuple[int, int]:
         """Return (start, stop) of a worker's mini-batches among those that one sequence of draws makes."""
-        deal, partition = self.own(partition)
-        total = deal.n_mini_batches_of_rank(partition.world_size, partition.n_workers)
-        return array_split_bounds(total, partition.n_workers, partition.worker_id)
+        deal, within = self.own(partition)
+        total = deal.n_mini_batches_of_rank(within.world_size, within.n_workers)
+        return array_split_bounds(total, within.n_workers, within.worker_id)
 
     def spans(self, partition: Partition, skip: int = 0) -> Spans:
         """Return the rows of one worker of one rank, without its first `skip` mini-batches.
@@ -95,8 +95,8 @@ class Deal:
         the tail "pad" repeats.
         """
         start, stop = self.mini_batches(partition)
-        deal, partition = self.own(partition)
-        mine = deal._of_rank(partition, 0, deal._n_of_rank(partition.world_size))
+        deal, within = self.own(partition)
+        mine = deal._of_rank(within, 0, deal._n_of_rank(within.world_size))
         return _cut(mine, (start + skip) * self.batch_size, stop * self.batch_size)
 
     def padding(self, partition: Partition) -> Spans:
