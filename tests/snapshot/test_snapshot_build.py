@@ -219,13 +219,14 @@ KNOW_NO_SOMA = [
     "build",
     "check",
     "content",
+    "creation",
     "disk",
     "files",
     "format",
     "frames",
-    "resume",
     "segment",
     "shards",
+    "takeover",
 ]
 
 
