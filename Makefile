@@ -10,12 +10,13 @@ STRESS_ARGS ?=
 NEWEST := .venv-newest
 NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
-SLOW_TESTS := agreement auto benchmarks budget classifier cli context creation data_module dataloader demo \
-  distributed docs epoch_counter h5ad iterations jit kernels lightning mapped memory_dataset memory_source \
-  notebooks package progress ranks ray_cluster ray_train reading realdata resume s3 scopes scvi scvi_models \
-  scvi_realdata scvi_training shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build \
-  snapshot_dataset snapshot_source snapshot_source_segment soma_source source_dataset sources streaming tables \
-  takeover task threads torchrun window x_locator
+SLOW_TESTS := agreement auto benchmarks budget classifier cli context creation data_module dataloader dataset \
+  demo distributed docs epoch_counter epoch_plan h5ad iterations jit kernels lightning mapped memory_dataset \
+  memory_source notebooks package progress ranks ray_cluster ray_train reading realdata resume s3 scopes scvi \
+  scvi_models scvi_realdata scvi_training shared_array shared_ids shuffle_modes shuffle_viz snapshot \
+  snapshot_build snapshot_dataset snapshot_source snapshot_source_segment soma_source source_dataset sources \
+  streaming tables takeover task threads torchrun window x_locator
+SLOW_TEST := tests/test_golden_orders.py::test_a_dataloader_with_workers_yields_the_rows_of_an_experiment_in_the_order_of_0_1_0
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
 HAS_NODE := node -e 'const [a, b] = process.versions.node.split("."); process.exit(+(a * 100 + +b < 2019))' 2>/dev/null
@@ -33,7 +34,7 @@ test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the
 	$(BIN)/pytest -m ray tests/test_ray_train.py  # a cluster of processes: nothing else beside it
 
 test-fast: $(VENV)/test.installed  ## Run the tests that are quick, while you work: below two minutes on two cores
-	$(BIN)/pytest --numprocesses auto --dist worksteal $(SLOW_TESTS:%=--ignore-glob='*/test_%.py')
+	$(BIN)/pytest --numprocesses auto --dist worksteal --deselect $(SLOW_TEST) $(SLOW_TESTS:%=--ignore-glob='*/test_%.py')
 
 stress: $(VENV)/test.installed  ## Read obs beside busy loops: no process may die; STRESS_ARGS="--minutes 60"
 	$(BIN)/python tests/stress_obs.py $(STRESS_ARGS)
