@@ -91,7 +91,7 @@ $(VENV)/test.installed: $(VENV)/pip.installed pyproject.toml
 # npm writes this file last. Without Node.js the tests of the page are skipped.
 $(PAGE)/node_modules/.package-lock.json: $(PAGE)/package-lock.json
 	@if $(HAS_NODE); then \
-	  cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --no-audit --no-fund && touch node_modules/.package-lock.json; \
+	  cd $(PAGE) && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --prefer-offline --no-audit --no-fund && touch node_modules/.package-lock.json; \
 	else echo "Node.js 20.19 or later is not installed: the page is neither built nor tested"; fi
 
 $(VENV)/docs.installed: $(VENV)/pip.installed pyproject.toml
