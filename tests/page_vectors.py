@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml import QueryIDs
+from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._order.plan import EpochPart, Plan
-from tiledbsoma_ml._order.sizes import Layout, predicted_mixing, read_amplification
+from tiledbsoma_ml._order.share import ALONE
+from tiledbsoma_ml._order.sizes import Layout, predicted_mixing
 from tiledbsoma_ml._query_ids import Partition
 
 PATH = Path(__file__).parents[1] / "shuffle_viz" / "src" / "golden" / "vectors.json"
@@ -47,15 +49,21 @@ def vectors() -> dict[str, Any]:
             for batch_size in (64, 100, 1024, 4096, 100_000)
         ],
         "amplification": [
-            [*sizes, read_amplification(*sizes)]
+            amplification(*sizes)
             for sizes in [
-                (64, 65_536, 2048, 20_000_000),
-                (2048, 65_536, 2048, 20_000_000),
-                (4096, 65_536, 2048, 500_000),
-                (64, 65_536, 2048, 500_000),
-                (1, 16, 8, 64),
-                (4, 100, 8, 64),
+                (64, 65_536, 2048, 1_000_000, 340_000),
+                (64, 65_536, 2048, 1_000_000, 20_000),
+                (64, 65_536, 2048, 1_000_000, 2_000_000),
+                (2048, 65_536, 2048, 500_000, 340_000),
+                (4096, 65_536, 2048, 500_000, 340_000),
+                (1000, 8000, 2048, 500_000, 50_000),
+                (1, 16, 8, 64, 32),
+                (4, 100, 8, 64, 64),
             ]
+        ],
+        "windowBytes": [
+            [total, Budget(total).share_of_windows().planned_bytes]
+            for total in (2**26, 2**28, 3 * 2**28 + 17, 2**30, 2**31, 10 * 2**30)
         ],
         "sizes": [
             chosen(*case)
@@ -69,6 +77,14 @@ def vectors() -> dict[str, Any]:
             ]
         ],
     }
+
+
+def amplification(chunk: int, window: int, tile: int, n_rows: int, n_held: int) -> list[float]:
+    """Return how often a tile is decoded where memory holds `n_held` rows, behind the sizes."""
+    plan = Plan(shuffle_chunk_size=chunk, io_batch_size=window, batch_size=1, permutes=True)
+    ids = QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=[0])
+    sizes = plan.of(EpochPart(ids=ids, partition=ALONE, seed=0, epoch=0)).read_sizes(tile)
+    return [chunk, window, tile, n_rows, n_held, sizes.predicted_amplification(n_held)]
 
 
 def permutations(seed: int, epoch: int) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_windows_in_files_go_to_the_device_in_parts(large: Store, tmp_path: Path
             return Rows.to(self, device)
 
     files = {"window_dir": tmp_path, "window_budget": "64MiB"}
-    dataset = dataset_of(large, io_batch_size=320, **files, shuffle_mode=mode, device="cpu")
+    dataset = dataset_of(large, io_batch_size=320, rows_held=320, **files, shuffle_mode=mode, device="cpu")
     dataset.source.given = lambda rows: Counted(obs_joinids=rows.obs_joinids, X=rows.X, obs=rows.obs)
     assert len(joinids_of(dataset)) == N_ROWS
     assert sum(n_rows) == N_ROWS

@@ -49,6 +49,7 @@ class Windowed(SOMASource):
         ids: The query.
         windows_bytes: Bytes of windows, whatever the budget; those of the budget if None.
         row_bytes: Bytes that a row is said to take up; a sample tells if None.
+        rows_held: Rows of a read that memory is said to hold; if None, its bytes and those of a row tell.
         make_limit: Makes the limit of windows.
     """
 
@@ -59,10 +60,11 @@ class Windowed(SOMASource):
         *,
         windows_bytes: int | None = None,
         row_bytes: int | None = None,
+        rows_held: int | None = None,
         make_limit: Callable[[float], ByteLimit] = ByteLimit,
     ) -> None:
         super().__init__(store.locator, ids, make_limit=make_limit)
-        self.windows_bytes, self.row_bytes = windows_bytes, row_bytes
+        self.windows_bytes, self.row_bytes, self.rows_held = windows_bytes, row_bytes, rows_held
         self.asked: list[np.ndarray] = []
         self.given: Callable[[Rows[Any]], Rows[Any]] = unchanged
 
@@ -75,7 +77,11 @@ class Windowed(SOMASource):
         return attrs.evolve(layout, bytes_per_row=self.row_bytes, window_rows=n_rows)
 
     def open(self, ids: Any, fields: Fields, budget: Budget) -> Any:
-        return Watched(super().open(ids, fields, self.changed(budget)), self)
+        budget = self.changed(budget)
+        rows_held = self.rows_held
+        if rows_held is None and self.row_bytes is not None:
+            rows_held = max(1, budget.share_of_windows().planned_bytes // self.row_bytes)
+        return Watched(super().open(ids, fields, budget), self, rows_held)
 
     def changed(self, budget: Budget) -> Budget:
         if self.windows_bytes is None:
@@ -84,10 +90,14 @@ class Windowed(SOMASource):
 
 
 class Watched:
-    """A reader that keeps which rows are read together."""
+    """A reader that keeps which rows are read together, of which memory holds `rows_held` unless None."""
 
-    def __init__(self, reader: SOMAReader, source: Windowed) -> None:
-        self.reader, self.source = reader, source
+    def __init__(self, reader: SOMAReader, source: Windowed, rows_held: int | None) -> None:
+        self.reader, self.source, self.rows_held = reader, source, rows_held
+        self.row_tile = reader.row_tile
+
+    def n_rows_held(self) -> int:
+        return self.rows_held or self.reader.n_rows_held()
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
         self.source.asked.append(obs_joinids)
@@ -104,12 +114,20 @@ def dataset_of(
     *,
     windows_bytes: int | None = None,
     row_bytes: int | None = None,
+    rows_held: int | None = None,
     make_limit: Callable[[float], ByteLimit] = ByteLimit,
     **options: Any,
 ) -> ExperimentDataset:
     """Return a dataset of a `Windowed` source: sparse, with sizes that are "auto" unless given."""
     ids = QueryIDs(obs_joinids=rows, var_joinids=var_joinids)
-    source = Windowed(store, ids, windows_bytes=windows_bytes, row_bytes=row_bytes, make_limit=make_limit)
+    source = Windowed(
+        store,
+        ids,
+        windows_bytes=windows_bytes,
+        row_bytes=row_bytes,
+        rows_held=rows_held,
+        make_limit=make_limit,
+    )
     defaults = {"batch_size": 32, "seed": 1, "return_sparse_X": True, **AUTO}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* changes nothing here: ")

@@ -1,6 +1,6 @@
 /** How fast a query is read: predictions from read amplification and from speeds that were measured. */
 
-import { chooseSizes, predictedMixing, readAmplification } from "./order/tradeoff";
+import { chooseSizes, predictedMixing, readSize } from "./order/tradeoff";
 
 /** Reading a row of a snapshot from the page cache; measured, for a non-zero. */
 export const SNAPSHOT_NS = 1.3;
@@ -12,6 +12,8 @@ const BYTES_PER_ROW = 48;
 export interface Way {
   chunk: number;
   window: number;
+  /** Rows that are read at once. */
+  readRows: number;
   amplification: number;
   rowsPerS: number;
   mixing: number;
@@ -24,27 +26,33 @@ export interface Query {
   miniBatch: number;
   nonZeros: number;
   scanNs: number;
+  /** Memory, in GiB. */
+  budget: number;
 }
 
 /** Return what chunks of a size cost in windows of a size, and how well they mix. */
 export function predict(query: Query, chunk: number, window: number): Way {
   const rows = Math.min(window, query.rows);
-  const amplification = readAmplification(chunk, rows, query.tile, query.rows);
+  const { readRows, amplification } = readSize({ chunk, window: rows, tile: query.tile, rows: query.rows, held: heldRows(query) });
   return {
     chunk,
     window: rows,
+    readRows,
     amplification,
     rowsPerS: 1e9 / (query.nonZeros * query.scanNs * amplification),
     mixing: rows >= query.rows ? 1 : predictedMixing(rows / Math.min(chunk, rows), query.miniBatch),
   };
 }
 
-/** Return what "auto" takes within a budget of memory, in GiB. */
-export function predictAuto(query: Query, budgetGiB: number): Way {
-  const bytes = windowBytes(budgetGiB * 2 ** 30);
-  const most = Math.max(query.tile, Math.floor(bytes / bytesPerRow(query.nonZeros)));
-  const { chunk, window } = chooseSizes(query.rows, query.tile, most, query.miniBatch);
+/** Return what "auto" takes within the budget of memory. */
+export function predictAuto(query: Query): Way {
+  const { chunk, window } = chooseSizes(query.rows, query.tile, Math.max(query.tile, heldRows(query)), query.miniBatch);
   return predict(query, chunk, window);
+}
+
+/** Return how many rows memory holds. */
+function heldRows({ budget, nonZeros }: Query): number {
+  return Math.floor(windowBytes(budget * 2 ** 30) / bytesPerRow(nonZeros));
 }
 
 export function bytesPerRow(nonZeros: number): number {
@@ -58,11 +66,13 @@ export function chunkSizes(query: Query, window: number): number[] {
   return sizes;
 }
 
-/** What a budget of memory leaves for a window, roughly as `_budget.py` divides it. */
-function windowBytes(total: number): number {
+/** Return what a budget of memory leaves for a window, as `_budget.py` divides it for an experiment on a local disk. */
+export function windowBytes(total: number): number {
   const MiB = 2 ** 20;
-  const tiledb = Math.min(Math.max(total / 16, 16 * MiB), 64 * MiB);
-  const buffers = 9 * Math.min(Math.max(total / 128, MiB), 8 * MiB);
-  const windows = total * 0.95 - tiledb - buffers - Math.min(128 * MiB, total / 2);
-  return Math.max(0, windows) / (1 + 5 / 32);
+  const within = (size: number, least: number, most: number) => Math.min(Math.max(Math.floor(size), least * MiB), most * MiB);
+  const tiledb = within(total / 16, 16, 128);
+  const buffers = 9 * within(total / 128, 1, 8);
+  const fixed = Math.min(128 * MiB, Math.floor(total / 2));
+  const malloc = within((total - 512 * MiB) / 4, 0, 128);
+  return Math.max(0, Math.floor((Math.floor(total * 0.95) - tiledb - buffers - fixed - malloc) / (1 + 5 / 32)));
 }

@@ -47,7 +47,7 @@ export const NUMBERS = {
   labels: whole("Labels", 1, 900, 900, "Data sets, donors or cell types, of very different sizes"),
   query: whole("Rows of your query", 1, 1e9, 20_000_000, "In the trade-off below"),
   nonZeros: whole("Non-zeros a row", 1, 100_000, 1560, "Stored values of a cell"),
-  budget: { label: "Memory for “auto”, GiB", help: "memory_budget", least: 0.0625, most: 4096, try: 2, isWhole: false, python: "memory_budget" },
+  budget: { label: "Memory, GiB", help: "memory_budget", least: 0.0625, most: 4096, try: 2, isWhole: false, python: "memory_budget" },
   scanNs: { label: "Scan, ns a non-zero", help: "TileDB reading whole tiles", least: 0.1, most: 10_000, try: 19, isWhole: false },
 } satisfies Partial<Record<Key, NumberField>>;
 

@@ -3,7 +3,8 @@ import { describe, expect, test } from "vitest";
 import vectors from "../src/golden/vectors.json";
 import { NOBODY, orderOf, type Scope, type Step } from "../src/order/epoch";
 import { Generator } from "../src/order/random";
-import { chooseSizes, predictedMixing, readAmplification } from "../src/order/tradeoff";
+import { chooseSizes, predictedMixing, readSize } from "../src/order/tradeoff";
+import { windowBytes } from "../src/predict";
 
 function sha256(...arrays: Int32Array[]): string {
   const hash = createHash("sha256");
@@ -45,9 +46,13 @@ describe("what the page computes is what Python computes", () => {
   });
 
   test("read amplification", () => {
-    for (const [chunk, ioBatch, tile, rows, expected] of vectors.amplification) {
-      expect(readAmplification(chunk, ioBatch, tile, rows)).toBeCloseTo(expected, 9);
+    for (const [chunk, window, tile, rows, held, expected] of vectors.amplification) {
+      expect(readSize({ chunk, window, tile, rows, held }).amplification).toBeCloseTo(expected, 9);
     }
+  });
+
+  test("memory that a budget leaves for a window", () => {
+    for (const [total, expected] of vectors.windowBytes) expect(windowBytes(total)).toBe(expected);
   });
 
   test('what "auto" stands for', () => {

@@ -10,7 +10,7 @@ from tiledbsoma_ml._context import context
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._source import Fields, RandomAccess, Reader, Source
+from tiledbsoma_ml._source import Fields, RandomAccess, Reader, Source, TiledReader
 from tiledbsoma_ml.dataloader import experiment_dataloader
 from tiledbsoma_ml.dataset import ExperimentDataset, ShuffleMode
 from tiledbsoma_ml.memory import MemorySource
@@ -40,6 +40,7 @@ __all__ = [
     "ShuffleMode",
     "Snapshot",
     "Source",
+    "TiledReader",
     "XLocator",
     "context",
     "experiment_dataloader",

@@ -23,7 +23,7 @@ from tiledbsoma_ml._query_ids import QueryIDs, check_among
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml.x_locator import XLocator
 
-__all__ = ["Fields", "RandomAccess", "Reader", "RowsAndColumns", "Source"]
+__all__ = ["Fields", "RandomAccess", "Reader", "RowsAndColumns", "Source", "TiledReader"]
 
 
 def _as_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -69,6 +69,22 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close everything that is open, and end a `read` that waits on another thread."""
+
+
+@runtime_checkable
+class TiledReader(Protocol):
+    """A Reader that decodes neighbouring rows together, so that many small reads cost more than a large one.
+
+    Its `read` is asked for the rows of several IO batches, where that decodes less. The methods are called on
+    the thread that calls `read`.
+    """
+
+    @property
+    def row_tile(self) -> int:
+        """Number of neighbouring rows that are decoded together."""
+
+    def n_rows_held(self) -> int:
+        """Return how many rows the next read may have, so that memory holds them; at least 1."""
 
 
 @runtime_checkable

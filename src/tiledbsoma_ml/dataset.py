@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import Any
 
 import attrs
@@ -32,7 +32,7 @@ from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
 from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_other_rows
-from tiledbsoma_ml._source import RandomAccess, Source
+from tiledbsoma_ml._source import Source
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.x_locator import XLocator
@@ -74,9 +74,9 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         obs_column_names: Columns of `obs` to return, in this order.
         batch_size: Rows per mini-batch; a worker's last one may be smaller. With 1, dense `X` has the shape
             (n_vars,).
-        io_batch_size: Rows read together and shuffled among each other: the shuffle window. A multiple of
-            `shuffle_chunk_size`, or "auto": as many as `memory_budget` or `window_budget` holds, from the
-            non-zeros that rows of this query have.
+        io_batch_size: Rows shuffled among each other: the shuffle window. A multiple of `shuffle_chunk_size`,
+            or "auto": as many as `memory_budget` or `window_budget` holds, from the non-zeros that rows of
+            this query have. What is read at once follows the budget, and changes no order.
         shuffle: Whether to shuffle; rows come in the order of the query otherwise.
         shuffle_chunk_size: Neighbouring rows that stay together until a window is read. Smaller means better
             mixed, larger means faster. "auto" follows the row tiles of the layer as it is stored: whole tiles
@@ -301,19 +301,16 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
 
     # The flow ---------------------------------------------------------------------------------------------
 
-    def _epoch(self, progress: Progress) -> Generator[MiniBatch, None, None]:
+    def _epoch(self, progress: Progress) -> Generator[Any, None, None]:
         part, iteration = self.iterations.begin(progress)
         try:
             planned, options = self.plan.of(part), self.options
             leaves_device_work = leaves_device_work_to_loader(options, is_told=self.iterations.is_told)
             reader = self.source.open(planned, options.fields, self.iterations.budget)
             if leaves_device_work:
-                yield from pieces_of_worker(planned, reader, options)  # type: ignore[misc]
+                yield from pieces_of_worker(planned, reader, options)
                 return
-            made = mini_batches(planned, reader, options)
-            # Whoever leaves closes a reader that reads ahead first: then nobody waits for rows any longer.
-            reads_ahead = nullcontext() if isinstance(reader, RandomAccess) else closing(reader)
-            with closing(reader), closing(made), reads_ahead:
+            with closing(mini_batches(planned, reader, options)) as made:
                 for mini_batch in made:
                     iteration.advance()
                     yield mini_batch

@@ -15,6 +15,7 @@ from stores import N_VARS, eager_threads, expected_X, make_obs
 from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import id_batches
+from tiledbsoma_ml._order.reads import ReadSize
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
 
@@ -84,6 +85,53 @@ def test_the_parts_of_each_batch_come_in_order_one_batch_after_the_other(eager: 
     assert [len(part) for part in parts] == [4, 3, 3, 4, 3, 3, 2, 2, 1]
     assert [is_last for _, is_last in pieces] == 3 * [False, False, True]
     assert np.concatenate(parts).tolist() == list(range(100, 125))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=9),
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=4),
+    n_pieces=st.integers(1, 6),
+    eager=st.booleans(),
+)
+def test_whatever_is_read_at_once_rows_come_in_order_and_are_cut_where_their_io_batches_end(
+    lengths: list[int], sizes: list[tuple[int, int]], n_pieces: int, eager: bool
+) -> None:
+    starts = []
+
+    def next_size(n_read: int) -> ReadSize:
+        n_rows, more = sizes[len(starts) % len(sizes)]
+        starts.append(n_read)
+        return ReadSize(n_rows=n_rows, most=n_rows + more)
+
+    reader = MemoryReader(n_pieces=n_pieces)
+    pieces = list(read_ahead(iter(as_chunks(lengths)), reader, use_eager_fetch=eager, next_size=next_size))
+    assert reader.n_read == len(starts)
+    for (n_rows, more), size in zip(sizes, np.diff([*starts, sum(lengths)]), strict=False):
+        assert size <= n_rows + more
+    found, rows = list[list[int]](), list[int]()
+    for piece, is_last in pieces:
+        rows += piece.obs_joinids.tolist()
+        np.testing.assert_array_equal(
+            piece.X.slice_tonumpy(slice(None)), expected_X(piece.obs_joinids, range(N_VARS))
+        )
+        if is_last:
+            found.append(rows)
+            rows = []
+    assert rows == []
+    assert found == [batch.tolist() for batch in as_chunks(lengths) if len(batch)]
+
+
+def test_a_read_has_whole_io_batches_unless_one_is_too_large() -> None:
+    io_batches, asked = iter(as_chunks([4, 4, 4, 25, 3, 3])), list[int]()
+
+    class Asked(MemoryReader):
+        def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[CSR_IO_Buffer]]:
+            asked.append(len(obs_joinids))
+            return super().read(obs_joinids)
+
+    size = ReadSize(n_rows=7, most=10)
+    list(read_ahead(io_batches, Asked(), use_eager_fetch=False, next_size=lambda n_read: size))
+    assert asked == [8, 10, 10, 9, 6]
 
 
 @pytest.mark.usefixtures("no_thread_left")

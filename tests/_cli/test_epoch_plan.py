@@ -98,7 +98,7 @@ def test_chunks_under_auto_are_runs_of_the_layer(store: Store) -> None:
     assert plan["row_tile"] == plan["sizes"]["chunk_rows"] == 64
     starts = sorted(chunk["obs_joinids"][0] for chunk in plan["parts"][0]["chunks"])
     assert starts == list(range(0, N_OBS, 64))
-    assert plan["predicted"] == {"mixing": 1.0, "read_amplification": 1.0}
+    assert plan["predicted"] == {"mixing": 1.0, "rows_held": plan["n_rows"], "read_amplification": 1.0}
 
 
 @pytest.mark.parametrize("limit", [40, 100, 310])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._order.order import Order, Stored
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan, Plan
 from tiledbsoma_ml._order.share import ALONE, Stage
-from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout, read_amplification
+from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout
 from tiledbsoma_ml._query_ids import Partition, QueryIDs
 
 # The batches of an epoch ----------------------------------------------------------------------------------
@@ -200,23 +200,6 @@ def test_a_window_has_as_many_rows_as_it_may_hold() -> None:
     assert plan.sizes(ids).window_rows == 1000
     assert attrs.evolve(plan, io_batch_size=500).sizes(ids).window_rows == 500
     assert attrs.evolve(plan, layout=Layout(64, 250.0, 10**8)).sizes(ids).window_rows == 10_000
-
-
-@pytest.mark.parametrize(
-    ("chunk", "io_batch", "tile"), [(16, 2048, 512), (64, 1024, 512), (64, 8192, 1024), (512, 4096, 512)]
-)
-def test_the_prediction_agrees_with_chunks_that_are_shuffled_and_counted(
-    chunk: int, io_batch: int, tile: int
-) -> None:
-    ids = QueryIDs(obs_joinids=np.arange(40_960), var_joinids=[0])
-    plan = Plan(shuffle_chunk_size=chunk, io_batch_size=io_batch, batch_size=1, permutes=True)
-    n_decoded = [
-        len(np.unique(batch // tile))
-        for seed in range(5)
-        for batch in plan.id_batches(ids, seed=seed, epoch=0)
-    ]
-    counted = sum(n_decoded) / 5 / (40_960 / tile)
-    assert read_amplification(chunk, io_batch, tile, 40_960) == pytest.approx(counted, rel=0.06)
 
 
 # Ranks and workers, in both scopes ------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from tiledbsoma_ml._order.sizes import (
     Sizes,
     choose_sizes,
     predicted_mixing,
-    read_amplification,
     window_borders,
 )
 
@@ -49,34 +48,6 @@ def test_mini_batches_of_few_rows_are_judged_by_16_that_follow_each_other() -> N
 @pytest.mark.parametrize("batch_size", [1, 32, 1024, 10**6])
 def test_a_window_of_countless_chunks_mixes_like_a_random_order(batch_size: int) -> None:
     assert predicted_mixing(10**9, batch_size) == pytest.approx(1.0, abs=1e-4)
-
-
-# Read amplification ---------------------------------------------------------------------------------------
-
-
-@given(
-    chunk=st.integers(1, 5000),
-    io_batch=st.integers(1, 10**6),
-    tile=st.integers(1, 5000),
-    n=st.integers(1, 10**7),
-)
-def test_tiles_are_decoded_once_at_least_and_once_per_chunk_or_io_batch_at_most(
-    chunk: int, io_batch: int, tile: int, n: int
-) -> None:
-    times = read_amplification(chunk, io_batch, tile, n)
-    assert 1 <= times <= max(1, n / io_batch) + 1e-9
-    assert times <= max(1, tile / chunk) + 1e-6 or n < tile
-
-
-def test_tiles_are_decoded_once_where_an_io_batch_holds_the_query_or_tiles_are_as_small_as_chunks() -> None:
-    assert read_amplification(64, 10**6, 2048, 500_000) == 1
-    assert read_amplification(64, 65_536, 64, 500_000) == 1
-    assert read_amplification(2048, 65_536, 2048, 500_000) == 1
-
-
-def test_the_documented_defaults_decode_tiles_of_the_census_layout_many_times() -> None:
-    assert read_amplification(64, 65_536, 2048, 500_000) == pytest.approx(7.5, abs=0.3)
-    assert read_amplification(64, 65_536, 2048, 100_000_000) == pytest.approx(32, abs=1)
 
 
 # Windows --------------------------------------------------------------------------------------------------

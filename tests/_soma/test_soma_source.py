@@ -54,7 +54,7 @@ in_memory_or_files = pytest.mark.parametrize("in_files", [False, True], ids=["me
 def windows_in(in_files: bool, folder: Path) -> dict[str, Any]:
     """Return options of windows of 300 rows."""
     files = {"window_dir": folder, "window_budget": "64MiB"} if in_files else {}
-    return {"io_batch_size": 300, "batch_size": 20, **files}
+    return {"io_batch_size": 300, "rows_held": 300, "batch_size": 20, **files}
 
 
 @pytest.mark.usefixtures("no_thread_left")
@@ -173,7 +173,7 @@ def test_an_error_while_reading_ahead_surfaces_when_the_rows_before_were_yielded
 @pytest.mark.usefixtures("no_thread_left")
 def test_an_error_of_the_storage_while_an_epoch_is_read_surfaces(make_store: Callable[..., Store]) -> None:
     own = make_store(obs_joinids=range(N_ROWS), tile=(TILE, 8))
-    mini_batches = iter(dataset_of(own, io_batch_size=64, batch_size=20, use_eager_fetch=False))
+    mini_batches = iter(dataset_of(own, io_batch_size=64, rows_held=64, batch_size=20, use_eager_fetch=False))
     next(mini_batches)
     for file in Path(own.uri).glob("ms/RNA/X/raw/__fragments/*/*.tdb"):
         file.unlink()

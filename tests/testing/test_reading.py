@@ -108,6 +108,8 @@ of_reader("entries that repeat", "must have each coordinate once", read=_X(_twic
 of_reader("a type by the rows", "The type of X must always be the same", read=_X(_doubles_of_few))
 of_reader("rows that are sorted", "exactly the rows asked for, in that order", read=_read_sorted)
 of_reader("rows without repeats", "exactly the rows asked for, in that order", read=_read_once_each)
+of_reader("no tile of a reader", "`row_tile` must be a number", row_tile=0, n_rows_held=lambda self: 1)
+of_reader("no memory", "`n_rows_held.*` must be a number of rows", row_tile=4, n_rows_held=lambda self: 0.5)
 of_reader("X by place", "`X` of a row must be the same however it is read", read=_read_by_place)
 of_reader("obs by place", "`obs` of rows that are read .* must be that of", read=_read_obs_by_place)
 of_reader("something for nothing", "`read` of no rows must give none", read=_read_something)

@@ -1,7 +1,7 @@
 /**
  * What a chunk size costs and how well it mixes: the predictions that `tiledbsoma_ml` chooses "auto" by.
  *
- * The same formulas as in `_order/sizes.py`, for a query of neighbouring rows; `tests/golden.test.ts` compares them.
+ * The same formulas as in `_order/sizes.py` and `_order/reads.py`, for a query of neighbouring rows; `tests/golden.test.ts` compares them.
  */
 
 import { inverseNormal } from "./normal";
@@ -21,14 +21,55 @@ export interface Sizes {
   mixing: number;
 }
 
-/** Return how many times a tile is decoded in an epoch of shuffled chunks of neighbouring rows. */
-export function readAmplification(chunk: number, ioBatch: number, tile: number, rows: number): number {
-  const nTiles = Math.max(1, rows / tile);
-  const nBatches = Math.max(1, rows / ioBatch);
-  const chunksPerBatch = Math.min(rows, ioBatch) / chunk;
-  const tilesPerChunk = Math.max(1, chunk / tile);
-  const touched = nTiles * -Math.expm1((-chunksPerBatch * tilesPerChunk) / nTiles);
-  return Math.max(1, (nBatches * touched) / nTiles);
+/** Large reads are taken if they decode less than this share of what small reads decode. */
+const WORTHWHILE = 0.9;
+
+/** How a query of neighbouring rows is read. */
+export interface Reading {
+  chunk: number;
+  /** Rows of a window, the smallest read that memory holds. */
+  window: number;
+  tile: number;
+  rows: number;
+  /** Rows that memory holds. */
+  held: number;
+}
+
+/** Return how many rows are read at once, and how many times a tile is decoded in an epoch then. */
+export function readSize(reading: Reading): { readRows: number; amplification: number } {
+  const { window, rows } = reading;
+  const held = Math.max(1, Math.min(reading.held, rows));
+  const small = Math.min(window, held);
+  const [ofHeld, ofSmall] = [timesDecoded(reading, held), timesDecoded(reading, small)];
+  return { readRows: ofHeld > WORTHWHILE * ofSmall ? small : held, amplification: Math.min(ofHeld, ofSmall) };
+}
+
+function timesDecoded(reading: Reading, readRows: number): number {
+  const nReads = Math.max(1, Math.ceil(reading.rows / readRows));
+  return Math.max(1, (nReads * touched(reading, reading.rows / nReads)) / Math.max(1, reading.rows / tileRows(reading)));
+}
+
+/** Return how many tiles a read of so many rows decodes; see `ReadSizes` in `_order/reads.py`. */
+function touched(reading: Reading, readRows: number): number {
+  const { chunk, window, rows } = reading;
+  if (readRows < window && window < rows) {
+    const ofWindow = touched(reading, window);
+    return ofWindow * (1 - (1 - readRows / window) ** (window / ofWindow));
+  }
+  const nTiles = Math.ceil(rows / reading.tile);
+  const nShared = Math.ceil(rows / ((reading.tile / gcd(reading.tile, chunk)) * chunk));
+  const chunksPerTile = 1 + Math.max(0, rows / chunk - nShared) / nTiles;
+  const morePieces = Math.max(0, 1 / Math.max(1, readRows) - 1 / chunk);
+  const piecesPerTile = chunksPerTile + tileRows(reading) * morePieces;
+  return Math.max(1, rows / tileRows(reading)) * (1 - (1 - Math.min(1, readRows / rows)) ** piecesPerTile);
+}
+
+function tileRows({ rows, tile }: Reading): number {
+  return rows / Math.ceil(rows / tile);
+}
+
+function gcd(a: number, b: number): number {
+  return b === 0 ? a : gcd(b, a % b);
 }
 
 /**

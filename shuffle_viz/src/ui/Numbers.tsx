@@ -35,7 +35,7 @@ export const Numbers = memo(function Numbers({ quality, now, nRows, isWhole }: P
         <Figure
           title="Tiles decoded"
           value={`${times(tilesDecoded / Math.max(1, nTiles))} ×`}
-          text={`${plural(tilesDecoded, "decoding")} of ${plural(nTiles, "tile")} in this epoch: read amplification, as drawn`}
+          text={`${plural(tilesDecoded, "decoding")} of ${plural(nTiles, "tile")}, as drawn, where memory holds no more than a window`}
         />
       </div>
       <div className="scroll" tabIndex={0} role="region" aria-label="What a mini-batch mixes">

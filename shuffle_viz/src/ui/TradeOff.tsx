@@ -14,7 +14,7 @@ interface Props {
 export const TradeOff = memo(function TradeOff({ settings, onChange }: Props) {
   const query: Query = { ...settings, rows: settings.query };
   const yours = predict(query, settings.chunk, settings.ioBatch);
-  const auto = predictAuto(query, settings.budget);
+  const auto = predictAuto(query);
   const snapshotRate = 1e9 / (settings.nonZeros * SNAPSHOT_NS);
   const curve = (window: number) => chunkSizes(query, window).map((chunk) => predict(query, chunk, window));
   return (
@@ -60,14 +60,14 @@ function Advice({ settings, yours, auto, snapshotRate }: Figures) {
     <div className="advice">
       <p>
         TileDB decodes whole tiles of {whole(settings.tile)} rows. With chunks of <b>{whole(yours.chunk)}</b> in windows of{" "}
-        <b>{whole(yours.window)}</b> rows, every tile of a query of {whole(settings.query)} rows is decoded{" "}
+        <b>{whole(yours.window)}</b> rows, and reads of {whole(yours.readRows)}, every tile of a query of {whole(settings.query)} rows is decoded{" "}
         <b>{times(yours.amplification)} times</b> an epoch: <b>{rate(yours.rowsPerS)} rows/s</b> at most, mixed to{" "}
         <b>{percent(yours.mixing)}</b> of a full shuffle.
       </p>
       <ul>
         <li>
-          <b>Larger chunks are faster, up to the tile; smaller ones mix better.</b> What buys both is a larger window: it
-          holds more chunks.
+          <b>Larger chunks are faster, up to the tile; smaller ones mix better.</b> What buys both is memory: where it
+          holds the query, every tile is decoded once, whatever the chunk; a larger window holds more chunks.
         </li>
         <li>
           <b>“auto”</b> does that: with {decimal(settings.budget)} GiB it takes chunks of <b>{whole(auto.chunk)}</b> in windows of{" "}
@@ -83,13 +83,14 @@ function Advice({ settings, yours, auto, snapshotRate }: Figures) {
 }
 
 function Comparison({ settings, yours, auto, snapshotRate }: Figures) {
-  const memory = ({ window }: Way) => bytes(window * bytesPerRow(settings.nonZeros));
+  const memory = ({ readRows }: Way) => bytes(readRows * bytesPerRow(settings.nonZeros));
   const rows: [string, (way: Way) => string, string][] = [
     ["Rows/s", (way) => rate(way.rowsPerS), rate(snapshotRate)],
     ["Mixing", (way) => percent(way.mixing), "100 %"],
     ["Tiles decoded", (way) => `${times(way.amplification)} ×`, "none"],
     ["Chunk", (way) => whole(way.chunk), "any"],
     ["Window, rows", (way) => whole(way.window), "any"],
+    ["Read at once, rows", (way) => whole(way.readRows), "any"],
     ["Memory", memory, "cache"],
   ];
   return (

@@ -59,7 +59,7 @@ test("it loads, and answers which chunk size to take", async ({ page }) => {
   await open(page);
   await expect(page.getByRole("heading", { level: 1 })).toHaveText("How rows are shuffled");
   const advice = page.getByRole("region", { name: "Which chunk size, and why" });
-  await expect(advice).toContainText("every tile of a query of 20,000,000 rows is decoded 30.4 times an epoch");
+  await expect(advice).toContainText("every tile of a query of 20,000,000 rows is decoded 25.8 times an epoch");
   await expect(advice).toContainText("“auto” does that: with 2 GiB it takes chunks of 256");
   await expect(page.getByRole("region", { name: "Query rows" })).toContainText("100,000 rows in 49 tiles");
 });

@@ -15,7 +15,6 @@ import tiledbsoma as soma
 from tiledbsoma_ml._cli.query import check_selects, choose_measurement, filtering, open_experiment
 from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan
-from tiledbsoma_ml._order.sizes import read_amplification
 from tiledbsoma_ml._query_ids import Partition
 from tiledbsoma_ml.dataset import ExperimentDataset
 
@@ -74,7 +73,7 @@ class PlanOptions:
 
 
 def plan_epoch(options: PlanOptions) -> Json:
-    """Return the plan of an epoch; `X` is not read, but for a sample if a size is "auto".
+    """Return the plan of an epoch; of `X`, only a sample is read.
 
     Raises:
         ValueError: If there is no such query, or an option breaks a rule.
@@ -102,7 +101,7 @@ def plan_epoch(options: PlanOptions) -> Json:
     ]
     parts = [_part(part, options.limit // len(planned)) for part in planned]
     first = planned[0]
-    times = read_amplification(first.chunk_rows, first.window_rows, tile, parts[0]["n_rows"])
+    read_sizes, n_held = first.read_sizes(tile), dataset.iterations.n_rows_held()
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -110,7 +109,11 @@ def plan_epoch(options: PlanOptions) -> Json:
         "row_tile": tile,
         "settings": _settings(options, measurement_name, dataset),
         "sizes": {"chunk_rows": first.chunk_rows, "io_batch_rows": first.window_rows},
-        "predicted": {"mixing": first.predicted_mixing, "read_amplification": times},
+        "predicted": {
+            "mixing": first.predicted_mixing,
+            "rows_held": n_held,
+            "read_amplification": read_sizes.predicted_amplification(n_held),
+        },
         "is_whole": all(_n_listed(part) == part["n_rows"] for part in parts),
         "parts": parts,
     }

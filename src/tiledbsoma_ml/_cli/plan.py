@@ -126,6 +126,7 @@ def _show(planned: Json) -> None:
     ):
         table.add_row(what, f"{sum(part[name] for part in parts):,}", f"of {size:,} rows")
     times = f"{predicted['read_amplification']:.1f}"
+    table.add_row("held at once", f"{predicted['rows_held']:,}", "rows, by the default memory_budget")
     table.add_row("tiles decoded", times, "times each, in an epoch; predicted")
     table.add_row("mixing", f"{predicted['mixing']:.2f}", "of a true shuffle; predicted")
     console.print(table)

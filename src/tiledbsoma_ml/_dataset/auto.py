@@ -11,14 +11,11 @@ import attrs
 
 from tiledbsoma_ml._budget import FILE_SHARE, LEAST_SHARE, Budget
 from tiledbsoma_ml._order.plan import Plan
-from tiledbsoma_ml._order.sizes import Layout, read_amplification
+from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._source import Source
 
 logger = logging.getLogger("tiledbsoma_ml")
-
-COSTLY = 3.0
-"""Times that tiles are decoded in an epoch, from which on a line of the log says so."""
 
 
 class LazyPlan:
@@ -50,7 +47,7 @@ class LazyPlan:
                 plan = self._asked
                 if self._ids is not None and self._source is not None:
                     plan = with_layout(plan, self._source, self._ids, self._budget)
-                    log_sizes(plan, self._source, self._ids)
+                    log_sizes(plan, self._ids)
                 self._plan, self._ids, self._source = plan, None, None
             return self._plan
 
@@ -71,13 +68,18 @@ def with_layout(plan: Plan, source: Source, ids: QueryIDs, budget: Budget) -> Pl
     """
     if not plan.is_auto:
         return plan
-    layout = source.layout(ids, budget)
-    if layout.window_rows is None:
-        window_rows = max(0, int(budget.windows / max(1.0, layout.bytes_per_row)))
-        layout = attrs.evolve(layout, window_rows=window_rows)
+    layout = held_layout(source, ids, budget)
     if plan.io_batch_size == "auto":
         _check_holds_a_tile(layout, len(ids.obs_joinids), budget)
     return attrs.evolve(plan, layout=layout)
+
+
+def held_layout(source: Source, ids: QueryIDs, budget: Budget) -> Layout:
+    """Return the layout of a source, with the number of rows that the budget holds."""
+    layout = source.layout(ids, budget)
+    if layout.window_rows is not None:
+        return layout
+    return attrs.evolve(layout, window_rows=max(0, int(budget.windows / max(1.0, layout.bytes_per_row))))
 
 
 def _check_holds_a_tile(layout: Layout, n_rows: int, budget: Budget) -> None:
@@ -103,30 +105,16 @@ def _check_holds_a_tile(layout: Layout, n_rows: int, budget: Budget) -> None:
     )
 
 
-def log_sizes(plan: Plan, source: Source, ids: QueryIDs) -> None:
-    """Tell, at the level INFO, what "auto" stands for, or what other sizes cost where that is much."""
-    chunk, io_batch, n_rows = plan.shuffle_chunk_size, plan.io_batch_size, len(ids.obs_joinids)
-    if not n_rows or chunk is None or not logger.isEnabledFor(logging.INFO):
+def log_sizes(plan: Plan, ids: QueryIDs) -> None:
+    """Tell, at the level INFO, what "auto" stands for."""
+    chunk, n_rows = plan.shuffle_chunk_size, len(ids.obs_joinids)
+    if not n_rows or chunk is None or plan.layout is None or not logger.isEnabledFor(logging.INFO):
         return
-    if plan.layout is not None:
-        sizes = plan.sizes(ids)
-        window_mib = sizes.window_rows * plan.layout.bytes_per_row / 2**20
-        window = f"windows of {sizes.window_rows:,} rows ({window_mib:.0f} MiB)"
-        if chunk == "auto":
-            chose = f"runs of {sizes.run_length:,} rows in {window}"
-            logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
-        else:
-            logger.info("runs of %d rows in %s", chunk, window)
-    elif isinstance(chunk, int) and isinstance(io_batch, int):
-        tile = source.row_tile
-        times = read_amplification(chunk, io_batch, tile, n_rows)
-        if times >= COSTLY:
-            logger.info(
-                "shuffle_chunk_size=%d and io_batch_size=%d read every row about %.0f times in an epoch, "
-                "because it is stored in tiles of %d rows; shuffle_chunk_size='auto' and "
-                "io_batch_size='auto' read less and mix as well",
-                chunk,
-                io_batch,
-                times,
-                tile,
-            )
+    sizes = plan.sizes(ids)
+    window_mib = sizes.window_rows * plan.layout.bytes_per_row / 2**20
+    window = f"windows of {sizes.window_rows:,} rows ({window_mib:.0f} MiB)"
+    if chunk == "auto":
+        chose = f"runs of {sizes.run_length:,} rows in {window}"
+        logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
+    else:
+        logger.info("runs of %d rows in %s", chunk, window)

@@ -21,7 +21,7 @@ import torch
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import check_count
-from tiledbsoma_ml._dataset.auto import LazyPlan
+from tiledbsoma_ml._dataset.auto import LazyPlan, held_layout
 from tiledbsoma_ml._dataset.options import Options
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
@@ -83,6 +83,12 @@ class Iterations:
     def has_plan(self) -> bool:
         """Whether it is known what "auto" stands for, or nothing is "auto"."""
         return self._plan.is_known
+
+    def n_rows_held(self) -> int:
+        """Return how many rows of the query memory holds at once, as a sample tells."""
+        layout = self.plan.layout or held_layout(self.source, self.ids, self.budget)
+        assert layout.window_rows is not None
+        return max(1, min(layout.window_rows, len(self.ids.obs_joinids)))
 
     def over(self, ids: QueryIDs) -> Iterations:
         """Return epochs of their own over other rows of the source, in the same plan."""

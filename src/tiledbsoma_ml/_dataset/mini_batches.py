@@ -12,26 +12,33 @@ from tiledbsoma_ml._batch.random_access import random_access_mini_batches
 from tiledbsoma_ml._batch.read_ahead import Piece, read_ahead
 from tiledbsoma_ml._common import MiniBatch
 from tiledbsoma_ml._dataset.options import Options, ShuffleMode
+from tiledbsoma_ml._dataset.read_size import next_read_size
 from tiledbsoma_ml._distributed import get_worker_id_and_num
 from tiledbsoma_ml._order.plan import PartPlan
 from tiledbsoma_ml._rows import Padding
-from tiledbsoma_ml._source import RandomAccess, Reader
+from tiledbsoma_ml._source import RandomAccess, Reader, TiledReader
 
 
 def mini_batches(planned: PartPlan, reader: Reader, options: Options) -> Generator[MiniBatch, None, None]:
-    """Yield the mini-batches of a part of an epoch."""
+    """Yield the mini-batches of a part of an epoch, and close the reader at the end."""
     if options.device is None and isinstance(reader, RandomAccess):
-        yield from random_access_mini_batches(
-            planned.io_batches(),
-            reader,
-            batch_size=options.batch_size,
-            is_sparse=options.return_sparse_X,
-            padding=_padding(planned, options),
-            use_eager_fetch=options.use_eager_fetch,
-        )
+        with closing(reader):
+            yield from random_access_mini_batches(
+                planned.io_batches(),
+                reader,
+                batch_size=options.batch_size,
+                is_sparse=options.return_sparse_X,
+                padding=_padding(planned, options),
+                use_eager_fetch=options.use_eager_fetch,
+            )
         return
-    with closing(_pieces(planned, reader, options)) as pieces:
-        yield from assembly(planned, options).mini_batches(pieces)
+    pieces = _pieces(planned, reader, options)
+    made = assembly(planned, options).mini_batches(pieces)
+    # The reader is closed first, so that no thread waits for rows any longer. `yield from` would first close
+    # what waits.
+    with closing(pieces), closing(made), closing(reader):
+        for mini_batch in made:  # noqa: UP028
+            yield mini_batch
 
 
 def pieces_of_worker(
@@ -82,7 +89,12 @@ def assembly(planned: PartPlan, options: Options, *, in_worker: bool = False) ->
 
 
 def _pieces(planned: PartPlan, reader: Reader, options: Options) -> Generator[Piece, None, None]:
-    return read_ahead(planned.io_batches(), reader, use_eager_fetch=options.use_eager_fetch)
+    next_size = None
+    if planned.plan.io_batch_size != "auto" and isinstance(reader, TiledReader):
+        # The windows of "auto" are as large as memory holds, others need not be.
+        next_size = next_read_size(planned, reader)
+    eager = options.use_eager_fetch
+    return read_ahead(planned.io_batches(), reader, use_eager_fetch=eager, next_size=next_size)
 
 
 def _device_shuffle(planned: PartPlan, options: Options) -> DeviceShuffle | None:

@@ -13,7 +13,8 @@ import numpy as np
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
 from tiledbsoma_ml._order.order import Chunked, Order, Stored, Tiled, chunk_starts, in_order, is_sorted
-from tiledbsoma_ml._order.share import ALONE, Deal, ShuffleScope, Stage
+from tiledbsoma_ml._order.reads import ReadSizes, chunks_per_tile, tile_rows
+from tiledbsoma_ml._order.share import ALONE, Deal, ShuffleScope, Spans, Stage
 from tiledbsoma_ml._order.sizes import (
     ENOUGH_ROWS,
     Layout,
@@ -171,7 +172,31 @@ class PartPlan:
 
     def io_batches(self) -> Iterator[NDArrayJoinId]:
         """Yield the joinids of the part, one IO batch at a time."""
-        return self._io_batches(self._deal.spans(self.part.partition, self.part.skip))
+        return self._io_batches(self._spans)
+
+    @property
+    def _spans(self) -> Spans:
+        return self._deal.spans(self.part.partition, self.part.skip)
+
+    def read_sizes(self, row_tile: int) -> ReadSizes:
+        """Return the sizes of reads of a layer that decodes `row_tile` neighbouring rows together."""
+        joinids, size = self.ids.obs_joinids, self.plan.shuffle_chunk_size
+        rows = tile_rows(joinids, row_tile)
+        if size == "auto":
+            chunk_rows = tile_rows(joinids, self.chunk_rows)
+            per_tile = max(1.0, rows / chunk_rows)
+        else:
+            chunk_rows = len(joinids) if size is None else size
+            per_tile = chunks_per_tile(joinids, row_tile, max(1, chunk_rows))
+        return ReadSizes(
+            n_rows=sum(stop - start for start, stop in self._spans),
+            n_rows_of_epoch=len(joinids),
+            window_rows=self.window_rows,
+            chunk_rows=chunk_rows,
+            tile_rows=rows,
+            chunks_per_tile=per_tile,
+            permutes=self.permutes,
+        )
 
     @cached_property
     def obs_joinids(self) -> NDArrayJoinId:

@@ -1,4 +1,4 @@
-"""The sizes that "auto" stands for, and the predictions behind them: mixing, and how often tiles are decoded.
+"""The sizes that "auto" stands for, and the prediction of mixing behind them.
 
 The sizes depend only on the joinids, the layout of the layer, and the budget of memory. So all processes
 choose the same sizes. The page `shuffle_viz` has the same formulas in TypeScript.
@@ -147,19 +147,6 @@ def _entropy(n_draws: float) -> float:
     log_factorial = np.cumsum(np.log(k))
     poisson = np.exp(k * np.log(expected) - expected - log_factorial)
     return math.log(n_draws) - float((poisson * (k * np.log(k))).sum()) / n_draws
-
-
-def read_amplification(chunk_rows: int, io_batch_rows: int, row_tile: int, n_rows: int) -> float:
-    """Return how often a tile is decoded in an epoch of shuffled chunks of neighbouring rows.
-
-    A tile is decoded once for all its chunks in one IO batch.
-    """
-    n_tiles = max(1.0, n_rows / row_tile)
-    n_io_batches = max(1.0, n_rows / io_batch_rows)
-    chunks_per_io_batch = min(n_rows, io_batch_rows) / chunk_rows
-    tiles_per_chunk = max(1.0, chunk_rows / row_tile)
-    touched = n_tiles * -math.expm1(-chunks_per_io_batch * tiles_per_chunk / n_tiles)
-    return max(1.0, n_io_batches * touched / n_tiles)
 
 
 def _run_lengths(row_tile: int) -> Iterator[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +38,9 @@ TileDB decodes whole tiles in any case, and each range costs time: dropping ten 
 MAX_COLUMNS = 2**20
 """Largest number of columns to ask for, unless sixteen times the wanted columns are more."""
 
+MAX_ROWS = 2**31 - 1
+"""Largest number of rows of a read, which are numbered by int32."""
+
 BYTES_PER_JOINID = 48
 """Bytes of a row beside its entries, while it is in a window: its joinid, indices and counts."""
 
@@ -53,6 +58,7 @@ class SOMAReader:
         n_pieces: Number of pieces of a read.
         use_eager_fetch: Whether the next entries are fetched on a thread while those before are sorted.
         byte_limit: Limit to the bytes of windows; None for no limit.
+        read_bytes: Bytes that the rows of one read may take.
         store: The store of windows; pages of memory of its own if None.
         opened: Contexts to leave when this is closed.
     """
@@ -69,6 +75,7 @@ class SOMAReader:
         n_pieces: int = 1,
         use_eager_fetch: bool = False,
         byte_limit: ByteLimit | None = None,
+        read_bytes: float = math.inf,
         store: Pages | Extents | None = None,
         opened: ExitStack | None = None,
     ) -> None:
@@ -81,6 +88,7 @@ class SOMAReader:
         self._obs_columns: ObsColumns | None = None
         self._var_joinids = var_joinids
         self._columns = Columns(var_joinids)
+        self._dtype: np.dtype[Any] = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype())
         self._use_eager_fetch = use_eager_fetch
         self._written = X.non_empty_domain()
         self._window_options: dict[str, Any] = {
@@ -90,6 +98,7 @@ class SOMAReader:
             "may_repeat": _may_repeat(X),
         }
         self._byte_limit, self._opened = byte_limit, opened
+        self._read_bytes, self._row_bytes = read_bytes, 0.0
         self._in_use = threading.Lock()
         self._is_closed = False
 
@@ -100,14 +109,31 @@ class SOMAReader:
             Pieces that together are these rows, in exactly this order.
         """
         with self._alone():
-            if self._is_closed:
-                raise RuntimeError("the iterator was closed while rows were read ahead")
+            self._check_open()
             if self._obs_columns is None:
                 self._obs_columns = ObsColumns.read(
                     self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
                 )
             window = self.read_window(obs_joinids)
+            self._row_bytes = window.nbytes / max(1, len(obs_joinids)) + BYTES_PER_JOINID
         return self._with_obs(obs_joinids, window)
+
+    @cached_property
+    def row_tile(self) -> int:
+        """Number of neighbouring rows that are decoded together."""
+        return row_tile(self._X)
+
+    def n_rows_held(self) -> int:
+        """Return how many rows a read may have: the last one tells their size, before it a sample does."""
+        if not self._row_bytes:
+            entry_bytes = self._columns.dtype.itemsize + self._dtype.itemsize
+            most = self._columns.n * entry_bytes + BYTES_PER_JOINID
+            if most * len(self._obs_joinids) <= self._read_bytes:
+                return max(1, len(self._obs_joinids))
+            with self._alone():
+                self._check_open()
+                self._row_bytes = measure_row_bytes(self, self._obs_joinids)
+        return max(1, int(min(self._read_bytes / self._row_bytes, MAX_ROWS)))
 
     def close(self) -> None:
         """End the waits of windows, and close the arrays when no other thread reads them."""
@@ -117,6 +143,10 @@ class SOMAReader:
             self._is_closed = True
             if self._opened is not None:
                 self._opened.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the iterator was closed while rows were read ahead")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -130,8 +160,7 @@ class SOMAReader:
 
     def read_window(self, obs_joinids: NDArrayJoinId) -> Window:
         """Return a window of the rows of `obs_joinids`, without their `obs`."""
-        dtype = np.dtype(self._X.schema.field("soma_data").type.to_pandas_dtype())
-        window = Window(obs_joinids, self._columns, dtype, **self._window_options)
+        window = Window(obs_joinids, self._columns, self._dtype, **self._window_options)
         rows, columns = self._existing(window.sorted_joinids)
         if len(rows) and len(columns):
             is_dense = isinstance(self._X, soma.DenseNDArray)
@@ -167,8 +196,10 @@ def measure_row_bytes(reader: SOMAReader, obs_joinids: NDArrayJoinId) -> float:
     n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
-    n_bytes = reader.read_window(sample).nbytes / max(1, len(sample))
-    return n_bytes + BYTES_PER_JOINID
+    window = reader.read_window(sample)
+    for _ in window:  # which frees what it holds
+        pass
+    return window.nbytes / max(1, len(sample)) + BYTES_PER_JOINID
 
 
 # X --------------------------------------------------------------------------------------------------------

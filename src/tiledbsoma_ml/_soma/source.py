@@ -124,6 +124,7 @@ class SOMASource(Source):
                 n_pieces=windows.n_pieces,
                 use_eager_fetch=budget.use_eager_fetch,
                 byte_limit=self._make_limit(windows.n_bytes),
+                read_bytes=windows.planned_bytes,
                 store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
                 opened=opened,
             )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._source import RandomAccess, Reader
+from tiledbsoma_ml._source import RandomAccess, Reader, TiledReader
 from tiledbsoma_ml.testing.case import (
     Case,
     check_fresh,
@@ -255,6 +255,18 @@ def pieces_are_valid(case: Case) -> None:
                 require(piece.X.dtype == case.X.dtype, "The type of X must always be the same", found)
 
 
+def tiled_reads_have_a_row(case: Case) -> None:
+    """A `TiledReader` must say how many rows are decoded together, and how many are held."""
+    with closing(case.open()) as reader:
+        if not isinstance(reader, TiledReader):
+            return
+        for rows in case.orders().values():
+            for name, n in (("row_tile", reader.row_tile), ("n_rows_held()", reader.n_rows_held())):
+                is_number = isinstance(n, int) and n >= 1
+                require(is_number, f"`{name}` must be a number of rows, at least 1", f"it is {n!r}")
+            read(reader.read(case.asked(rows)), case.X.shape[1])
+
+
 PROMISES: tuple[Callable[[Case], None], ...] = (
     pieces_are_valid,
     pieces_stay,
@@ -262,6 +274,7 @@ PROMISES: tuple[Callable[[Case], None], ...] = (
     no_rows_are_read,
     columns_come_in_order,
     reads_follow_each_other,
+    tiled_reads_have_a_row,
     two_readers_work_at_once,
     pieces_belong_to_the_caller,
     random_access_is_the_same,
