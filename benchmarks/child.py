@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tiledbsoma as soma
+from cases import AUTO
 from measure import Usage, anonymous_bytes, answer_with, request
-from soma_epoch import make_snapshot, missing_options, soma_epoch
+from soma_epoch import LABEL, first_batch, make_snapshot, missing_options, soma_epoch
 
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, experiment_dataloader
 from tiledbsoma_ml._query_ids import Partition
@@ -75,8 +78,39 @@ def create_snapshot(task: dict[str, Any]) -> dict[str, Any]:
     with Usage() as usage:
         snapshot = make_snapshot(task, f"{task['scratch']}/new.snapshot")
         seconds = usage.seconds()
-    record = {"rows": len(snapshot), "seconds": seconds, **usage.record()}
+    record = {"rows": len(snapshot), "nnz": snapshot.nnz, "seconds": seconds, **usage.record()}
     return {**record, "bytes_per_value": snapshot.nbytes / snapshot.nnz}
+
+
+def predictions(task: dict[str, Any]) -> dict[str, Any]:
+    """Compare the mixing that datasets predict with that of the orders that they draw, for rank 0 of many."""
+    compared = []
+    scopes, sizes = ("partition", "global"), ({}, {**AUTO, "memory_budget": "256MiB"})
+    with (
+        soma.Experiment.open(task["uri"]) as experiment,
+        experiment.axis_query("RNA") as query,
+        Usage() as usage,
+    ):
+        for n_ranks, scope, options in itertools.product((1, 2, 4, 8, 16), scopes, sizes):
+            os.environ |= {"RANK": "0", "WORLD_SIZE": str(n_ranks)}
+            dataset = ExperimentDataset(
+                query, layer_name="raw", batch_size=task["batch_size"], seed=0, shuffle_scope=scope, **options
+            )
+            for n_workers in (0, 1, 2, 4):
+                try:
+                    quality = dataset.shuffle_quality(LABEL, n_batches=64, num_workers=n_workers)
+                except TypeError as err:
+                    return {"status": "not available", "why": str(err)}
+                compared.append((quality.predicted_mixing, quality.mixing))
+        seconds = usage.seconds()
+    worst = max(abs(predicted - drawn) for predicted, drawn in compared)
+    return {"seconds": seconds, "worst": worst, "n_compared": len(compared), **usage.record()}
+
+
+def keep_snapshot(task: dict[str, Any]) -> dict[str, Any]:
+    """Make the snapshot that other cases read, if it is not there."""
+    make_snapshot(task, task["options"]["snapshot"])
+    return {}
 
 
 def warm(task: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +124,12 @@ def warm(task: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     functions = {
         "epoch": soma_epoch,
+        "first_batch": first_batch,
+        "predictions": predictions,
         "plan": plan,
         "start_workers": start_workers,
         "create_snapshot": create_snapshot,
+        "make_snapshot": keep_snapshot,
         "scvi": scvi,
         "warm": warm,
     }

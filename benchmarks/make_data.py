@@ -1,6 +1,7 @@
 """Simulate cells with the shape of the CELLxGENE Census, as a SOMA experiment or as h5ad.
 
-    python benchmarks/make_data.py --layout census --rows 500000 --genes 20000
+    python benchmarks/make_data.py --layout census
+    python benchmarks/make_data.py --layout census --cells light --rows 100000
 
 Memory does not grow with the data. Equal arguments give equal cells, the same in every layout; what is
 finished is used again.
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import tiledbsoma as soma
-from cells import BLOCK_ROWS, Cells
+from cells import BLOCK_ROWS, KINDS, Cells
 
 DEFAULT_DATA_DIR = Path(__file__).parent / "data"
 LAYOUTS = ("census", "training", "h5ad")
 
 _FINISHED = "finished.json"
-_VERSION = 1  # data of an older generator are made again
+_VERSION = 2  # data of an older generator are made again
 _SLAB_NNZ = 4_000_000
 _ZSTD = {"_type": "ZstdFilter", "level": 5}
 
@@ -37,14 +38,36 @@ class DataSpec:
     """What a data set is made from."""
 
     layout: str = "census"
-    rows: int = 500_000
-    genes: int = 20_000
-    nnz_per_row: float = 490.0
+    kind: str = "census"
+    rows: int
+    genes: int
+    nnz_per_row: float
     seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        *,
+        rows: int | None = None,
+        genes: int | None = None,
+        nnz_per_row: float | None = None,
+        seed: int = 0,
+    ) -> DataSpec:
+        """Return what cells of a kind are like, where nothing else is asked for.
+
+        With fewer genes than usual, cells have fewer non-zeros, in proportion.
+        """
+        usual = KINDS[kind].default
+        genes = int(genes or usual["genes"])
+        nnz_per_row = nnz_per_row or usual["nnz_per_row"] * genes / usual["genes"]
+        rows = int(rows or usual["rows"])
+        return cls(kind=kind, rows=rows, genes=genes, nnz_per_row=nnz_per_row, seed=seed)
 
     @property
     def name(self) -> str:
-        return f"{self.layout}-{self.rows}x{self.genes}x{self.nnz_per_row:g}-seed{self.seed}"
+        size = f"{self.rows}x{self.genes}x{self.nnz_per_row:g}"
+        return f"{self.layout}-of-{self.kind}-cells-{size}-seed{self.seed}"
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -58,7 +81,9 @@ class DataSpec:
 
     @property
     def cells(self) -> Cells:
-        return Cells(rows=self.rows, genes=self.genes, nnz_per_row=self.nnz_per_row, seed=self.seed)
+        return Cells(
+            kind=self.kind, rows=self.rows, genes=self.genes, nnz_per_row=self.nnz_per_row, seed=self.seed
+        )
 
 
 def make_data(spec: DataSpec, data_dir: Path = DEFAULT_DATA_DIR) -> Path:
@@ -68,13 +93,13 @@ def make_data(spec: DataSpec, data_dir: Path = DEFAULT_DATA_DIR) -> Path:
     """
     folder = data_dir / spec.name
     marker = {"version": _VERSION, **asdict(spec)}
-    if (folder / _FINISHED).exists() and json.loads((folder / _FINISHED).read_text()) == marker:
+    if (folder / _FINISHED).exists() and _finished(folder).get("made_from") == marker:
         return folder
     data_dir.mkdir(parents=True, exist_ok=True)
     partial = data_dir / f"{spec.name}.partial-{os.getpid()}"
     try:
-        (_write_h5ad if spec.layout == "h5ad" else _write_experiment)(spec, partial)
-        (partial / _FINISHED).write_text(json.dumps(marker))
+        nnz = (_write_h5ad if spec.layout == "h5ad" else _write_experiment)(spec, partial)
+        (partial / _FINISHED).write_text(json.dumps({"made_from": marker, "nnz": nnz}))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
@@ -82,11 +107,20 @@ def make_data(spec: DataSpec, data_dir: Path = DEFAULT_DATA_DIR) -> Path:
     return folder
 
 
+def nnz_of(folder: Path) -> int:
+    """Return the number of non-zeros of finished data."""
+    return int(_finished(folder)["nnz"])
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _FINISHED).read_text())
+
+
 # SOMA -----------------------------------------------------------------------------------------------------
 
 
-def _write_experiment(spec: DataSpec, folder: Path) -> None:
-    obs = spec.cells.obs()
+def _write_experiment(spec: DataSpec, folder: Path) -> int:
+    obs, nnz = spec.cells.obs(), 0
     with soma.Experiment.create(str(folder)) as experiment:
         _write_frame(experiment, "obs", obs)
         measurement = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
@@ -94,8 +128,10 @@ def _write_experiment(spec: DataSpec, folder: Path) -> None:
         layer = measurement.add_new_collection("X").add_new_sparse_ndarray(
             "raw", type=pa.float32(), shape=(spec.rows, spec.genes), platform_config=_platform_config(spec)
         )
-        for slab in _slabs(spec, obs["n_molecules"].to_numpy()):
+        for slab in _slabs(spec, obs):
             layer.write(slab, platform_config=soma.TileDBWriteOptions(sort_coords=False))
+            nnz += len(slab)
+    return nnz
 
 
 def _platform_config(spec: DataSpec) -> dict[str, Any]:
@@ -126,11 +162,11 @@ def _write_frame(parent: soma.Collection, name: str, frame: pd.DataFrame) -> Non
         soma_frame.write(table)
 
 
-def _slabs(spec: DataSpec, n_molecules: np.ndarray) -> Iterator[pa.Table]:
+def _slabs(spec: DataSpec, obs: pd.DataFrame) -> Iterator[pa.Table]:
     """Yield X as coordinates in the order in which TileDB stores them, some blocks of rows at a time."""
     # Rows of a block lie in one tile, or in whole tiles with one tile of columns: block order is tile order.
     pending: list[pa.Table] = []
-    for start, row, column, count in spec.cells.blocks(n_molecules, spec.tile[1]):
+    for start, row, column, count in spec.cells.blocks(obs, spec.tile[1]):
         columns = {"soma_dim_0": start + row, "soma_dim_1": column, "soma_data": count}
         pending.append(pa.table(columns))
         if sum(map(len, pending)) >= _SLAB_NNZ or start + BLOCK_ROWS >= spec.rows:
@@ -141,7 +177,7 @@ def _slabs(spec: DataSpec, n_molecules: np.ndarray) -> Iterator[pa.Table]:
 # h5ad -----------------------------------------------------------------------------------------------------
 
 
-def _write_h5ad(spec: DataSpec, folder: Path) -> None:
+def _write_h5ad(spec: DataSpec, folder: Path) -> int:
     import anndata
     import h5py
     import scipy.sparse as sp
@@ -153,11 +189,12 @@ def _write_h5ad(spec: DataSpec, folder: Path) -> None:
     anndata.AnnData(X=sp.csr_matrix((0, len(var)), dtype=np.float32), var=var).write_h5ad(path)
     with h5py.File(path, "a") as file:
         X = anndata.io.sparse_dataset(file["X"])
-        for _, row, column, count in spec.cells.blocks(obs["n_molecules"].to_numpy(), spec.genes):
+        for _, row, column, count in spec.cells.blocks(obs, spec.genes):
             n_rows = min(BLOCK_ROWS, spec.rows - X.shape[0])
             X.append(sp.csr_matrix((count, (row, column)), shape=(n_rows, spec.genes)))
         del file["obs"]
         anndata.io.write_elem(file, "obs", obs)
+        return int(file["X/data"].size)
 
 
 def main() -> None:
@@ -166,22 +203,44 @@ def main() -> None:
     )
     parser.add_argument("--layout", choices=LAYOUTS, default="census")
     add_size_options(parser)
-    options = vars(parser.parse_args())
-    data_dir = options.pop("data_dir")
-    print(make_data(DataSpec(**options), data_dir))
+    options = parser.parse_args()
+    print(make_data(replace(spec_of(options), layout=options.layout), options.data_dir))
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which cells, and where they are kept."""
-    spec = DataSpec()
-    parser.add_argument("--rows", type=int, default=spec.rows, help="cells (default: %(default)s)")
-    parser.add_argument("--genes", type=int, default=spec.genes, help="columns (default: %(default)s)")
+
+    def usual(name: str) -> str:
+        return ", ".join(f"{kind.default[name]:,g} of {key}" for key, kind in KINDS.items())
+
     parser.add_argument(
-        "--nnz-per-row", type=float, default=spec.nnz_per_row, help="genes of a cell (default: %(default)s)"
+        "--cells",
+        choices=KINDS,
+        default="census",
+        help="census: non-zeros, counts and popularity of genes of real cells; "
+        "light: a quarter of the non-zeros (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=spec.seed, help="of the cells (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help=f"cells (default: {usual('rows')})")
+    parser.add_argument("--genes", type=int, help=f"columns (default: {usual('genes')})")
+    parser.add_argument(
+        "--nnz-per-row",
+        type=float,
+        help=f"non-zeros of a cell (default: {usual('nnz_per_row')} cells, in proportion to --genes)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the cells (default: %(default)s)")
     parser.add_argument(
         "--data-dir", type=Path, default=DEFAULT_DATA_DIR, help="where data are kept (default: %(default)s)"
+    )
+
+
+def spec_of(options: argparse.Namespace) -> DataSpec:
+    """Return what these options say."""
+    return DataSpec.of(
+        options.cells,
+        rows=options.rows,
+        genes=options.genes,
+        nnz_per_row=options.nnz_per_row,
+        seed=options.seed,
     )
 
 

@@ -40,27 +40,38 @@ def answer(record: dict[str, Any]) -> None:
 def measure_epoch(
     open_batches: Callable[[], Iterable[Any]],
     *,
-    n_rows: Callable[[Any], int],
+    X: Callable[[Any], Any] = lambda batch: batch,
     limit_s: float = float("inf"),
     on_batch: Callable[[Any], None] = lambda batch: None,
 ) -> dict[str, float]:
     """Return what it takes to open data and to use up one epoch of mini-batches, which are thrown away.
 
     Call it after all imports: time and memory are counted from here. An epoch that takes longer than
-    `limit_s` is left there.
+    `limit_s` is left there. `X` returns the matrix of a mini-batch; "nnz" is counted if it is sparse.
     """
     rows = n_batches = 0
+    nnz: int | None = 0
     with Usage() as usage:
         for batch in open_batches():
             if not n_batches:
                 first_s = usage.seconds()
-            rows += n_rows(batch)
-            n_batches += 1
+            matrix = X(batch)
+            rows, n_batches = rows + matrix.shape[0], n_batches + 1
+            stored = _stored_values(matrix)
+            nnz = None if nnz is None or stored is None else nnz + stored
             on_batch(batch)
             if usage.seconds() > limit_s:
                 break
         seconds = usage.seconds()
-    return {"rows": rows, "n_batches": n_batches, "seconds": seconds, "first_s": first_s, **usage.record()}
+    record = {"rows": rows, "n_batches": n_batches, "seconds": seconds, "first_s": first_s, **usage.record()}
+    return record if nnz is None else {**record, "nnz": nnz}
+
+
+def _stored_values(matrix: Any) -> int | None:
+    """Return the number of values of a sparse matrix of SciPy or torch; None if it is dense."""
+    if str(getattr(matrix, "layout", "")).startswith("torch.sparse"):
+        return int(matrix._nnz())
+    return int(matrix.nnz) if hasattr(matrix, "nnz") else None
 
 
 class Usage:

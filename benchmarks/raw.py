@@ -31,7 +31,7 @@ def axis_queries(name: str, experiment: soma.Experiment) -> dict[str, soma.AxisQ
 
 def scan(task: dict[str, Any]) -> dict[str, Any]:
     """Read the rows of a query; with `tiles`, the whole tiles of rows that they lie in."""
-    with soma.Experiment.open(task["uri"]) as experiment:
+    with soma.Experiment.open(task["uri"], context=context(task)) as experiment:
         with experiment.axis_query("RNA", **axis_queries(task["query"], experiment)) as query:
             ids = query.obs_joinids().to_numpy()
         n_all = experiment.obs.count
@@ -43,7 +43,7 @@ def scan(task: dict[str, Any]) -> dict[str, Any]:
     if task.get("keep"):  # as this package does; see its `keep_freed_memory`
         np.empty(2**25 - 2**16, dtype=np.uint8)
     with Usage() as usage:
-        (seconds,), nnz = _read(task["uri"], [rows], task.get("config", FAST_CONFIG))
+        (seconds,), nnz = _read(task, [rows], task.get("config", FAST_CONFIG))
     return {"rows": len(ids), "nnz": nnz, "seconds": seconds, **usage.record()}
 
 
@@ -51,16 +51,24 @@ def windows(task: dict[str, Any]) -> dict[str, Any]:
     """Read the rows of shuffle windows, one window after the other: the first alone, or with `reread` all."""
     saved = np.load(task["windows_file"])
     parts = np.split(saved["order"], saved["ends"][:-1])
-    seconds, _ = _read(task["uri"], parts if task["reread"] else parts[:1], FAST_CONFIG)
+    seconds, _ = _read(task, parts if task["reread"] else parts[:1], FAST_CONFIG)
     record = {"first_raw_s": seconds[0], "window_rows": len(parts[0])}
     return {**record, "reread_s": seconds[-1]} if task["reread"] else record
 
 
-def _read(uri: str, parts: list[NDArray[np.int64]], config: dict[str, Any]) -> tuple[list[float], int]:
+def context(task: dict[str, Any], config: dict[str, Any] | None = None) -> soma.SOMATileDBContext | None:
+    """Return TileDB's settings: those that reach the data, and further ones. None if there are none."""
+    settings = {**task["store"], **(config or {})}
+    return soma.SOMATileDBContext(tiledb_config=settings) if settings else None
+
+
+def _read(
+    task: dict[str, Any], parts: list[NDArray[np.int64]], config: dict[str, Any]
+) -> tuple[list[float], int]:
     """Read rows of X as Arrow tables; return the seconds after each part, and the number of values."""
     coords = [(_as_coords(np.sort(part)),) for part in parts]
     start, seconds, nnz = perf_counter(), [], 0
-    with soma.open(f"{uri}/ms/RNA/X/raw", context=soma.SOMATileDBContext(tiledb_config=config)) as X:
+    with soma.open(f"{task['uri']}/ms/RNA/X/raw", context=context(task, config)) as X:
         for coord in coords:
             for table in X.read(coord).tables():
                 nnz += len(table)

@@ -17,13 +17,15 @@ Rows = Sequence[Mapping[str, Any]]
 _CASE_COLUMNS = (
     ("case", "name", "{}"),
     ("rows/s", "rows_per_s", "{:,.0f}"),
-    ("of raw", "of_raw", "{:.2f}"),
+    ("million nz/s", "million_nnz_per_s", "{:,.1f}"),
+    ("of scan", "of_scan", "{:.2f}"),
     ("seconds", "seconds", "{:.2f}"),
     ("first s", "first_s", "{:.2f}"),
     ("raw first s", "first_raw_s", "{:.2f}"),
     ("peak MiB", "peak_mib", "{:,.0f}"),
     ("anon MiB", "peak_anon_mib", "{:,.0f}"),
     ("CPU s", "cpu_s", "{:.1f}"),
+    ("CPU ns/nz", "cpu_ns_per_nnz", "{:.1f}"),
     ("mixing", "mixing", "{:.3f}"),
     ("note", "note", "{}"),
 )
@@ -49,6 +51,9 @@ def _cells(rows: Rows, columns: Sequence[tuple[str, str, str]]) -> list[list[str
     def cell(row: Mapping[str, Any], key: str, form: str) -> str:
         return "-" if row.get(key) is None else form.format(row[key])
 
+    # A column in the middle without any figure is left out.
+    named = [key for _, key, _ in columns if any(row.get(key) is not None for row in rows)]
+    columns = [column for column in columns if column[1] in (columns[0][1], *named, columns[-1][1])]
     heading = [title for title, _, _ in columns]
     return [heading, *([cell(row, key, form) for _, key, form in columns] for row in rows)]
 
@@ -91,20 +96,30 @@ def _cpu_name() -> str:
 def save(report: Mapping[str, Any], folder: Path) -> Path:
     """Write `<date>-<machine>.json` and `.md` to a folder, and return the path of the first."""
     on = report["machine"]
-    name = f"{report['date'][:10]}-{on['cores']}-core-{on['cpu']}"
+    name = f"{report['date'][:10]}-{kind_of(report)}-cells-{on['cores']}-core-{on['cpu']}"
     path = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    data, versions = report["data"], ", ".join(f"{k} {v}" for k, v in on["packages"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in on["packages"].items())
     title = f"# {report['date'][:10]}, {on['cores']} cores of {on['cpu']}, {on['memory_gib']} GiB"
-    about = (
-        f"{data['rows']:,} cells of {data['genes']:,} genes, {data['nnz_per_row']:g} values a cell, "
-        f"mini-batches of {report['batch_size']:,}; medians of {report['repetitions']}. "
-        f"Python {on['python']}, {versions}."
-    )
+    about = f"{describe_data(report)}; medians of {report['repetitions']}. Python {on['python']}, {versions}."
     tables = [as_markdown(case_table(report["cases"])), as_markdown(goal_table(report["goals"]))]
     path.with_suffix(".md").write_text("\n\n".join([title, about, *tables]) + "\n")
     return path
+
+
+def kind_of(report: Mapping[str, Any]) -> str:
+    """Return the kind of cells of a report; at first there were only light ones."""
+    return report.get("data", {}).get("kind", "light")
+
+
+def describe_data(report: Mapping[str, Any]) -> str:
+    """Return which cells a report is about, and the size of mini-batches."""
+    data = report["data"]
+    return (
+        f"{data['rows']:,} cells of {data['genes']:,} genes, {data['nnz_per_row']:,g} non-zeros a cell "
+        f"(`--cells {kind_of(report)}`), mini-batches of {report['batch_size']:,}"
+    )
 
 
 def today() -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --quick
     python benchmarks/run.py --save
+    python benchmarks/run.py --cells light --save
     python benchmarks/run.py --only "auto*" --peers none
 
 Each measurement runs in a process of its own. See benchmarks/README.md for the method.
@@ -24,21 +25,27 @@ from statistics import median
 from typing import Any
 
 import report
-from cases import AUTO, CASES, SNAPSHOT, WINDOW_DIR, Case
+from cases import AUTO, CASES, SCRATCH, SNAPSHOT, Case
 from envs import HERE, PEERS, NotInstalledError, peer_python
 from goals import assess_goals
-from make_data import DataSpec, add_size_options, make_data
+from latency import serving
+from make_data import DataSpec, add_size_options, make_data, nnz_of, spec_of
 
 SCRIPTS = {
     "epoch": "child.py",
+    "first_batch": "child.py",
     "plan": "child.py",
+    "predictions": "child.py",
     "scan": "raw.py",
     "start_workers": "child.py",
     "create_snapshot": "child.py",
+    "make_snapshot": "child.py",
     "scvi": "child.py",
 }
 _NO_PARALLEL_MERGE = {"TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE": "0"}  # it can crash
-QUICK = {"rows": 32_768, "repetitions": 1, "peers": "none"}
+_OF_CELLS = ("epoch", "peer", "scvi")  # kinds whose rows are cells
+_CONVERTING = ("annbatch", "bionemo_scdl", "slafdb")  # peers that make a store of their own of the file
+QUICK = {"rows": 16_384, "repetitions": 1, "peers": "none"}
 
 
 def main() -> None:
@@ -102,9 +109,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
 
 def measure_all(cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
     """Run every case in turn, and all of them again for each repetition."""
-    spec = DataSpec(
-        rows=options.rows, genes=options.genes, nnz_per_row=options.nnz_per_row, seed=options.seed
-    )
+    spec = spec_of(options)
     bench = Bench(spec, options)
     bench.prepare(cases)
     records: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
@@ -131,37 +136,61 @@ class Bench:
 
     def __init__(self, spec: DataSpec, options: argparse.Namespace) -> None:
         self._spec, self._options = spec, options
-        self._folders: dict[str, Path] = {}
         self._pythons: dict[str | None, Path] = {None: Path(sys.executable)}
         self._not_installed: dict[str, str] = {}
 
     def prepare(self, cases: Iterable[Case]) -> None:
         """Make the data and environments that cases need, and compile the kernels."""
-        for layout in dict.fromkeys(case.layout for case in cases):
-            progress(f"data: {layout}")
-            self._folders[layout] = make_data(replace(self._spec, layout=layout), self._options.data_dir)
+        for case in cases:
+            progress(f"data: {case.layout}")
+            self._folder(case)
         for peer in dict.fromkeys(case.peer for case in cases if case.peer):
             progress(f"environment: {peer}")
             try:
                 self._pythons[peer] = peer_python(peer, self._options.envs_dir)
             except NotInstalledError as err:
                 self._not_installed[peer] = str(err)
-        if any(case.kind in ("epoch", "scvi") for case in cases):
+        if any(case.kind in ("epoch", "first_batch", "scvi") for case in cases):
             progress("kernels")
             self._compile_kernels()
-        for case in cases:
-            if case.peer == "bionemo_scdl" and case.peer not in self._not_installed:
-                progress("converting for BioNeMo-SCDL")
+        snapshots = {self._folder(case): case for case in cases if SNAPSHOT in case.options.values()}
+        for folder, case in snapshots.items():
+            progress(f"snapshot: {folder.name}")
+            self._run(replace(case, kind="make_snapshot", env={}))
+        for peer, case in {case.peer: case for case in cases if case.peer in _CONVERTING}.items():
+            if peer not in self._not_installed:
+                progress(f"converting for {peer}")
                 self._run(case, prepare_only=True)
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Return the record of one process; "status" is ok, not available, not installed or failed."""
         if case.peer in self._not_installed:
             return {"status": "not installed", "why": self._not_installed[case.peer]}
-        warm_page_cache(self._folders[case.layout])
+        folder = self._folder(case)
+        warm_page_cache(folder)
         if SNAPSHOT in case.options.values():
-            warm_page_cache(_snapshot_of(self._folders[case.layout]))
-        return self._run(case)
+            warm_page_cache(_snapshot_of(folder))
+        if case.delay_ms is None:
+            record = self._run(case)
+        else:
+            try:
+                with serving(self._pythons[None], folder, case.delay_ms) as served:
+                    record = {**self._run(case, **served), **_least_requests(folder)}
+            except RuntimeError as err:
+                return {"status": "not available", "why": str(err)}
+        is_told = "nnz" in record or record["status"] != "ok"
+        if not is_told and case.kind in _OF_CELLS and case.query == "all":
+            # Dense batches do not tell. This is exact for a whole epoch, and else an estimate.
+            record["nnz"] = round(record["rows"] * nnz_of(folder) / self._spec_of(case).rows)
+        return record
+
+    def _spec_of(self, case: Case) -> DataSpec:
+        rows = min(self._spec.rows, case.rows or self._spec.rows)
+        return replace(self._spec, layout=case.layout, rows=rows)
+
+    def _folder(self, case: Case) -> Path:
+        """Return the folder of the data of a case, made now if it is not there."""
+        return make_data(self._spec_of(case), self._options.data_dir)
 
     def _compile_kernels(self) -> None:
         spec = replace(
@@ -177,18 +206,23 @@ class Bench:
             "query": "all",
             "windows_file": os.devnull,
         }
-        record = self._start(None, "child.py", {"kind": "warm", **self._common(), **task})
+        record = self._start(None, "child.py", {"kind": "warm", **self._common(), **task}, {})
         if record["status"] != "ok":
             progress(f"the kernels could not be compiled beforehand: {record['why']}")
 
     def _common(self) -> dict[str, Any]:
-        return {"batch_size": self._options.batch_size, "limit_s": self._options.limit_s}
+        return {
+            "batch_size": self._options.batch_size,
+            "limit_s": self._options.limit_s,
+            "epochs_before": 0,
+            "store": {},
+        }
 
-    def _run(self, case: Case, prepare_only: bool = False) -> dict[str, Any]:
-        folder = self._folders[case.layout]
+    def _run(self, case: Case, **changes: Any) -> dict[str, Any]:
+        folder = self._folder(case)
         with tempfile.TemporaryDirectory(dir=self._options.data_dir, prefix="scratch-") as scratch:
             windows_file = Path(scratch) / "windows.npz"
-            places = {WINDOW_DIR: scratch, SNAPSHOT: str(_snapshot_of(folder))}
+            places = {SCRATCH: scratch, SNAPSHOT: str(_snapshot_of(folder))}
             task = {
                 "kind": case.kind,
                 "uri": str(folder),
@@ -200,24 +234,28 @@ class Bench:
                 "loader": dict(case.loader),
                 "windows_file": str(windows_file),
                 "reread": False,
-                "prepare_only": prepare_only,
+                "prepare_only": False,
                 **self._common(),
                 **case.task,
+                **changes,
             }
+            env = {k: places.get(v, v) for k, v in case.env.items()}
             script = f"peers/{case.peer}/run.py" if case.peer else SCRIPTS[case.kind]
-            record = self._start(case.peer, script, task)
+            record = self._start(case.peer, script, task, env)
             if windows_file.exists() and record["status"] == "ok":
-                record |= self._start(None, "raw.py", {**task, "kind": "windows"})
+                record |= self._start(None, "raw.py", {**task, "kind": "windows"}, env)
             return record
 
-    def _start(self, peer: str | None, script: str, task: dict[str, Any]) -> dict[str, Any]:
+    def _start(
+        self, peer: str | None, script: str, task: dict[str, Any], env: dict[str, str]
+    ) -> dict[str, Any]:
         paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")] if peer is None else [])]
         done = subprocess.run(
             [self._pythons[peer], HERE / script, json.dumps(task)],
             cwd=self._options.data_dir,  # some peers leave logs behind
             capture_output=True,
             text=True,
-            env={**os.environ, **_NO_PARALLEL_MERGE, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **_NO_PARALLEL_MERGE, **env, "PYTHONPATH": os.pathsep.join(paths)},
         )
         try:
             record = json.loads(done.stdout.strip().splitlines()[-1])
@@ -231,8 +269,14 @@ def _snapshot_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.snapshot")
 
 
+def _least_requests(folder: Path) -> dict[str, int]:
+    """Return the requests and bytes with which X can be read: each file of it once, as a whole."""
+    files = [path for path in (folder / "ms/RNA/X/raw/__fragments").rglob("*") if path.is_file()]
+    return {"least_requests": len(files), "least_request_bytes": sum(path.stat().st_size for path in files)}
+
+
 def summarise(case: Case, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return a case as one row: medians of its numbers, "of_raw" the median over pairs of one repetition."""
+    """Return a case as one row: medians of its numbers, "of_scan" the median over pairs of one repetition."""
     own = records[case.name]
     row: dict[str, Any] = {
         "name": case.name,
@@ -240,19 +284,23 @@ def summarise(case: Case, records: dict[str, list[dict[str, Any]]]) -> dict[str,
         "layout": case.layout,
         "status": own[-1]["status"],
     }
-    row |= {"options": dict(case.options), "query": case.query, "runs": own}
+    row |= {"options": dict(case.options), "query": case.query, "against": case.against, "runs": own}
     if row["status"] != "ok":
         return {**row, "note": f"{row['status']}: {own[-1]['why']}"}
     for key, value in own[0].items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         row.setdefault(key, median(record[key] for record in own) if is_number else value)
-    row["rows_per_s"] = median(record["rows"] / record["seconds"] for record in own)
+    if "seconds" in row and "rows" in row:
+        row["rows_per_s"] = median(record["rows"] / record["seconds"] for record in own)
+    if row.get("nnz"):
+        row["million_nnz_per_s"] = median(record["nnz"] / record["seconds"] / 1e6 for record in own)
+        row["cpu_ns_per_nnz"] = median(record["cpu_s"] / record["nnz"] * 1e9 for record in own)
     row["note"] = _note(row)
     against = records.get(case.against or "", [])
     if against and all(record["status"] == "ok" for record in against):
         # The same rows, so a ratio of speeds; per row, since an epoch may have been cut short.
         pairs = zip(own, against, strict=True)
-        row["of_raw"] = median((a["seconds"] / a["rows"]) / (b["seconds"] / b["rows"]) for b, a in pairs)
+        row["of_scan"] = median((a["seconds"] / a["rows"]) / (b["seconds"] / b["rows"]) for b, a in pairs)
     return row
 
 
@@ -263,8 +311,11 @@ def _note(row: dict[str, Any]) -> str | None:
         "worker_mib": "a worker holds {:.0f} MiB for them",
         "bytes_per_value": "{:.2f} bytes a non-zero",
         "fill_rows_per_s": "NumPy fills {:,.0f} rows/s",
+        "worst": "largest difference {:.3f}, of {n_compared} predictions",
+        "requests": "{:,.0f} requests (at least {least_requests:,.0f})",
+        "request_bytes": "{:,.0f} bytes (at least {least_request_bytes:,.0f})",
     }
-    told = [form.format(row[key]) for key, form in notes.items() if key in row]
+    told = [form.format(row[key], **row) for key, form in notes.items() if key in row]
     return "; ".join(told) or None
 
 

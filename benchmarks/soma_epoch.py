@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import time
-from collections.abc import Iterator
+import urllib.request
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import tiledbsoma as soma
-from measure import measure_epoch
+from latency import COUNTS_PATH
+from measure import Usage, measure_epoch
 from numpy.typing import NDArray
-from raw import axis_queries
+from raw import axis_queries, context
+from torch.utils.data import DataLoader
 
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 
@@ -24,33 +27,56 @@ LABEL = "dataset_id"
 def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
     """Measure the epoch of a dataset with `options`, loaded with `loader`, over the rows of `query`.
 
-    How well the rows are mixed follows from those that came. Which of them were shuffled together is left in
-    `windows_file`.
+    With `epochs_before`, so many epochs are used up first. How well the rows are mixed follows from those
+    that came. Which of them were shuffled together is left in `windows_file`.
     """
     if missing := missing_options(task["options"]):
         return {"status": "not available", "why": f"ExperimentDataset has no {', '.join(missing)} yet"}
     kernels_s = load_kernels(task)
     batches: list[NDArray[np.int64]] = []
     with ExitStack() as stack:
-        datasets: list[ExperimentDataset] = []
+        loaders: list[DataLoader[Any]] = []
+        if task["epochs_before"]:
+            loaders.append(_open_loader(task, stack))
+        for _ in range(task["epochs_before"]):
+            for _ in loaders[0]:
+                pass
+        asked = requests(task)
         record: dict[str, Any] = measure_epoch(
-            lambda: _open_batches(task, stack, datasets),
-            n_rows=lambda batch: len(batch[1]),
+            lambda: loaders[0] if loaders else _kept(loaders, _open_loader(task, stack)),
+            X=lambda batch: batch[0],
             limit_s=task["limit_s"],
             on_batch=lambda batch: batches.append(batch[1]["soma_joinid"].to_numpy()),
         )
+        record |= {name: n - asked[name] for name, n in requests(task).items()}
         record["first_s"] += kernels_s
+        dataset: Any = loaders[0].dataset
         if task.get("fill"):
-            record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], datasets[0].shape[1])
-        record["shuffle_quality"] = _own_quality(datasets[0])
-    obs_joinids = datasets[0].query_ids.obs_joinids
-    record["mixing"] = mixing(_labels(task["uri"]), batches, obs_joinids)
-    if not task["loader"].get("num_workers") and "snapshot" not in task["options"]:
+            record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], dataset.shape[1])
+        record["shuffle_quality"] = _own_quality(dataset)
+    obs_joinids = dataset.query_ids.obs_joinids
+    record["mixing"] = mixing(_labels(task), batches, obs_joinids)
+    if not task["loader"].get("num_workers") and "snapshot" not in task["options"] and not task["store"]:
         order = np.concatenate(batches)
-        np.savez(
-            task["windows_file"], order=order, ends=window_ends(order, obs_joinids, _run_rows(datasets[0]))
-        )
+        np.savez(task["windows_file"], order=order, ends=window_ends(order, obs_joinids, _run_rows(dataset)))
     return record
+
+
+def first_batch(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure the time to the first mini-batch, compiled kernels included, in the folder that caches them."""
+    with ExitStack() as stack, Usage() as usage:
+        next(iter(_open_loader(task, stack)))
+        first_s = usage.seconds()
+    return {"first_s": first_s, "n_batches": 1, **usage.record()}
+
+
+def requests(task: dict[str, Any]) -> dict[str, int]:
+    """Return how many requests the server of the data has had, and the bytes that it sent; {} for a disk."""
+    if not task["store"]:
+        return {}
+    url = f"http://{task['store']['vfs.s3.endpoint_override']}{COUNTS_PATH}"
+    with urllib.request.urlopen(url) as response:
+        return json.load(response)
 
 
 def load_kernels(task: dict[str, Any]) -> float:
@@ -96,8 +122,8 @@ def missing_options(options: dict[str, Any]) -> list[str]:
     return sorted(wanted - set(inspect.signature(ExperimentDataset).parameters))
 
 
-def _open_batches(task: dict[str, Any], stack: ExitStack, datasets: list[ExperimentDataset]) -> Iterator[Any]:
-    experiment = stack.enter_context(soma.Experiment.open(task["uri"]))
+def _open_loader(task: dict[str, Any], stack: ExitStack) -> DataLoader[Any]:
+    experiment = stack.enter_context(soma.Experiment.open(task["uri"], context=context(task)))
     axes = axis_queries(task["query"], experiment)
     with experiment.axis_query("RNA", **axes) as query:
         dataset = ExperimentDataset(
@@ -108,8 +134,12 @@ def _open_batches(task: dict[str, Any], stack: ExitStack, datasets: list[Experim
             seed=0,
             **task["options"],
         )
-    datasets.append(dataset)
-    yield from experiment_dataloader(dataset, **task["loader"])
+    return experiment_dataloader(dataset, **task["loader"])
+
+
+def _kept(loaders: list[DataLoader[Any]], loader: DataLoader[Any]) -> DataLoader[Any]:
+    loaders.append(loader)
+    return loader
 
 
 # What is looked at afterwards ------------------------------------------------------------------------------
@@ -151,8 +181,8 @@ def _entropy(labels: NDArray[np.int64]) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _labels(uri: str) -> NDArray[np.int64]:
-    with soma.Experiment.open(uri) as experiment:
+def _labels(task: dict[str, Any]) -> NDArray[np.int64]:
+    with soma.Experiment.open(task["uri"], context=context(task)) as experiment:
         obs = experiment.obs.read(column_names=["soma_joinid", LABEL]).concat().to_pandas()
     return obs.sort_values("soma_joinid")[LABEL].cat.codes.to_numpy(np.int64)
 

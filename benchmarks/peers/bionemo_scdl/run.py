@@ -37,7 +37,6 @@ def main() -> None:
             shuffle=True,
             collate_fn=collate_sparse_matrix_batch,
         ),
-        n_rows=lambda batch: batch.shape[0],
         limit_s=task["limit_s"],
     )
     answer({**record, "prepare_s": prepare_s})

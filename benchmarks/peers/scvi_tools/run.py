@@ -27,8 +27,14 @@ if __name__ == "__main__":
     start = time.perf_counter()
     adata = anndata.read_h5ad(task["h5ad"])
     prepare_s = time.perf_counter() - start
+    loaders = [open_batches(adata, task) for _ in range(min(1, task["epochs_before"]))]
+    for _ in range(task["epochs_before"]):
+        for _ in loaders[0]:
+            pass
     record = measure_epoch(
-        lambda: open_batches(adata, task), n_rows=lambda batch: batch["X"].shape[0], limit_s=task["limit_s"]
+        lambda: loaders[0] if loaders else open_batches(adata, task),
+        X=lambda batch: batch["X"],
+        limit_s=task["limit_s"],
     )
     held_mib = sum(part.nbytes for part in (adata.X.data, adata.X.indices, adata.X.indptr)) / 2**20
     answer({**record, "prepare_s": prepare_s, "peak_mib": record["peak_mib"] + held_mib})

@@ -26,7 +26,7 @@ def measure(task):
         )
         datamodule.setup()
         return measure_epoch(
-            lambda: batches_of(datamodule), n_rows=lambda batch: len(batch["X"]), limit_s=task["limit_s"]
+            lambda: batches_of(datamodule), X=lambda batch: batch["X"], limit_s=task["limit_s"]
         )
 
 
