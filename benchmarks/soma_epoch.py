@@ -53,7 +53,7 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
         dataset: Any = loaders[0].dataset
         if task.get("fill"):
             record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], dataset.shape[1])
-        record["shuffle_quality"] = _own_quality(dataset)
+        record["shuffle_quality"] = _own_quality(dataset, task["loader"].get("num_workers", 0))
     obs_joinids = dataset.query_ids.obs_joinids
     record["mixing"] = mixing(_labels(task), batches, obs_joinids)
     if not task["loader"].get("num_workers") and "snapshot" not in task["options"] and not task["store"]:
@@ -187,11 +187,11 @@ def _labels(task: dict[str, Any]) -> NDArray[np.int64]:
     return obs.sort_values("soma_joinid")[LABEL].cat.codes.to_numpy(np.int64)
 
 
-def _own_quality(dataset: ExperimentDataset) -> dict[str, Any] | None:
+def _own_quality(dataset: ExperimentDataset, num_workers: int) -> dict[str, Any] | None:
     """Return what the dataset itself says about its mixing, where it can."""
     if not hasattr(dataset, "shuffle_quality"):
         return None
-    quality = dataset.shuffle_quality(LABEL, n_batches=100)
+    quality = dataset.shuffle_quality(LABEL, n_batches=100, num_workers=num_workers)
     if hasattr(quality, "_asdict"):
         return quality._asdict()
     if dataclasses.is_dataclass(quality):

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._order.mixing import Sharing, predicted_mixing
 from tiledbsoma_ml._order.plan import EpochPart, Plan
-from tiledbsoma_ml._order.share import ALONE
-from tiledbsoma_ml._order.sizes import Layout, predicted_mixing
+from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import Partition
 
 PATH = Path(__file__).parents[1] / "shuffle_viz" / "src" / "golden" / "vectors.json"
@@ -43,22 +43,20 @@ def vectors() -> dict[str, Any]:
     return {
         "permutations": [permutations(seed, epoch) for seed in SEEDS for epoch in (0, 1, 2**33)],
         "orders": [{"setup": printable(setup), **order(setup)} for setup in setups()],
-        "mixing": [
-            [n_chunks, batch_size, predicted_mixing(n_chunks, batch_size)]
-            for n_chunks in (2, 7.5, 32, 1024, 65_536)
-            for batch_size in (64, 100, 1024, 4096, 100_000)
-        ],
+        "mixing": [predicted(*case) for case in mixing_cases()],
         "amplification": [
             amplification(*sizes)
             for sizes in [
-                (64, 65_536, 2048, 1_000_000, 340_000),
-                (64, 65_536, 2048, 1_000_000, 20_000),
-                (64, 65_536, 2048, 1_000_000, 2_000_000),
-                (2048, 65_536, 2048, 500_000, 340_000),
-                (4096, 65_536, 2048, 500_000, 340_000),
-                (1000, 8000, 2048, 500_000, 50_000),
-                (1, 16, 8, 64, 32),
-                (4, 100, 8, 64, 64),
+                (64, 65_536, 2048, 1_000_000, 340_000, 1),
+                (64, 65_536, 2048, 1_000_000, 20_000, 1),
+                (64, 65_536, 2048, 1_000_000, 2_000_000, 1),
+                (2048, 65_536, 2048, 500_000, 340_000, 1),
+                (4096, 65_536, 2048, 500_000, 340_000, 1),
+                (1000, 8000, 2048, 500_000, 50_000, 1),
+                (64, 65_536, 2048, 1_000_000, 340_000, 4),
+                (64, 65_536, 2048, 1_000_000, 20_000, 8),
+                (1, 16, 8, 64, 32, 1),
+                (4, 100, 8, 64, 64, 1),
             ]
         ],
         "windowBytes": [
@@ -66,25 +64,66 @@ def vectors() -> dict[str, Any]:
             for total in (2**26, 2**28, 3 * 2**28 + 17, 2**30, 2**31, 10 * 2**30)
         ],
         "sizes": [
-            chosen(*case)
-            for case in [
-                (500_000, 2048, 340_000, 1024),
-                (1_000_000, 2048, 340_000, 1024),
-                (5_000_000, 2048, 340_000, 1024),
-                (5_000_000, 2048, 65_536, 64),
-                (3_000_000, 1000, 300_000, 1024),
-                (100_000, 64, 100_001, 128),
+            chosen(sharing_of(rows, batch, scope, ranks, readers), tile, window_rows)
+            for rows, tile, window_rows, batch, scope, ranks, readers in [
+                (500_000, 2048, 340_000, 1024, "partition", 1, 1),
+                (1_000_000, 2048, 340_000, 1024, "global", 1, 3),
+                (5_000_000, 2048, 340_000, 1024, "partition", 1, 1),
+                (5_000_000, 2048, 65_536, 64, "partition", 2, 4),
+                (3_000_000, 1000, 300_000, 1024, "global", 8, 1),
+                (200_000, 2048, 300_000, 1024, "global", 8, 1),
+                (200_000, 2048, 10_000, 128, "partition", 8, 2),
+                (100_000, 64, 100_001, 128, "partition", 1, 1),
+                (100_000, 64, 100_001, 128, "partition", 3, 1),
+                (100_000, 1, 100_001, 128, "partition", 2, 2),
             ]
         ],
     }
 
 
-def amplification(chunk: int, window: int, tile: int, n_rows: int, n_held: int) -> list[float]:
+def amplification(chunk: int, window: int, tile: int, n_rows: int, n_held: int, n_ranks: int) -> list[float]:
     """Return how often a tile is decoded where memory holds `n_held` rows, behind the sizes."""
-    plan = Plan(shuffle_chunk_size=chunk, io_batch_size=window, batch_size=1, permutes=True)
+    plan = Plan(shuffle_chunk_size=chunk, io_batch_size=window, batch_size=1, permutes=True, scope="global")
     ids = QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=[0])
-    sizes = plan.of(EpochPart(ids=ids, partition=ALONE, seed=0, epoch=0)).read_sizes(tile)
-    return [chunk, window, tile, n_rows, n_held, sizes.predicted_amplification(n_held)]
+    part = EpochPart(ids=ids, partition=Partition(0, n_ranks, 0, 1), seed=0, epoch=0)
+    sizes = plan.of(part).read_sizes(tile)
+    return [chunk, window, tile, n_rows, n_held, n_ranks, sizes.predicted_amplification(n_held)]
+
+
+def mixing_cases() -> Iterator[tuple[Setup, float, float, bool]]:
+    """Yield settings of all kinds: who shares a query, rows of chunks and windows, and how windows end."""
+    rng = np.random.default_rng(1)
+    for k in range(60):
+        rows = int(10 ** rng.uniform(1, 8))
+        batch = int(rng.choice([1, 64, 100, 1024, 4096]))
+        ranks, readers = int(rng.choice([1, 1, 2, 8, 64])), int(rng.choice([1, 1, 3, 8]))
+        sharing = sharing_of(rows, batch, ["partition", "global"][k % 2], ranks, readers)
+        chunk = float(np.round(2 ** rng.uniform(0, 12), 2))
+        yield sharing, chunk, float(np.round(chunk * 2 ** rng.uniform(0, 12))), bool(k % 4 == 0)
+
+
+def sharing_of(rows: int, batch: int, scope: str, ranks: int, readers: int) -> Setup:
+    """Return a `Sharing`, by the names of the page."""
+    return {"rows": rows, "miniBatch": batch, "scope": scope, "ranks": ranks, "readers": readers}
+
+
+def sharing(found: Setup) -> Sharing:
+    return Sharing(
+        n_rows=found["rows"],
+        batch_size=found["miniBatch"],
+        scope=found["scope"],
+        world_size=found["ranks"],
+        n_workers=found["readers"],
+    )
+
+
+def predicted(found: Setup, chunk: float, window: float, ends_with_chunk: bool) -> dict[str, Any]:
+    """Return the predicted mixing, after what it is predicted from."""
+    mixing = predicted_mixing(
+        sharing(found), chunk_rows=chunk, window_rows=window, ends_with_chunk=ends_with_chunk
+    )
+    given = {"chunk": chunk, "window": window, "endsWithChunk": ends_with_chunk}
+    return {"sharing": found, **given, "mixing": mixing}
 
 
 def permutations(seed: int, epoch: int) -> dict[str, Any]:
@@ -160,17 +199,22 @@ def batches_of(setup: Setup, place: Partition) -> list[Rows]:
     return list(plan.of(part).io_batches())
 
 
-def chosen(n_rows: int, row_tile: int, window_rows: int, batch_size: int) -> list[float]:
+def chosen(found: Setup, tile: int, window_rows: int) -> dict[str, Any]:
     """Return what "auto" stands for, after what it is chosen from."""
     plan = Plan(
         shuffle_chunk_size="auto",
         io_batch_size="auto",
-        batch_size=batch_size,
+        batch_size=found["miniBatch"],
         permutes=True,
-        layout=Layout(row_tile, 1.0, window_rows),
+        layout=Layout(tile, 1.0, window_rows),
+        scope=found["scope"],
     )
-    sizes = plan.sizes(QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=[0]))
-    return [n_rows, row_tile, window_rows, batch_size, sizes.run_length, sizes.window_rows, sizes.mixing]
+    ids = QueryIDs(obs_joinids=np.arange(found["rows"]), var_joinids=[0])
+    place = Partition(0, found["ranks"], 0, found["readers"])
+    sizes = plan.of(EpochPart(ids=ids, partition=place, seed=0, epoch=0)).sizes
+    assert sizes is not None
+    given = {"sharing": found, "tile": tile, "windowRows": window_rows}
+    return {**given, "chunk": sizes.run_length, "window": sizes.window_rows, "mixing": sizes.mixing}
 
 
 def cut(rows: Rows, size: int) -> list[Rows]:

@@ -1,6 +1,8 @@
 /** How fast a query is read: predictions from read amplification and from speeds that were measured. */
 
-import { chooseSizes, predictedMixing, readSize } from "./order/tradeoff";
+import type { Scope } from "./order/epoch";
+import { partsOf, predictedMixing, rowsPerShare, type Sharing } from "./order/mixing";
+import { chooseSizes, readSize } from "./order/tradeoff";
 
 /** Reading a row of a snapshot from the page cache; measured, for a non-zero. */
 export const SNAPSHOT_NS = 1.3;
@@ -19,7 +21,7 @@ export interface Way {
   mixing: number;
 }
 
-/** What is read, and how fast a scan of whole tiles is. */
+/** What is read, by how many, and how fast a scan of whole tiles is. */
 export interface Query {
   rows: number;
   tile: number;
@@ -28,31 +30,52 @@ export interface Query {
   scanNs: number;
   /** Memory, in GiB. */
   budget: number;
+  scope: Scope;
+  ranks: number;
+  workers: number;
 }
 
 /** Return what chunks of a size cost in windows of a size, and how well they mix. */
 export function predict(query: Query, chunk: number, window: number): Way {
-  const rows = Math.min(window, query.rows);
-  const { readRows, amplification } = readSize({ chunk, window: rows, tile: query.tile, rows: query.rows, held: heldRows(query) });
+  const sharing = sharingOf(query);
+  const rows = Math.min(window, Math.ceil(rowsPerShare(sharing)));
+  const ofReader = Math.max(1, Math.floor(query.rows / (sharing.ranks * sharing.readers)));
+  // In the scope "global", readers need rows of tiles that others read too.
+  const shuffled = query.scope === "global" ? query.rows : ofReader;
+  const { readRows, amplification } = readSize({ chunk, window: rows, tile: query.tile, rows: shuffled, ofReader, held: heldRows(query) });
   return {
     chunk,
     window: rows,
     readRows,
     amplification,
     rowsPerS: 1e9 / (query.nonZeros * query.scanNs * amplification),
-    mixing: rows >= query.rows ? 1 : predictedMixing(rows / Math.min(chunk, rows), query.miniBatch),
+    mixing: predictedMixing(sharing, chunk, rows),
   };
 }
 
 /** Return what "auto" takes within the budget of memory. */
 export function predictAuto(query: Query): Way {
-  const { chunk, window } = chooseSizes(query.rows, query.tile, Math.max(query.tile, heldRows(query)), query.miniBatch);
+  const { chunk, window } = chooseSizes(sharingOf(query), query.tile, Math.max(query.tile, heldRows(query)));
   return predict(query, chunk, window);
 }
 
 /** Return how many rows memory holds. */
 function heldRows({ budget, nonZeros }: Query): number {
   return Math.floor(windowBytes(budget * 2 ** 30) / bytesPerRow(nonZeros));
+}
+
+/** Return how well single rows are mixed, as a snapshot reads them: as well as the scope allows. */
+export function bestMixing(query: Query): number {
+  return predictedMixing(sharingOf(query), 1, query.rows);
+}
+
+/** Return how many parts are shuffled by themselves. */
+export function nParts(query: Query): number {
+  return partsOf(sharingOf(query));
+}
+
+function sharingOf({ rows, miniBatch, scope, ranks, workers }: Query): Sharing {
+  return { rows, miniBatch, scope, ranks, readers: Math.max(1, workers) };
 }
 
 export function bytesPerRow(nonZeros: number): number {

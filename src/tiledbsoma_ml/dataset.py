@@ -9,7 +9,6 @@ from contextlib import closing
 from typing import Any
 
 import attrs
-import numpy as np
 import tiledbsoma as soma
 import torch
 
@@ -31,7 +30,7 @@ from tiledbsoma_ml._epoch.progress import Progress
 from tiledbsoma_ml._order.quality import ShuffleQuality, quality_of
 from tiledbsoma_ml._order.share import ShuffleScope
 from tiledbsoma_ml._order.sizes import Size
-from tiledbsoma_ml._query_ids import QueryIDs, SamplingMethod, Tail, check_other_rows
+from tiledbsoma_ml._query_ids import Partition, QueryIDs, SamplingMethod, Tail, check_other_rows
 from tiledbsoma_ml._source import Source
 from tiledbsoma_ml._threads import ClosedWhenDropped, end_with_parent
 from tiledbsoma_ml.snapshot import Snapshot
@@ -80,8 +79,8 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         shuffle: Whether to shuffle; rows come in the order of the query otherwise.
         shuffle_chunk_size: Neighbouring rows that stay together until a window is read. Smaller means better
             mixed, larger means faster. "auto" follows the row tiles of the layer as it is stored: whole tiles
-            where a window holds the query, so that none is decoded twice in an epoch, else the longest runs
-            within tiles that reach `mixing`.
+            where a window of one process holds the query, so that none is decoded twice in an epoch, else the
+            longest runs within tiles that reach `mixing`.
         seed: The same seed gives the same order in every epoch, and in epoch 0 that of tiledbsoma-ml 0.1.0.
             A seed is drawn if None; with several ranks rank 0's, where torch.distributed is initialized.
         return_sparse_X: Whether `X` is a `csr_matrix` (`torch.sparse_csr` with `device`) instead of dense.
@@ -95,7 +94,8 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
             "gpu_iobatch" an IO batch is put together and permuted on the device, where it is held twice.
         mixing: Where `shuffle_chunk_size` is "auto": mean entropy of labels in a mini-batch as a share of a
             truly random one's, from 0.8 to 1, as predicted for data stored like the CELLxGENE Census. If
-            None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows).
+            None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows). In the scope
+            "partition", a share of what is possible with the rows of a rank and worker alone.
         window_dir: Folder on a local disk where windows wait, in a file that is unlinked from the start. Rows
             come from there in parts, so that it is the CPU that permutes them, in every mode but
             "gpu_minibatch": the order is the same.
@@ -272,26 +272,29 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         parts = self.query_ids.random_split(*fracs, seed=seed, method=method)
         return tuple(self.over(part) for part in parts)
 
-    def shuffle_quality(self, column: str, n_batches: int = 256) -> ShuffleQuality:
-        """Return how well mini-batches mix the labels of a column of `obs`.
+    def shuffle_quality(self, column: str, n_batches: int = 256, num_workers: int = 0) -> ShuffleQuality:
+        """Return how well the mini-batches of this rank, and those of all ranks together, mix labels.
 
         `X` is not read, but for a sample where a size is "auto".
 
         Args:
-            column: For instance "dataset_id", whose cells are stored one after the other in the Census.
-            n_batches: How many mini-batches to look at, spread evenly over this rank's part of an epoch.
-                Workers mix worse, because each has a part of it only.
+            column: The column of `obs` with the labels, for instance "dataset_id", whose cells are stored one
+                after the other in the Census.
+            n_batches: How many mini-batches to look at, spread evenly over an epoch.
+            num_workers: Workers of each rank. They matter in the scope "partition", where each has a part of
+                the rows only.
 
         Raises:
-            ValueError: If the column does not exist, or `n_batches` is not positive.
+            ValueError: If the column does not exist, or a number is out of range.
         """
         n_batches = check_count("n_batches", n_batches, suggestion=256)
+        n_workers = max(1, check_count("num_workers", num_workers, suggestion=0, minimum=0))
         # A device that permutes gives the order that is planned for the CPU.
         plan = attrs.evolve(self.plan, permutes=self.plan.shuffle_chunk_size is not None)
-        planned = plan.of(self.iterations.part(self.epoch, self.iterations.partition()))
-        rows = np.unique(planned.obs_joinids)
-        labels = self.source.obs(rows, [column])[column]
-        return quality_of(planned, rows, labels, self.source.row_tile, n_batches)
+        partition = Partition(*self.iterations.ranks, 0, n_workers)
+        planned = plan.of(self.iterations.part(self.epoch, partition))
+        labels = self.source.obs(self.query_ids.obs_joinids, [column])[column]
+        return quality_of(planned, labels, row_tile=self.source.row_tile, n_batches=n_batches)
 
     def __copy__(self) -> ExperimentDataset:
         """Return a dataset with these rows and options, and with epochs and a position of its own."""

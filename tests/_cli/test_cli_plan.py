@@ -30,6 +30,7 @@ def test_the_command_prints_json_that_says_what_was_asked_for(store: Store) -> N
         "world_size": 2,
         "num_workers": 3,
         "shuffle_scope": "partition",
+        "column": None,
     }
 
 
@@ -43,6 +44,8 @@ def test_the_command_shows_a_table_of_who_reads_how_much(store: Store) -> None:
         for k, row in enumerate([["78", "10", "3", "8"], ["77", "10", "3", "8"]] * 2)
     ]
     assert "and" not in output
+    assert re.search(r"mixing +0\.\d\d +of a true shuffle, in a mini-batch; predicted", output)
+    assert re.search(r" 0\.\d\d +in those of all ranks in a step, together; predicted", output)
 
 
 def test_the_table_names_32_workers_and_counts_the_others(store: Store) -> None:

@@ -23,6 +23,7 @@ DEFAULTS = {
     "world_size": 1,
     "num_workers": 0,
     "shuffle_scope": "partition",
+    "column": None,
     "limit": 100_000,
 }
 SMALL = {"shuffle_chunk_size": 8, "io_batch_size": 32, "batch_size": 10, "seed": 3}
@@ -98,7 +99,36 @@ def test_chunks_under_auto_are_runs_of_the_layer(store: Store) -> None:
     assert plan["row_tile"] == plan["sizes"]["chunk_rows"] == 64
     starts = sorted(chunk["obs_joinids"][0] for chunk in plan["parts"][0]["chunks"])
     assert starts == list(range(0, N_OBS, 64))
-    assert plan["predicted"] == {"mixing": 1.0, "rows_held": plan["n_rows"], "read_amplification": 1.0}
+    perfect = {"mixing": 1.0, "global_mixing": 1.0, "read_amplification": 1.0}
+    assert plan["predicted"] == {**perfect, "rows_held": plan["n_rows"]}
+
+
+@pytest.mark.parametrize("scope", ["partition", "global"])
+def test_the_mixing_of_many_ranks_and_workers_is_predicted_in_view_of_the_whole_query(
+    store: Store, scope: Any
+) -> None:
+    options = {**SMALL, "shuffle_scope": scope, "world_size": 4}
+    alone, shared = (planned(store.uri, **given)["predicted"] for given in (SMALL, options))
+    assert shared["mixing"] < alone["mixing"]
+    assert shared["mixing"] < shared["global_mixing"] <= 1
+
+
+def test_the_mixing_is_predicted_for_the_labels_of_a_column(store: Store) -> None:
+    plan = planned(store.uri, **SMALL, world_size=4, column="cell_type")
+    assert plan["settings"]["column"] == "cell_type"
+    assert plan["predicted"]["mixing"] == pytest.approx(1, abs=0.01), "each part has all of its types"
+    with pytest.raises(ValueError, match="cell_typ"):
+        planned(store.uri, **SMALL, column="cell_typ")
+
+
+def test_ranks_and_workers_of_the_scope_global_read_rows_of_the_same_tiles(store: Store) -> None:
+    options = {**SMALL, "io_batch_size": 400, "world_size": 4, "num_workers": 2}
+    times = {
+        scope: planned(store.uri, **options, shuffle_scope=scope)["predicted"]["read_amplification"]
+        for scope in ("partition", "global")
+    }
+    assert times["partition"] == 1
+    assert 3 < times["global"] < 8
 
 
 @pytest.mark.parametrize("limit", [40, 100, 310])

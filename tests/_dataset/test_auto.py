@@ -15,7 +15,7 @@ import tiledbsoma as soma
 
 from stores import N_OBS, N_VARS, Store, expected_X, joinids_of
 from tiledbsoma_ml import ExperimentDataset
-from tiledbsoma_ml._order.sizes import predicted_mixing
+from tiledbsoma_ml._order.mixing import Sharing, predicted_mixing
 from windows import AUTO, N_ROWS, SMALL, TILE, dataset_of, plan, window_lengths
 
 # What is read together ------------------------------------------------------------------------------------
@@ -55,7 +55,8 @@ def test_windows_are_as_large_as_the_budget_but_for_a_smaller_first_one_and_a_ch
 ) -> None:
     n_rows = 2 * N_ROWS
     store = make_store(obs_joinids=range(n_rows), tile=(TILE, 8))
-    of_30_chunks = predicted_mixing(30, batch_size=4)
+    alone = Sharing(n_rows=n_rows, batch_size=4)
+    of_30_chunks = predicted_mixing(alone, chunk_rows=TILE, window_rows=30 * TILE, ends_with_chunk=True)
     options = {"windows_bytes": 320_000, "batch_size": 4, "mixing": of_30_chunks}
     dataset = dataset_of(store, range(n_rows), **options)
     sizes = dataset.plan.sizes(dataset.query_ids)

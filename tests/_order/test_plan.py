@@ -346,15 +346,16 @@ def test_what_one_reads_together_is_said_by_the_plan() -> None:
     def planned(**options: Any) -> tuple[int, int, float]:
         plan = Plan(**{"batch_size": 10, "permutes": True, **options})
         part = plan.of(EpochPart(ids=ids, partition=Partition(0, 2, 0, 1), seed=0, epoch=0))
-        return part.chunk_rows, part.window_rows, part.predicted_mixing
+        return part.chunk_rows, part.window_rows, part.predicted_mixing()
 
     numbers = {"shuffle_chunk_size": 4, "io_batch_size": 64}
     assert planned(**numbers)[:2] == (4, 64)
     assert planned(**numbers, scope="global")[:2] == (4, 60)
-    assert planned(**numbers | {"io_batch_size": 512}, scope="global")[2] == 1.0
+    assert 0.98 < planned(**numbers | {"io_batch_size": 512}, scope="global")[2] < 1
     assert 0.5 < planned(**numbers)[2] < 1
     auto = {"shuffle_chunk_size": "auto", "io_batch_size": "auto", "layout": Layout(64, 1.0, 500)}
-    assert planned(**auto) == (64, 500, 1.0)
+    assert planned(**auto)[:2] == (64, 500)
+    assert 0.5 < planned(**auto)[2] < 1, "a rank has the rows of half of the datasets"
     sevens = {"shuffle_chunk_size": 7, "io_batch_size": "auto", "layout": Layout(64, 1.0, 250)}
     assert planned(**sevens)[:2] == (7, 252)
     assert planned(**sevens, scope="global")[:2] == (7, 250)

@@ -1,54 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tiledbsoma_ml._order.mixing import Sharing, predicted_mixing
 from tiledbsoma_ml._order.sizes import (
-    REFERENCE_CHUNKS,
+    CENSUS_ROWS,
     TOLERANCE,
     Layout,
     Sizes,
     choose_sizes,
-    predicted_mixing,
     window_borders,
 )
-
-# Predicted mixing -----------------------------------------------------------------------------------------
-
-
-# "How well a window mixes" in shared/design.md, for mini-batches of 1,024: chunks in a window, and datasets.
-@pytest.mark.parametrize(
-    ("n_chunks", "mixing"), [(1024, 0.96), (32, 0.59), (166, 0.83), (332, 0.89), (664, 0.94), (1328, 0.97)]
-)
-def test_the_prediction_agrees_with_the_simulated_census(n_chunks: int, mixing: float) -> None:
-    assert predicted_mixing(n_chunks, 1024) == pytest.approx(mixing, abs=0.03)
-
-
-@given(
-    n_chunks=st.floats(1, 10**7),
-    factor=st.floats(1, 100),
-    batch_size=st.sampled_from([1, 2, 16, 128, 1024, 4096, 100_000]),
-)
-def test_more_chunks_in_a_window_never_mix_worse_and_never_better_than_at_random(
-    n_chunks: float, factor: float, batch_size: int
-) -> None:
-    fewer, more = (predicted_mixing(n, batch_size) for n in (n_chunks, n_chunks * factor))
-    assert fewer <= more + 1e-9
-    assert more <= 1 + 1e-9
-
-
-def test_mini_batches_of_few_rows_are_judged_by_16_that_follow_each_other() -> None:
-    assert {predicted_mixing(32, batch_size) for batch_size in (1, 2, 16)} == {predicted_mixing(32, 16)}
-    assert 0 == predicted_mixing(1, 2) < predicted_mixing(32, 2) < 1
-
-
-@pytest.mark.parametrize("batch_size", [1, 32, 1024, 10**6])
-def test_a_window_of_countless_chunks_mixes_like_a_random_order(batch_size: int) -> None:
-    assert predicted_mixing(10**9, batch_size) == pytest.approx(1.0, abs=1e-4)
-
 
 # Windows --------------------------------------------------------------------------------------------------
 
@@ -86,16 +54,25 @@ def chosen(
     window_rows: int,
     batch_size: int,
     mixing: float | None,
-    world_size: int = 1,
+    **sharing: Any,
 ) -> Sizes:
-    return choose_sizes(
-        ids,
-        layout=Layout(row_tile, 100.0),
-        window_rows=window_rows,
-        batch_size=batch_size,
-        mixing=mixing,
-        world_size=world_size,
-    )
+    layout = Layout(row_tile, 100.0)
+    shared = Sharing(n_rows=len(ids), batch_size=batch_size, **sharing)
+    return choose_sizes(ids, layout=layout, window_rows=window_rows, mixing=mixing, sharing=shared)
+
+
+def mixing_of(ids: NDArray[np.int64], run: int, window_rows: float, batch_size: int) -> float:
+    """Return the predicted mixing of runs of one process."""
+    sharing = Sharing(n_rows=len(ids), batch_size=batch_size)
+    chunk_rows = len(ids) / len(np.unique(ids // run))
+    return predicted_mixing(sharing, chunk_rows=chunk_rows, window_rows=window_rows, ends_with_chunk=True)
+
+
+def target_of(n_rows: int, batch_size: int) -> float:
+    """Return the mixing to reach if none is asked for: that of the defaults, here or in a large query."""
+    queries = [Sharing(n_rows=n, batch_size=batch_size) for n in (n_rows, CENSUS_ROWS)]
+    found = [predicted_mixing(query, chunk_rows=64, window_rows=65_536) for query in queries]
+    return min(found) - TOLERANCE
 
 
 def run_lengths(row_tile: int) -> list[int]:
@@ -135,11 +112,8 @@ def test_auto_takes_the_longest_runs_that_reach_the_target_and_windows_as_large_
     if row_tile == 1:  # single rows are a true shuffle, whatever the window
         assert (sizes.run_length, sizes.mixing) == (1, 1.0)
         return
-    target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
-    reached = {
-        run: predicted_mixing(sizes.window_rows * len(np.unique(ids // run)) / len(ids), batch_size)
-        for run in run_lengths(row_tile)
-    }
+    target = target_of(len(ids), batch_size) if mixing is None else mixing
+    reached = {run: mixing_of(ids, run, sizes.window_rows, batch_size) for run in run_lengths(row_tile)}
     enough = [run for run in reached if reached[run] >= target]
     assert sizes.run_length == (max(enough) if enough else min(reached))
     assert sizes.mixing == pytest.approx(reached[sizes.run_length])
@@ -157,10 +131,10 @@ def test_the_first_window_is_as_small_as_mixes_well_enough_but_holds_some_mini_b
 ) -> None:
     ids = np.arange(400_000)
     sizes = chosen(ids, row_tile, len(ids) // n_windows, batch_size, mixing)
-    target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
+    target = target_of(len(ids), batch_size) if mixing is None else mixing
 
     def mixes(rows: float) -> bool:
-        return predicted_mixing(rows / sizes.run_length, batch_size) >= target
+        return mixing_of(ids, sizes.run_length, rows, batch_size) >= target
 
     if sizes.mixing >= target:
         assert mixes(sizes.first_window_rows + 1)
@@ -179,7 +153,7 @@ def test_where_the_window_holds_the_query_runs_are_whole_tiles_whatever_the_mixi
 
 def test_a_mixing_of_one_takes_runs_of_one_row_where_the_window_does_not_hold_the_query() -> None:
     sizes = chosen(np.arange(100_000), 2048, 50_000, 1024, 1.0)
-    assert (sizes.run_length, sizes.window_rows, sizes.first_window_rows) == (1, 50_000, 50_000)
+    assert (sizes.run_length, sizes.window_rows, sizes.first_window_rows) == (1, 50_000, 3125)
     assert chosen(np.arange(100_000), 96, 50_000, 1024, 1.0).run_length == 3
 
 
@@ -189,14 +163,14 @@ def test_better_mixing_is_bought_with_shorter_runs() -> None:
         for mixing in (0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
     ]
     assert runs == sorted(runs, reverse=True)
-    assert len(set(runs)) >= 5
+    assert len(set(runs)) >= 4
 
 
 def test_scattered_rows_are_taken_in_longer_runs_because_these_hold_fewer_of_them() -> None:
     dense, scattered = np.arange(500_000), np.arange(500_000) * 10
     of_dense, of_scattered = (chosen(ids, 2048, 100_000, 1024, None) for ids in (dense, scattered))
-    assert (of_dense.run_length, of_scattered.run_length) == (64, 1024)
-    assert of_scattered.mixing >= predicted_mixing(REFERENCE_CHUNKS, 1024) - TOLERANCE
+    assert (of_dense.run_length, of_scattered.run_length) == (128, 1024)
+    assert of_scattered.mixing >= target_of(500_000, 1024)
 
 
 # The table in shared/design.md: 2 GiB hold some 262,000 to 340,000 rows of a Census of 100 million cells.
@@ -209,10 +183,59 @@ def test_a_census_of_a_hundred_million_cells_is_read_in_runs_of_256_to_512_rows(
 
 def test_ranks_that_share_the_rows_need_windows_for_their_share_only() -> None:
     ids = np.arange(100_000)
-    assert chosen(ids, 2048, 30_000, 1024, None, world_size=4) == Sizes(
-        run_length=2048, window_rows=25_000, first_window_rows=25_000, mixing=1.0
+    for world_size, window_rows in ((1, 50_000), (4, 25_000), (10, 10_000)):
+        shared = {"world_size": world_size, "scope": "global"}
+        assert chosen(ids, 2048, 50_000, 1024, None, **shared).window_rows == window_rows
+
+
+def test_ranks_that_share_the_rows_take_shorter_runs_though_a_window_holds_a_share() -> None:
+    ids = np.arange(200_000)
+    runs = [
+        chosen(ids, 2048, 10**9, 1024, None, scope="global", world_size=n).run_length for n in (1, 2, 4, 8)
+    ]
+    assert runs == [2048, 512, 128, 64]
+    many = Sharing(n_rows=200_000, batch_size=1024, scope="global", world_size=16)
+    defaults = predicted_mixing(many, chunk_rows=64, window_rows=65_536)
+    assert chosen(ids, 2048, 10**9, 1024, None, scope="global", world_size=16).mixing >= defaults - TOLERANCE
+
+
+def test_workers_change_no_size_in_the_scope_global() -> None:
+    ids = np.arange(200_000)
+    one, many = (
+        chosen(ids, 2048, 30_000, 128, None, scope="global", world_size=2, n_workers=n) for n in (1, 4)
     )
-    assert chosen(ids, 2048, 20_000, 1024, None, world_size=4).window_rows == 12_500
+    assert one == many
+
+
+@pytest.mark.parametrize("mixing", [None, 0.95, 1.0])
+def test_a_part_that_a_window_holds_is_read_in_tiles_because_no_size_mixes_it_with_others(
+    mixing: float | None,
+) -> None:
+    shared = Sharing(n_rows=800_000, batch_size=128, world_size=4, n_workers=2)
+    part = np.arange(100_000)
+    sizes = choose_sizes(part, layout=Layout(2048, 1.0), window_rows=10**6, mixing=mixing, sharing=shared)
+    assert (sizes.run_length, sizes.window_rows) == (2048, 100_000)
+    assert sizes.mixing == predicted_mixing(shared, chunk_rows=1, window_rows=10**6) < 0.8
+
+
+@settings(max_examples=30)
+@given(
+    world_size=st.integers(1, 16),
+    n_workers=st.integers(1, 4),
+    window_rows=st.integers(1000, 100_000),
+    mixing=st.sampled_from([0.8, 0.9, 0.98]),
+)
+def test_a_part_is_mixed_as_well_as_asked_for_in_view_of_what_its_scope_allows(
+    world_size: int, n_workers: int, window_rows: int, mixing: float
+) -> None:
+    shared = Sharing(n_rows=500_000, batch_size=128, world_size=world_size, n_workers=n_workers)
+    part = np.arange(500_000 // (world_size * n_workers))
+    sizes = choose_sizes(
+        part, layout=Layout(2048, 1.0), window_rows=window_rows, mixing=mixing, sharing=shared
+    )
+    most = predicted_mixing(shared, chunk_rows=1, window_rows=len(part))
+    assert sizes.mixing >= mixing * most or sizes.run_length == 1
+    assert sizes.mixing <= most + 1e-6
 
 
 def test_where_every_row_can_be_read_by_itself_a_window_is_no_larger_than_helps() -> None:

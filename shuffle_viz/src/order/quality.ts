@@ -2,7 +2,7 @@
 
 import { NOBODY, type Epoch, type Step } from "./epoch";
 import { Generator } from "./random";
-import { labelShares } from "./tradeoff";
+import { labelShares } from "./mixing";
 
 export type LabelOrder = "sorted" | "random";
 

@@ -1,5 +1,5 @@
 import { memo } from "react";
-import { bytesPerRow, chunkSizes, predict, predictAuto, SNAPSHOT_NS, type Query, type Way } from "../predict";
+import { bestMixing, bytesPerRow, chunkSizes, nParts, predict, predictAuto, SNAPSHOT_NS, type Query, type Way } from "../predict";
 import type { Settings } from "../settings";
 import { Chart } from "./Chart";
 import { NumberInput } from "./Controls";
@@ -20,20 +20,21 @@ export const TradeOff = memo(function TradeOff({ settings, onChange }: Props) {
   return (
     <section className="card tradeoff" aria-labelledby="tradeoff">
       <h2 id="tradeoff">Which chunk size, and why</h2>
-      <Advice {...{ settings, yours, auto, snapshotRate }} />
+      <Advice {...{ settings, query, yours, auto, snapshotRate }} />
       <div className="fields assumptions">
         {(["query", "nonZeros", "budget", "scanNs"] as const).map((name) => (
           <NumberInput key={name} name={name} settings={settings} onChange={onChange} />
         ))}
       </div>
       <Chart yours={yours} auto={auto} curve={curve(settings.ioBatch)} autoCurve={curve(auto.window)} snapshotRate={snapshotRate} tile={settings.tile} />
-      <Comparison {...{ settings, yours, auto, snapshotRate }} />
+      <Comparison {...{ settings, query, yours, auto, snapshotRate }} />
       <p className="note">
         Predicted: rows/s = 1 / (non-zeros a row × {decimal(settings.scanNs)} ns × tiles decoded). 19 ns is what TileDB took for a
         non-zero on two cores, reading aligned runs of whole tiles of {whole(2048)} × {whole(2048)} (zstd, page cache warm); a
         snapshot took {SNAPSHOT_NS} ns. Measured on 500,000 simulated cells with 490 non-zeros each. Remote storage, dense
-        mini-batches and your model take their own time; ranks share the rows. Mixing is predicted for labels stored one after the other, 900 of
-        log-normal size, like the data sets of the Census. “auto” counts 3 bytes a non-zero while a row waits.
+        mini-batches and your model take their own time; rows/s are those of one reading process. Mixing is that of a rank’s mini-batch beside
+        a random one of the whole query. It is predicted for labels of log-normal size that are stored one after the other, like the data sets of the
+        Census. “auto” counts 3 bytes a non-zero while a row waits.
       </p>
     </section>
   );
@@ -41,13 +42,14 @@ export const TradeOff = memo(function TradeOff({ settings, onChange }: Props) {
 
 interface Figures {
   settings: Settings;
+  query: Query;
   yours: Way;
   auto: Way;
   snapshotRate: number;
 }
 
 /** The answer in words. */
-function Advice({ settings, yours, auto, snapshotRate }: Figures) {
+function Advice({ settings, query, yours, auto, snapshotRate }: Figures) {
   const gain = auto.rowsPerS / yours.rowsPerS;
   const mixes = auto.mixing >= yours.mixing - 0.01 ? "mixes as well or better" : `mixes less (${percent(auto.mixing)})`;
   const verdict =
@@ -77,16 +79,28 @@ function Advice({ settings, yours, auto, snapshotRate }: Figures) {
           <b>More than one epoch?</b> A snapshot on local disk has no tiles: about <b>{rate(snapshotRate)} rows/s</b> with any
           chunk, even single rows.
         </li>
+        {nParts(query) > 1 && (
+          <li>
+            <b>Each of {whole(nParts(query))} parts is shuffled by itself</b>, so no size mixes better than{" "}
+            {percent(bestMixing(query))}: <code>shuffle_scope="global"</code> mixes the whole query.
+          </li>
+        )}
+        {settings.scope === "global" && auto.amplification > 1.5 && settings.ranks * Math.max(1, settings.workers) > 1 && (
+          <li>
+            <b>Ranks and workers need rows of the same tiles</b>: with “auto”, every tile is decoded {times(auto.amplification)} times
+            an epoch in all. A snapshot has no tiles.
+          </li>
+        )}
       </ul>
     </div>
   );
 }
 
-function Comparison({ settings, yours, auto, snapshotRate }: Figures) {
+function Comparison({ settings, query, yours, auto, snapshotRate }: Figures) {
   const memory = ({ readRows }: Way) => bytes(readRows * bytesPerRow(settings.nonZeros));
   const rows: [string, (way: Way) => string, string][] = [
     ["Rows/s", (way) => rate(way.rowsPerS), rate(snapshotRate)],
-    ["Mixing", (way) => percent(way.mixing), "100 %"],
+    ["Mixing", (way) => percent(way.mixing), percent(bestMixing(query))],
     ["Tiles decoded", (way) => `${times(way.amplification)} ×`, "none"],
     ["Chunk", (way) => whole(way.chunk), "any"],
     ["Window, rows", (way) => whole(way.window), "any"],

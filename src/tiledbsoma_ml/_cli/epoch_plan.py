@@ -14,7 +14,9 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._cli.query import check_selects, choose_measurement, filtering, open_experiment
 from tiledbsoma_ml._common import NDArrayJoinId, absolute_uri, check_count
+from tiledbsoma_ml._order.mixing import Labels
 from tiledbsoma_ml._order.plan import EpochPart, PartPlan
+from tiledbsoma_ml._order.quality import codes_of
 from tiledbsoma_ml._query_ids import Partition
 from tiledbsoma_ml.dataset import ExperimentDataset
 
@@ -43,6 +45,7 @@ class PlanOptions:
         world_size: Number of ranks.
         num_workers: Workers of each rank; with 0, each rank reads by itself.
         shuffle_scope: "partition" or "global".
+        column: Column of `obs` for whose labels the mixing is predicted; if None, for labels of a model.
         limit: Rows that are listed, at most.
     """
 
@@ -58,6 +61,7 @@ class PlanOptions:
     world_size: int
     num_workers: int
     shuffle_scope: str
+    column: str | None
     limit: int
 
     def __attrs_post_init__(self) -> None:
@@ -101,7 +105,6 @@ def plan_epoch(options: PlanOptions) -> Json:
     ]
     parts = [_part(part, options.limit // len(planned)) for part in planned]
     first = planned[0]
-    read_sizes, n_held = first.read_sizes(tile), dataset.iterations.n_rows_held()
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -109,13 +112,23 @@ def plan_epoch(options: PlanOptions) -> Json:
         "row_tile": tile,
         "settings": _settings(options, measurement_name, dataset),
         "sizes": {"chunk_rows": first.chunk_rows, "io_batch_rows": first.window_rows},
-        "predicted": {
-            "mixing": first.predicted_mixing,
-            "rows_held": n_held,
-            "read_amplification": read_sizes.predicted_amplification(n_held),
-        },
+        "predicted": _predicted(options, dataset, first),
         "is_whole": all(_n_listed(part) == part["n_rows"] for part in parts),
         "parts": parts,
+    }
+
+
+def _predicted(options: PlanOptions, dataset: ExperimentDataset, planned: PartPlan) -> Json:
+    """Return what is predicted, from the plan of a worker."""
+    joinids, column, labels = dataset.query_ids.obs_joinids, options.column, None
+    if column is not None:
+        labels = Labels.of_rows(codes_of(dataset.source.obs(joinids, [column])[column]))
+    n_held = dataset.iterations.n_rows_held()
+    return {
+        "mixing": planned.predicted_mixing(labels),
+        "global_mixing": planned.predicted_mixing(labels, "global"),
+        "rows_held": n_held,
+        "read_amplification": planned.read_sizes(dataset.source.row_tile).predicted_amplification(n_held),
     }
 
 

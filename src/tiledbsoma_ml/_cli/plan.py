@@ -59,6 +59,14 @@ Scope: TypeAlias = Annotated[
     ),
 ]
 
+Column: TypeAlias = Annotated[
+    str | None,
+    Option(
+        help="Column of obs for whose labels the mixing is predicted. Without it: labels like the datasets "
+        "of the Census."
+    ),
+]
+
 Limit: TypeAlias = Annotated[int, Option(help="Rows that --json lists at most: those that come first.")]
 
 
@@ -76,6 +84,7 @@ def plan(
     world_size: WorldSize = 1,
     num_workers: NumWorkers = 0,
     shuffle_scope: Scope = "partition",
+    column: Column = None,
     limit: Limit = 100_000,
 ) -> None:
     """Show which rows are read together, and which worker yields them.
@@ -87,6 +96,7 @@ def plan(
 
     - `tiledbsoma-ml plan lung.soma`
     - `tiledbsoma-ml plan lung.soma --shuffle-chunk-size auto --io-batch-size auto`
+    - `tiledbsoma-ml plan lung.soma --world-size 8 --column dataset_id`
     - `tiledbsoma-ml plan lung.soma --world-size 8 --json > plan.json`
     """
     with errors_in_one_line():
@@ -103,6 +113,7 @@ def plan(
             world_size=world_size,
             num_workers=num_workers,
             shuffle_scope=shuffle_scope,
+            column=column,
             limit=limit,
         )
         planned = plan_epoch(options)
@@ -128,7 +139,11 @@ def _show(planned: Json) -> None:
     times = f"{predicted['read_amplification']:.1f}"
     table.add_row("held at once", f"{predicted['rows_held']:,}", "rows, by the default memory_budget")
     table.add_row("tiles decoded", times, "times each, in an epoch; predicted")
-    table.add_row("mixing", f"{predicted['mixing']:.2f}", "of a true shuffle; predicted")
+    mixing = f"{predicted['mixing']:.2f}"
+    table.add_row("mixing", mixing, "of a true shuffle, in a mini-batch; predicted")
+    if settings["world_size"] > 1:
+        mixing = f"{predicted['global_mixing']:.2f}"
+        table.add_row("", mixing, "in those of all ranks in a step, together; predicted")
     console.print(table)
     table = Table("rank", "worker", "rows", "chunks", "IO batches", "mini-batches", box=box.SIMPLE)
     for part in parts[:MOST_SHOWN]:

@@ -5,6 +5,8 @@ A dataset has one `Plan`. In each epoch, each process that reads has one `PartPl
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
@@ -12,6 +14,7 @@ import attrs
 import numpy as np
 
 from tiledbsoma_ml._common import NDArrayJoinId, seeded_rng
+from tiledbsoma_ml._order.mixing import Batches, Labels, Sharing, predicted_mixing
 from tiledbsoma_ml._order.order import Chunked, Order, Stored, Tiled, chunk_starts, in_order, is_sorted
 from tiledbsoma_ml._order.reads import ReadSizes, chunks_per_tile, tile_rows
 from tiledbsoma_ml._order.share import ALONE, Deal, ShuffleScope, Spans, Stage
@@ -21,7 +24,7 @@ from tiledbsoma_ml._order.sizes import (
     Size,
     Sizes,
     choose_sizes,
-    predicted_mixing,
+    rows_per_chunk,
     window_borders,
 )
 from tiledbsoma_ml._order.windows import Windows, next_borders
@@ -95,8 +98,13 @@ class Plan:
         query = attrs.evolve(ids, partition=None)
         return self.of(EpochPart(ids=query, partition=ALONE, seed=seed, epoch=epoch)).io_batches()
 
-    def sizes(self, ids: QueryIDs, world_size: int = 1) -> Sizes:
-        """Return the sizes that "auto" stands for, if `world_size` ranks share the rows."""
+    def sizes(self, ids: QueryIDs, sharing: Sharing | None = None) -> Sizes:
+        """Return the sizes that "auto" stands for.
+
+        Args:
+            ids: The rows that are shuffled together.
+            sharing: The ranks and workers that share the query; if None, one process has all rows.
+        """
         assert self.layout is not None
         window_rows = self.io_batch_size
         if window_rows == "auto":
@@ -110,9 +118,8 @@ class Plan:
             in_order(ids.obs_joinids),
             layout=self.layout,
             window_rows=window_rows,
-            batch_size=self.batch_size,
             mixing=self.mixing,
-            world_size=world_size,
+            sharing=sharing or Sharing(n_rows=len(ids.obs_joinids), batch_size=self.batch_size),
         )
 
 
@@ -259,7 +266,7 @@ class PartPlan:
     @cached_property
     def sizes(self) -> Sizes | None:
         """The sizes that "auto" stands for; None if no size is "auto"."""
-        return self.plan.sizes(self.ids, self._world_size) if self.plan.is_auto else None
+        return self.plan.sizes(self.ids, self.sharing) if self.plan.is_auto else None
 
     @property
     def chunk_rows(self) -> int:
@@ -283,21 +290,61 @@ class PartPlan:
             return -(-sizes.window_rows // plan.shuffle_chunk_size) * plan.shuffle_chunk_size
         return sizes.window_rows
 
+    def predicted_mixing(self, labels: Labels | None = None, batches: Batches = "mean") -> float:
+        """Return the predicted mixing of the mini-batches of an epoch.
+
+        Args:
+            labels: The labels of the rows of the whole query; see the function `predicted_mixing`.
+            batches: See `Batches`.
+        """
+        size, scope = self.plan.shuffle_chunk_size, self.plan.scope
+        if size is None:  # a mini-batch has neighbouring rows
+            chunk_rows, n_windows = float(self.plan.batch_size), {self.plan.batch_size: 1}
+        else:
+            chunk_rows, n_windows = self._mean_chunk_rows, self._n_windows_by_rows
+        predicted = partial(
+            predicted_mixing,
+            self.sharing,
+            chunk_rows=chunk_rows,
+            labels=labels,
+            batches=batches,
+            ends_with_chunk=size is None or (size == "auto" and scope == "partition"),
+        )
+        weights = {rows: n * rows for rows, n in n_windows.items() if n * rows}
+        mixing = sum(n * predicted(window_rows=rows) for rows, n in weights.items())
+        return mixing / sum(weights.values()) if weights else 1.0
+
     @property
-    def predicted_mixing(self) -> float:
-        """The predicted mixing of mini-batches; see the function `predicted_mixing`."""
-        n_rows = max(1, len(self.ids.obs_joinids) // self._world_size)
-        if self.window_rows >= n_rows:
-            return 1.0
-        n_chunks = self.window_rows / min(self.chunk_rows, n_rows)
-        return predicted_mixing(n_chunks, self.plan.batch_size)
+    def _mean_chunk_rows(self) -> float:
+        """Mean number of rows of the query in a chunk."""
+        if self.plan.shuffle_chunk_size != "auto":
+            return self.chunk_rows
+        return rows_per_chunk(in_order(self.ids.obs_joinids), self.chunk_rows)
+
+    @property
+    def _n_windows_by_rows(self) -> dict[int, int]:
+        """The number of windows of a rank or part for each number of rows, before they end with chunks."""
+        n_rows = math.ceil(len(self.ids.obs_joinids) / self._world_size)
+        if self.sizes is None:
+            return {self.window_rows: n_rows // self.window_rows, n_rows % self.window_rows: 1}
+        return Counter(np.diff(window_borders(n_rows, self.sizes), prepend=0).tolist())
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """The ranks and workers that share the query: those that began the epoch."""
+        earlier, partition = self.part.earlier, self.part.partition
+        return Sharing(
+            n_rows=len(self.part.ids.obs_joinids),
+            batch_size=self.plan.batch_size,
+            scope=self.plan.scope,
+            world_size=earlier[0].world_size if earlier else partition.world_size,
+            n_workers=partition.n_workers,
+        )
 
     @property
     def _world_size(self) -> int:
-        """Number of ranks that began the epoch, for which windows are cut."""
-        if self.part.earlier:
-            return self.part.earlier[0].world_size
-        return self._deal.own(self.part.partition)[1].world_size
+        """Number of ranks among which the rows that are shuffled together are divided."""
+        return self.sharing.world_size if self.plan.scope == "global" else 1
 
     @cached_property
     def _windows(self) -> Windows:

@@ -1,31 +1,31 @@
-"""The sizes that "auto" stands for, and the prediction of mixing behind them.
+"""The sizes that "auto" stands for.
 
-The sizes depend only on the joinids, the layout of the layer, and the budget of memory. So all processes
-choose the same sizes. The page `shuffle_viz` has the same formulas in TypeScript.
+The sizes depend only on the joinids, the layout of the layer, the budget of memory, and the number of ranks;
+in the scope "partition", also on the number of workers. So all processes choose the same sizes. The page
+`shuffle_viz` has the same formulas in TypeScript.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
-from statistics import NormalDist
 from typing import Literal, TypeAlias
 
 import attrs
 import numpy as np
 
 from tiledbsoma_ml._common import NDArrayJoinId
+from tiledbsoma_ml._order.mixing import Sharing, predicted_mixing
 from tiledbsoma_ml._order.order import chunk_starts
 
 Size: TypeAlias = int | Literal["auto"]
 """A number of rows, or "auto"."""
 
-REFERENCE_CHUNKS = 1024
-"""Number of chunks of a window with the default sizes (65,536 rows in chunks of 64).
+DEFAULT_CHUNK, DEFAULT_WINDOW = 64, 65_536
+"""The default sizes, in rows; "auto" mixes as well as they do."""
 
-"auto" mixes as well as such a window.
-"""
+CENSUS_ROWS = 20_000_000
+"""Rows of a query that is far larger than a window; "auto" mixes as well as the default sizes mix it."""
 
 TOLERANCE = 0.005
 """Difference in predicted mixing that does not matter: the prediction is accurate to about one hundredth."""
@@ -68,7 +68,7 @@ class Sizes:
         window_rows: Rows of a window, without the rest of the chunk at its end.
         first_window_rows: Rows of the first window, for which training waits. Each window after it is twice
             as large, up to `window_rows`.
-        mixing: The predicted mixing; see `predicted_mixing`.
+        mixing: The predicted mixing of the windows of `window_rows`; see `predicted_mixing`.
     """
 
     run_length: int
@@ -78,40 +78,57 @@ class Sizes:
 
 
 def choose_sizes(
-    sorted_joinids: NDArrayJoinId,
-    *,
-    layout: Layout,
-    window_rows: int,
-    batch_size: int,
-    mixing: float | None,
-    world_size: int,
+    sorted_joinids: NDArrayJoinId, *, layout: Layout, window_rows: int, mixing: float | None, sharing: Sharing
 ) -> Sizes:
     """Return the longest runs, up to whole tiles, that reach a mixing, and the sizes of windows for them.
 
     Args:
-        sorted_joinids: The joinids of the rows.
+        sorted_joinids: The joinids of the rows that are shuffled together: those of the query or of a part.
         layout: The layout of the layer.
         window_rows: Largest number of rows of a window.
-        batch_size: Rows per mini-batch.
-        mixing: The mixing to reach; if None, that of the default sizes.
-        world_size: Number of ranks that share the rows.
+        mixing: The mixing to reach, as a share of what the scope allows; if None, see `_mixing_of_defaults`.
+        sharing: The whole query, and the ranks and workers that share it.
     """
+    is_global = sharing.scope == "global"
     window_rows = max(1, window_rows if layout.row_tile > 1 else min(window_rows, ENOUGH_ROWS))
-    n_rows = math.ceil(len(sorted_joinids) / world_size)
+    n_rows = math.ceil(len(sorted_joinids) / (sharing.world_size if is_global else 1))
     n_windows = max(1, math.ceil(n_rows / window_rows))
     rows = math.ceil(n_rows / n_windows)
-    if n_windows == 1 or layout.row_tile == 1:
-        return Sizes(run_length=layout.row_tile, window_rows=rows, first_window_rows=rows, mixing=1.0)
-    target = predicted_mixing(REFERENCE_CHUNKS, batch_size) - TOLERANCE if mixing is None else mixing
+
+    def predicted(chunk_rows: float, window_rows: float) -> float:
+        return predicted_mixing(
+            sharing, chunk_rows=chunk_rows, window_rows=window_rows, ends_with_chunk=not is_global
+        )
+
+    run_length, most = layout.row_tile, predicted(1, n_rows)
+    holds_all = n_windows == 1 and not (is_global and sharing.world_size > 1)
+    if holds_all or layout.row_tile == 1:
+        return Sizes(run_length=run_length, window_rows=rows, first_window_rows=rows, mixing=most)
+    target = mixing * most if mixing is not None else _mixing_of_defaults(sharing, most) - TOLERANCE
     for run_length in _run_lengths(layout.row_tile):
-        per_chunk = _rows_per_chunk(sorted_joinids, run_length)
-        reached = predicted_mixing(rows / per_chunk, batch_size)
+        per_chunk = rows_per_chunk(sorted_joinids, run_length)
+        reached = predicted(per_chunk, rows)
         if reached >= target:
             break
     first = rows
-    while first > 4 * batch_size and predicted_mixing(first / 2 / per_chunk, batch_size) >= target:
+    while first > 4 * sharing.batch_size and predicted(per_chunk, first / 2) >= target:
         first //= 2
     return Sizes(run_length=run_length, window_rows=rows, first_window_rows=first, mixing=reached)
+
+
+def _mixing_of_defaults(sharing: Sharing, most: float) -> float:
+    """Return the predicted mixing of the default sizes, but no more than they reach in large queries.
+
+    Args:
+        sharing: See `choose_sizes`.
+        most: The mixing that the scope allows.
+    """
+    large = Sharing(n_rows=CENSUS_ROWS, batch_size=sharing.batch_size)
+    here, there = (
+        predicted_mixing(query, chunk_rows=DEFAULT_CHUNK, window_rows=DEFAULT_WINDOW)
+        for query in (sharing, large)
+    )
+    return min(here, there * most)
 
 
 def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
@@ -125,30 +142,6 @@ def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
     return [*borders[1:], *even[1:]]
 
 
-def predicted_mixing(n_chunks: float, batch_size: int) -> float:
-    """Return the mean entropy of labels in a mini-batch as a share of that in a truly random mini-batch.
-
-    The labels come from a model of the CELLxGENE Census: 900 datasets of log-normal size, stored one after
-    the other, so that a chunk has one label. A mini-batch of `batch_size` rows from a window of `n_chunks`
-    chunks is as diverse as one of `1 / (1 / n_chunks + 1 / batch_size)` rows from the whole query. If
-    `batch_size` is below 16, the entropy of 16 neighbouring rows is returned, because few rows say little.
-    """
-    size = min(max(batch_size, 16), 4096)
-    return max(0.0, float(_entropy(1 / (1 / n_chunks + 1 / size)) / _entropy(size)))
-
-
-@lru_cache(maxsize=1024)
-def _entropy(n_draws: float) -> float:
-    """Return the expected entropy, in nats, of the labels of rows drawn at random from the model."""
-    quantiles = (np.arange(900) + 0.5) / 900
-    share = np.exp(1.5 * np.array([NormalDist().inv_cdf(q) for q in quantiles]))
-    expected = n_draws * (share / share.sum())[:, np.newaxis]
-    k = np.arange(1, 600)
-    log_factorial = np.cumsum(np.log(k))
-    poisson = np.exp(k * np.log(expected) - expected - log_factorial)
-    return math.log(n_draws) - float((poisson * (k * np.log(k))).sum()) / n_draws
-
-
 def _run_lengths(row_tile: int) -> Iterator[int]:
     """Yield the lengths that divide a tile evenly by powers of two, longest first."""
     length = row_tile
@@ -158,7 +151,7 @@ def _run_lengths(row_tile: int) -> Iterator[int]:
         yield length
 
 
-def _rows_per_chunk(sorted_joinids: NDArrayJoinId, run_length: int) -> float:
+def rows_per_chunk(sorted_joinids: NDArrayJoinId, run_length: int) -> float:
     """Return the mean number of joinids per chunk, counted on samples if there are many joinids."""
     size, n_samples = 2**14, 64
     if len(sorted_joinids) <= size * n_samples:
