@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from stores import (
     make_experiment,
 )
 from tiledbsoma_ml import Snapshot, XLocator
+from tiledbsoma_ml._kernels.jit import waiting
 from windows import N_ROWS, TILE
 
 # A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
@@ -35,6 +37,9 @@ os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE
 
 # What `stores.workers` start has this imported; see there.
 multiprocessing.set_forkserver_preload(["tiledbsoma_ml"])
+
+# Loops are compiled in whichever test needs them first: no test of the log should find the line that tells it.
+waiting.seconds = math.inf
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")

@@ -11,7 +11,7 @@ import numba
 import pytest
 
 import tiledbsoma_ml
-from tiledbsoma_ml._kernels.jit import jit
+from tiledbsoma_ml._kernels.jit import Waiting, jit, waiting
 
 # The package without what its `__init__` imports, which takes seconds.
 ALONE = f"""
@@ -44,6 +44,27 @@ def hits_misses_and_dtypes(process: subprocess.Popen[bytes]) -> list[int | str]:
 def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path) -> None:
     assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [0, 1, "uint32"]
     assert hits_misses_and_dtypes(count_one_row(tmp_path, "uint32")) == [1, 0, "uint32"]
+
+
+def test_a_long_wait_for_the_compiler_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    told = Waiting(told_after_s=2.0)
+    for seconds in (1.9, 0.2, 3.0):
+        told.add(seconds, "/some/folder")
+    [line] = caplog.messages
+    assert "compiles its loops for this machine, which takes some seconds once" in line
+    assert "/some/folder" in line
+
+
+def test_what_is_compiled_counts_and_what_is_read_from_disk_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(waiting, "seconds", 0.0)
+    seconds = [waiting.seconds]
+    for _ in range(2):
+        jit(add_one)(1)
+        seconds.append(waiting.seconds)
+    assert seconds[0] < seconds[1] == seconds[2]
 
 
 def cut(content: bytes) -> bytes:

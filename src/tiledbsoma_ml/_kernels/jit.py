@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from tiledbsoma_ml._threads import hold_at_forks
 
+logger = logging.getLogger("tiledbsoma_ml")
+
 _Loop = TypeVar("_Loop", bound=Callable[..., Any])
 
 _NO_LOCK = OSError, NotImplementedError
@@ -25,6 +29,32 @@ MAX_WAIT_S = 60.0
 """Longest wait for the lock. Its holder needs milliseconds, unless that process was stopped."""
 
 DIGEST_BYTES = 16
+
+
+class Waiting:
+    """The time that a process compiles, which is told once, when it gets long.
+
+    Args:
+        told_after_s: Seconds of compiling after which a line of the log tells it.
+    """
+
+    def __init__(self, told_after_s: float = 2.0) -> None:
+        self._told_after_s = told_after_s
+        self.seconds = 0.0
+
+    def add(self, seconds: float, folder: str) -> None:
+        """Count the seconds of one more loop, whose machine code is kept in a folder."""
+        was_short = self.seconds < self._told_after_s
+        self.seconds += seconds
+        if was_short and self.seconds >= self._told_after_s:
+            logger.warning(
+                "tiledbsoma_ml compiles its loops for this machine, which takes some seconds once; "
+                "they are kept in %s (NUMBA_CACHE_DIR names another folder)",
+                folder,
+            )
+
+
+waiting = Waiting()
 
 
 class _WholeFiles(IndexDataCacheFile):  # type: ignore[misc]
@@ -75,13 +105,18 @@ class _OneAtATime(FunctionCache):  # type: ignore[misc]
             source_stamp=self._impl.locator.get_source_stamp(),
         )
         self._lock_path = Path(self.cache_path) / "tiledbsoma_ml.lock"
+        self._began: float | None = None
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = None
         with suppress(*_NO_LOCK), FileLock(self._lock_path, timeout=MAX_WAIT_S):
-            return super().load_overload(sig, target_context)
-        return None
+            found = super().load_overload(sig, target_context)
+        self._began = time.perf_counter() if found is None else None
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        if self._began is not None:
+            waiting.add(time.perf_counter() - self._began, self.cache_path)
         with suppress(*_NO_LOCK), FileLock(self._lock_path, timeout=MAX_WAIT_S):
             super().save_overload(sig, data)
 
