@@ -38,7 +38,7 @@ os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE
 # What `stores.workers` start has this imported; see there.
 multiprocessing.set_forkserver_preload(["tiledbsoma_ml"])
 
-# Loops are compiled in whichever test needs them first: no test of the log should find the line that tells it.
+# Whichever test needs loops first compiles them: no test of the log should find the line that tells it.
 waiting.seconds = math.inf
 
 settings.register_profile("default", deadline=None, print_blob=True)
