@@ -63,6 +63,8 @@ def measure_epoch(
             if usage.seconds() > limit_s:
                 break
         seconds = usage.seconds()
+    if not n_batches:
+        raise ValueError("no mini-batch came")
     record = {"rows": rows, "n_batches": n_batches, "seconds": seconds, "first_s": first_s, **usage.record()}
     return record if nnz is None else {**record, "nnz": nnz}
 

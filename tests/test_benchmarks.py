@@ -325,3 +325,26 @@ def test_mixing_is_one_for_a_random_order_and_nought_for_sorted_labels(harness):
     assert mixing(labels, np.split(ids, 10), ids) == pytest.approx(0, abs=1e-9)
     shuffled = np.random.default_rng(1).permutation(ids)
     assert mixing(labels, np.split(shuffled, 10), ids) == pytest.approx(1, abs=0.01)
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(harness, tmp_path, monkeypatch, capsys):
+    gpu = harness("gpu")
+    monkeypatch.setitem(sys.modules, "scvi.model", None)  # the test of training with scVI runs that part
+    size = ["--rows=500", "--genes=300", "--batch-size=64", "--limit-s=0.1"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device=cpu", *size, f"--data-dir={tmp_path}"])
+
+    gpu.main()
+
+    result = json.loads(capsys.readouterr().out)
+    assert result["data"]["rows"] == 500
+    assert len(result["cases"]) == 3
+    assert all(case["rows_per_s"] > 0 for case in result["cases"].values())
+    assert result["scvi"]["status"] == "not installed"
+    assert result["bytes_per_row_at_least"]["dense"] == 1200
+
+
+def test_bytes_sent_to_a_device_are_those_of_copies_to_it(harness):
+    copies = {"Memcpy HtoD (Pinned -> Device)": 100, "Memcpy HtoD (Pageable -> Device)": 20, "Memcpy DtoH": 3}
+    events = [{"name": name, "args": {"bytes": size}} for name, size in copies.items()]
+
+    assert harness("gpu").sent_bytes({"traceEvents": [{"ph": "M"}, *events]}) == 120

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import importlib
 import subprocess
 import sys
 import warnings
@@ -39,6 +41,18 @@ def test_scvi_trains_and_validates_and_keeps_the_indices(uri: str) -> None:
     assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
     assert (len(model.train_indices), len(model.validation_indices)) == (300, 100)
     assert model.get_elbo(dataloader=datamodule.inference_dataloader()) < 0
+
+
+def test_the_benchmark_for_a_gpu_tells_how_long_scvi_waits_for_data(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    gpu: Any = importlib.import_module("gpu")
+    options = argparse.Namespace(batch_size=64, device=torch.device("cpu"), limit_s=0.1)
+    with query(uri) as found:
+        told = gpu.scvi_waits(found, tmp_path / "cells.snapshot", options)
+    assert min(told["rows_per_s"], told["rows_per_s_without_data"]) > 0
+    assert 0 <= told["share_waiting"] < 1
 
 
 def test_scvi_without_a_registry_is_as_good_as_one_with_it_once_it_is_trained(
