@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -109,63 +108,6 @@ def test_one_size_may_be_auto_and_the_other_a_number(large: Store) -> None:
     lengths = [len(window) for window in windows]
     assert max(lengths) < 100 + run
     assert sum(lengths) == N_ROWS
-
-
-# What the log says ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """Return what was logged since the last call."""
-    caplog.set_level(logging.INFO, logger="tiledbsoma_ml")
-
-    def lines() -> list[str]:
-        assert {(record.name, record.levelname) for record in caplog.records} <= {("tiledbsoma_ml", "INFO")}
-        messages = [record.getMessage() for record in caplog.records]
-        caplog.clear()
-        return messages
-
-    return lines
-
-
-def test_the_log_says_what_auto_stands_for(large: Store, log: Callable[[], list[str]]) -> None:
-    dataset = dataset_of(large, windows_bytes=SMALL, mixing=0.9)
-    sizes = dataset.plan.sizes(dataset.query_ids)
-    [line] = log()
-    found = re.fullmatch(
-        r"runs of (\d+) rows in windows of (\d+) rows \((\d+) MiB\): mixing (0\.\d\d) of random is predicted",
-        line,
-    )
-    assert found is not None
-    assert [int(found[1]), int(found[2])] == [sizes.run_length, sizes.window_rows]
-    assert float(found[4]) == pytest.approx(sizes.mixing, abs=0.005)
-    assert float(found[4]) >= 0.9
-    joinids_of(dataset)
-    assert log() == []
-
-
-def test_the_log_says_so_where_a_window_holds_the_query(large: Store, log: Callable[[], list[str]]) -> None:
-    plan(dataset_of(large))
-    assert log() == ["runs of 32 rows in windows of 2,000 rows (0 MiB): mixing 1.00 of random is predicted"]
-
-
-def test_sizes_that_are_given_or_order_nothing_are_not_worth_a_line(
-    large: Store, log: Callable[[], list[str]]
-) -> None:
-    plan(dataset_of(large, shuffle_chunk_size=2, io_batch_size=64))
-    plan(dataset_of(large, shuffle=False))
-    plan(dataset_of(large, [], **AUTO))
-    for part in dataset_of(large, []).random_split(0.5, 0.5):
-        plan(part)
-    assert log() == []
-
-
-def test_the_log_says_the_runs_that_were_asked_for_where_the_window_alone_is_auto(
-    large: Store, log: Callable[[], list[str]]
-) -> None:
-    plan(dataset_of(large, windows_bytes=SMALL, shuffle_chunk_size=4, batch_size=8))
-    [line] = log()
-    assert line.startswith("runs of 4 rows in windows of ")
 
 
 # Bad input ------------------------------------------------------------------------------------------------

@@ -132,18 +132,3 @@ def test_replaced_functions_tell_the_ranks_and_nothing_is_agreed_on_without_a_gr
     for options in ({}, {"seed": 1}, {"seed": 1, "shuffle_scope": "global"}):
         loader = experiment_dataloader(store.dataset(range(40), shuffle=False, **options))
         assert [row for _, obs in loader for row in obs["soma_joinid"]] == list(range(20, 40))
-
-
-def test_parts_are_told_once_what_one_shuffle_would_give(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with caplog.at_level("INFO", logger="tiledbsoma_ml"):
-        dataset = store.dataset(seed=1)
-        next(iter(dataset))
-        next(iter(dataset))
-        next(iter(store.dataset(seed=1, shuffle_scope="global")))
-    told = [message for message in caplog.messages if "shuffle_scope='partition' shuffles each" in message]
-    assert len(told) == 1
-    assert "of the 2 parts" in told[0]

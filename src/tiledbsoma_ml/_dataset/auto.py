@@ -1,8 +1,7 @@
-"""What "auto" stands for with a source and a budget: found out, checked, and told."""
+"""What "auto" stands for with a source and a budget: found out, and checked."""
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from typing import Any
@@ -14,8 +13,6 @@ from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._source import Source
-
-logger = logging.getLogger("tiledbsoma_ml")
 
 
 class LazyPlan:
@@ -47,7 +44,6 @@ class LazyPlan:
                 plan = self._asked
                 if self._ids is not None and self._source is not None:
                     plan = with_layout(plan, self._source, self._ids, self._budget)
-                    log_sizes(plan, self._ids)
                 self._plan, self._ids, self._source = plan, None, None
             return self._plan
 
@@ -103,18 +99,3 @@ def _check_holds_a_tile(layout: Layout, n_rows: int, budget: Budget) -> None:
         f"memory_budget={budget.total / 2**20:.0f} MiB must hold {batches}{tile} beside buffers, "
         f"{needed} MiB; {way_out}"
     )
-
-
-def log_sizes(plan: Plan, ids: QueryIDs) -> None:
-    """Tell, at the level INFO, what "auto" stands for."""
-    chunk, n_rows = plan.shuffle_chunk_size, len(ids.obs_joinids)
-    if not n_rows or chunk is None or plan.layout is None or not logger.isEnabledFor(logging.INFO):
-        return
-    sizes = plan.sizes(ids)
-    window_mib = sizes.window_rows * plan.layout.bytes_per_row / 2**20
-    window = f"windows of {sizes.window_rows:,} rows ({window_mib:.0f} MiB)"
-    if chunk == "auto":
-        chose = f"runs of {sizes.run_length:,} rows in {window}"
-        logger.info("%s: mixing %.2f of random is predicted", chose, sizes.mixing)
-    else:
-        logger.info("runs of %d rows in %s", chunk, window)

@@ -22,6 +22,7 @@ import torch
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import check_count
 from tiledbsoma_ml._dataset.auto import LazyPlan, held_layout
+from tiledbsoma_ml._dataset.log import is_log_read, log_order
 from tiledbsoma_ml._dataset.options import Options
 from tiledbsoma_ml._distributed import (
     dealt_again_by,
@@ -33,7 +34,6 @@ from tiledbsoma_ml._epoch.agreement import (
     check_a_row_each,
     check_dealt_once,
     check_seed_of_all,
-    log_parts,
 )
 from tiledbsoma_ml._epoch.position import Position
 from tiledbsoma_ml._epoch.progress import Epochs, Iteration, LoadedPosition, Progress, WorkerStart
@@ -73,10 +73,7 @@ class Iterations:
 
     @property
     def plan(self) -> Plan:
-        """In which order rows come and what is read together, with what "auto" stands for.
-
-        That is found out when it is first asked for; a snapshot that it depends on is made.
-        """
+        """The order of rows, found out when it is first asked for; a snapshot that it needs is made."""
         return self._plan.get()
 
     @property
@@ -202,6 +199,7 @@ class Iterations:
         position = Position(epoch=epoch) if loaded is None else loaded.position
         if not in_worker:
             self._agree(0, position)
+            self._log_order(0)
         elif self.options.shuffle:
             scope = self.options.shuffle_scope
             check_seed_of_all(self.options.seed, scope=scope, world_size=partition.world_size)
@@ -230,6 +228,7 @@ class Iterations:
         self._agree(num_workers, position)
         self.source.prepare()
         self._plan.get()  # which forked workers would find out each by itself
+        self._log_order(num_workers)
         iteration = progress.begin(self._iteration_of_workers(position, num_workers, loaded))
         self._worker_start = WorkerStart(self.ranks, position, progress.publish(epoch))
         try:
@@ -324,8 +323,12 @@ class Iterations:
                 are_told=options.ranks is not None,
                 is_first=self._is_first,
             )
-        if options.shuffle and options.shuffle_scope == "partition" and self._is_first:
-            log_parts(world_size, max(num_workers, 1))
+
+    def _log_order(self, num_workers: int) -> None:
+        """Log, when the first epoch begins, how the rows are mixed."""
+        if self._is_first and is_log_read():
+            part = self.parts_of_workers(Position(epoch=0), num_workers)[0]
+            log_order(self.plan.of(part), self.source)
         self._is_first = False
 
     def _shared_by_ranks(self, position: Position, n_workers: int) -> dict[str, Any]:

@@ -110,16 +110,6 @@ def check_a_row_each(n_rows: int, world_size: int) -> None:
         )
 
 
-def log_parts(world_size: int, n_workers: int) -> None:
-    """Log what the scope "partition" means, if several workers or ranks share the rows."""
-    if world_size * n_workers > 1:
-        logger.info(
-            "shuffle_scope='partition' shuffles each of the %d parts of ranks and workers by itself, of the "
-            "same rows in every epoch; 'global' shuffles the whole query and deals it anew each time",
-            world_size * n_workers,
-        )
-
-
 def _store() -> Any:
     """Return the store of the process group; None if there is no group, whatever `is_initialized` says."""
     distributed = torch.distributed
