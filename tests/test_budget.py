@@ -105,7 +105,10 @@ def test_a_string_of_too_many_digits_is_refused_in_one_sentence() -> None:
 @example(total=MIN_BUDGET, is_remote=False)
 def test_the_parts_of_a_budget_are_within_it(total: int, is_remote: bool) -> None:
     budget = Budget(total, is_remote)
-    assert budget.windows + budget.tiledb + 9 * budget.buffer + min(FIXED_BYTES, total // 2) <= total
+    assert 1 <= budget.streams <= (4 if is_remote else 1)
+    buffers = 9 * budget.buffer * budget.streams
+    assert budget.windows + budget.tiledb + buffers + min(FIXED_BYTES, total // 2) <= total
+    assert 16 * MIB <= budget.tiledb_of_stream <= budget.tiledb
     assert 16 * MIB <= budget.tiledb <= total / 4
     assert MIB <= budget.buffer <= total / 64
 

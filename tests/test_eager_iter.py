@@ -3,12 +3,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap
+from tiledbsoma_ml._eager_iter import EagerIterator, EagerMap, interleaved
 
 LONG = 1_000  # seconds; only a failure waits as long
 
@@ -266,3 +267,39 @@ def test_closing_a_map_waits_for_what_is_computed_and_drops_the_rest() -> None:
     closing.join(LONG)
     assert done == [0]
     assert next(results, "end") == "end"
+
+
+# Several iterators ----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers()), max_size=5))
+def test_interleaved_iterators_give_all_of_their_items_in_turn(items: list[list[int]]) -> None:
+    rounds = [list(filter(None, row)) for row in zip_longest(*([(i,) for i in some] for some in items))]
+    assert list(interleaved([iter(some) for some in items])) == [i for row in rounds for (i,) in row]
+
+
+def test_all_interleaved_iterators_are_advanced_at_once() -> None:
+    meeting = threading.Barrier(4)
+
+    def items() -> Iterator[int]:
+        meeting.wait(LONG)
+        yield 0
+
+    assert list(interleaved([items() for _ in range(4)])) == [0, 0, 0, 0]
+
+
+def test_an_exception_of_an_interleaved_iterator_is_raised_and_all_are_closed() -> None:
+    iterators = [Counting(3), Counting(1, OSError("no luck")), Counting(3)]
+    found = interleaved(iterators)
+    assert [next(found) for _ in range(4)] == [0, 0, 0, 1]
+    with pytest.raises(OSError, match="no luck"):
+        next(found)
+    assert all(iterator.n_closed for iterator in iterators)
+
+
+def test_leaving_closes_all_interleaved_iterators() -> None:
+    iterators = [Counting(3), Counting(3)]
+    found = interleaved(iterators)
+    next(found)
+    found.close()
+    assert all(iterator.n_closed for iterator in iterators)

@@ -17,6 +17,13 @@ def test_names_in_a_folder_are_listed_by_path_and_by_uri(tmp_path: Path) -> None
         assert vfs.names(str(tmp_path / "none")) == []
 
 
+def test_a_request_takes_a_time(tmp_path: Path) -> None:
+    with open_vfs({}) as vfs:
+        assert 0 < vfs.latency(str(tmp_path)) < 60
+        with pytest.raises(OSError, match="TileDB cannot list: tiledb://somebody/array"):
+            vfs.latency("tiledb://somebody/array")
+
+
 def test_what_cannot_be_listed_is_an_os_error() -> None:
     config = {"vfs.s3.region": "eu-west-1", "soma.init_buffer_bytes": 10.0}
     with pytest.raises(OSError, match="TileDB cannot list: tiledb://somebody/array"), open_vfs(config) as vfs:

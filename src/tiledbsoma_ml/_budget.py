@@ -16,6 +16,9 @@ MIN_BUDGET = 64 * 2**20
 FIXED_BYTES = 128 * 2**20
 """Memory of an open experiment, of columns of `obs` and of mini-batches that are read ahead, rounded up."""
 
+MAX_STREAMS = 4
+"""Largest number of streams in which a read from an object store is fetched."""
+
 MALLOC_BYTES = 128 * 2**20
 """Freed memory that malloc may keep, if the budget is 1 GiB or more."""
 
@@ -80,6 +83,11 @@ class Budget:
     use_eager_fetch: bool = True
 
     @property
+    def streams(self) -> int:
+        """Largest number of streams in which rows of a read are fetched at once, to hide latency."""
+        return min(max(self.total // 2**29, 1), MAX_STREAMS) if self.is_remote else 1
+
+    @property
     def tiledb(self) -> int:
         """Memory in which TileDB decodes tiles. It fetches as many at once as fit, which hides latency.
 
@@ -90,15 +98,25 @@ class Budget:
         return min(max(self.total // share, 16 * 2**20), most * 2**20)
 
     @property
+    def tiledb_of_stream(self) -> int:
+        """Memory in which TileDB decodes the tiles of one stream."""
+        return max(self.tiledb // self.streams, 16 * 2**20)
+
+    @property
     def buffer(self) -> int:
-        """Size of one of TileDB's result buffers. A set has three, and three sets can exist at once."""
+        """Size of one of TileDB's result buffers.
+
+        A set has three, and each stream can have three sets at once.
+        """
         return min(max(self.total // 128, 2**20), 8 * 2**20)
 
     @property
     def windows(self) -> int:
         """Memory that is left for the rows of all windows together."""
         fixed = min(FIXED_BYTES, self.total // 2)
-        others = self.tiledb + 9 * self.buffer + fixed + self._malloc_bytes + self.mini_batch_bytes
+        others = (
+            self.tiledb + 9 * self.buffer * self.streams + fixed + self._malloc_bytes + self.mini_batch_bytes
+        )
         return int(self.total * 0.95) - others
 
     def share_of_windows(self, n_bytes: int | None = None) -> WindowShare:

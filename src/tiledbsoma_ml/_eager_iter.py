@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import islice
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -76,6 +78,17 @@ class EagerIterator(Iterator[_T], Generic[_T]):
                 return (next(self._iterator),)
             except StopIteration:
                 return None
+
+
+def interleaved(iterators: Sequence[Iterator[_T]]) -> Generator[_T, None, None]:
+    """Yield an item of each iterator in turn; each computes its next item on a thread of its own."""
+    with ExitStack() as stack:
+        waiting = deque(stack.enter_context(EagerIterator(iterator)) for iterator in iterators)
+        while waiting:
+            iterator = waiting.popleft()
+            for item in islice(iterator, 1):
+                waiting.append(iterator)
+                yield item
 
 
 class EagerMap(Iterator[_T], Generic[_S, _T]):

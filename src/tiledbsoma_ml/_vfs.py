@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -41,6 +42,23 @@ class VFS:
         if is_there.value:
             _check(library.tiledb_vfs_ls(self._context, self._vfs, folder, _ON_NAME(on_name), None), uri)
         return sorted(found)
+
+    def latency(self, uri: str) -> float:
+        """Return how many seconds a request takes; the first one may have to connect.
+
+        Raises:
+            OSError: If the folder cannot be asked for.
+        """
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            is_there = ctypes.c_int32()
+            status = _library().tiledb_vfs_is_dir(
+                self._context, self._vfs, uri.encode(), ctypes.byref(is_there)
+            )
+            _check(status, uri)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
 
 
 @contextmanager

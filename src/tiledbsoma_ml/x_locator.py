@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -83,13 +84,21 @@ class XLocator:
             keep_freed_memory()
         sizes = _buffer_sizes(self.tiledb_config, budget)
         config = {**self.tiledb_config, **sizes}
+        if self.is_remote and str(config.get(_IO_LEVEL, os.cpu_count())) == str(os.cpu_count()):
+            config[_IO_LEVEL] = IO_THREADS
         with ExitStack() as stack:
             X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
             is_ours = "sm.mem.total_budget" in sizes
-            if is_ours and (least := _least_total_budget([X, obs], config)) > budget.tiledb:
+            if is_ours and (least := _least_total_budget([X, obs], config)) > budget.tiledb_of_stream:
                 config["sm.mem.total_budget"] = least
                 X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
             yield X, obs
+
+    def latency(self) -> float:
+        """Return how many seconds a request takes; 0 if it cannot be measured."""
+        with suppress(OSError), open_vfs(self.tiledb_config) as vfs:
+            return vfs.latency(self.uri)
+        return 0.0
 
     def _arrays(
         self, experiment: soma.Experiment
@@ -121,6 +130,11 @@ class XLocator:
 TEXT_BYTES = 48
 """Estimated memory of a value of a text dimension."""
 
+IO_THREADS = 16
+"""Threads on which TileDB waits for an object store. Its default is the number of cores."""
+
+_IO_LEVEL = "sm.io_concurrency_level"
+
 _TILEDB_DEFAULTS = {"soma.init_buffer_bytes": 2**30, "sm.mem.total_budget": 10 * 2**30}
 
 
@@ -134,7 +148,7 @@ def _buffer_sizes(config: dict[str, str | float], budget: Budget) -> dict[str, s
             raise ValueError(
                 f"tiledb_config[{name!r}]={config[name]!r} must be a number of bytes; leave it out."
             )
-    ours = {"soma.init_buffer_bytes": budget.buffer, "sm.mem.total_budget": budget.tiledb}
+    ours = {"soma.init_buffer_bytes": budget.buffer, "sm.mem.total_budget": budget.tiledb_of_stream}
     return {
         name: size
         for name, size in ours.items()

@@ -71,6 +71,7 @@ def dense_store(make_store: Any) -> Store:
     dense=st.booleans(),
     n_pieces=st.integers(1, 9),
     eager=st.booleans(),
+    n_streams=st.integers(1, 5),
     in_files=st.booleans(),
 )
 def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
@@ -82,17 +83,45 @@ def test_rows_and_columns_come_in_the_order_asked_for_repeats_included(
     dense: bool,
     n_pieces: int,
     eager: bool,
+    n_streams: int,
     in_files: bool,
 ) -> None:
     folder = tmp_path_factory.getbasetemp() if in_files else None
     options = {
         "n_pieces": n_pieces,
         "use_eager_fetch": eager,
+        "n_streams": n_streams,
         "store": Extents(folder, 2**12) if folder else None,
     }
     X, obs = read(dense_store if dense else store, obs_joinids, var_joinids, **options)
     np.testing.assert_array_equal(X, expected_X(obs_joinids, var_joinids))
     assert obs["soma_joinid"].tolist() == obs_joinids
+
+
+@given(
+    obs_joinids=st.lists(st.integers(0, N_OBS - 1), min_size=1, max_size=60, unique=True).map(sorted),
+    n_streams=st.integers(1, 9),
+)
+def test_streams_share_the_rows_of_a_read_but_no_tile(
+    store: Store, obs_joinids: list[int], n_streams: int
+) -> None:
+    asked = []
+    read_sparse = soma.SparseNDArray.read
+
+    def spy(self: soma.SparseNDArray, coords: Any) -> Any:
+        rows = coords[0]
+        asked.append(range(rows.start, rows.stop + 1) if isinstance(rows, slice) else rows)
+        return read_sparse(self, coords)
+
+    with mock.patch.object(soma.SparseNDArray, "read", spy):
+        X, _ = read(store, obs_joinids, use_eager_fetch=True, n_streams=n_streams)
+    np.testing.assert_array_equal(X, expected_X(obs_joinids, range(N_VARS)))
+    with store.locator.open() as (array, _):
+        tiles = [set((np.asarray(rows) // _reader.row_tile(array)).tolist()) for rows in asked]
+    n_tiles = len(set().union(*tiles))
+    assert sum(map(len, tiles)) == n_tiles
+    assert len(asked) <= min(n_streams, n_tiles)
+    assert max(map(len, tiles)) <= n_tiles - len(asked) + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,7 @@ import tiledbsoma as soma
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._soma.source import SOMASource
+from tiledbsoma_ml._soma.source import SOMASource, n_streams
 from tiledbsoma_ml._soma.window import ByteLimit, Window
 from windows import LONG, N_ROWS, TILE, dataset_of
 
@@ -187,3 +187,21 @@ def test_the_layout_of_an_experiment_is_that_of_the_rows_and_columns_that_are_as
     before = source.layout(all_columns, Budget(2**30))
     assert source.layout(few, Budget(2**30)).bytes_per_row < before.bytes_per_row
     assert source.layout(all_columns, Budget(2**30)) == before
+
+
+@pytest.mark.parametrize(
+    ("latency", "total", "expected"),
+    [
+        (0.05, 2**31, 4),
+        (0.01, 2**31, 2),
+        (0.001, 2**31, 1),
+        (0.0, 2**31, 1),
+        (0.05, 2**30, 2),
+        (0.05, 2**28, 1),
+    ],
+)
+def test_a_late_store_is_read_in_as_many_streams_as_hide_it_and_memory_allows(
+    latency: float, total: int, expected: int
+) -> None:
+    assert n_streams(latency, Budget(total, is_remote=True)) == expected
+    assert n_streams(latency, Budget(total)) == 1

@@ -15,7 +15,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_obs_column_names
 from tiledbsoma_ml._csr import CSR_IO_Buffer
-from tiledbsoma_ml._eager_iter import EagerIterator
+from tiledbsoma_ml._eager_iter import interleaved
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
 from tiledbsoma_ml._soma.obs import ObsColumns, ObsTypes
@@ -56,7 +56,8 @@ class SOMAReader:
         obs_joinids: All rows that may be asked for. Their `obs` is read once, at the first `read`.
         obs_types: Types that the columns of `obs` have in the query; if None, these rows decide.
         n_pieces: Number of pieces of a read.
-        use_eager_fetch: Whether the next entries are fetched on a thread while those before are sorted.
+        use_eager_fetch: Whether the next entries are fetched on threads while those before are sorted.
+        n_streams: Number of threads that fetch entries of a sparse layer, each of some rows of a read.
         byte_limit: Limit to the bytes of windows; None for no limit.
         read_bytes: Bytes that the rows of one read may take.
         store: The store of windows; pages of memory of its own if None.
@@ -74,6 +75,7 @@ class SOMAReader:
         obs_types: ObsTypes | None = None,
         n_pieces: int = 1,
         use_eager_fetch: bool = False,
+        n_streams: int = 1,
         byte_limit: ByteLimit | None = None,
         read_bytes: float = math.inf,
         store: Pages | Extents | None = None,
@@ -89,7 +91,7 @@ class SOMAReader:
         self._var_joinids = var_joinids
         self._columns = Columns(var_joinids)
         self._dtype: np.dtype[Any] = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype())
-        self._use_eager_fetch = use_eager_fetch
+        self._use_eager_fetch, self._n_streams = use_eager_fetch, n_streams
         self._written = X.non_empty_domain()
         self._window_options: dict[str, Any] = {
             "n_pieces": n_pieces,
@@ -166,8 +168,9 @@ class SOMAReader:
             is_dense = isinstance(self._X, soma.DenseNDArray)
             read: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
             add: Callable[..., None] = window.add_block if is_dense else window.add
-            found = read(self._X, rows, columns)
-            with closing(EagerIterator(found) if self._use_eager_fetch else found) as ahead:
+            n_streams = 1 if is_dense or not self._use_eager_fetch else self._n_streams
+            streams = [read(self._X, some, columns) for some in _whole_tiles(self._X, rows, n_streams)]
+            with closing(interleaved(streams) if self._use_eager_fetch else streams[0]) as ahead:
                 for entries in ahead:
                     add(*entries)
         return window
@@ -276,6 +279,16 @@ def _near_runs(sorted_joinids: NDArrayJoinId, height: int) -> list[NDArrayJoinId
     """Return `sorted_joinids` in groups without large gaps, none of which crosses a multiple of `height`."""
     is_start = (np.diff(sorted_joinids) > DENSE_GAP_ROWS) | (np.diff(sorted_joinids // height) != 0)
     return np.split(sorted_joinids, np.flatnonzero(is_start) + 1)
+
+
+def _whole_tiles(
+    X: soma.SparseNDArray | soma.DenseNDArray, sorted_joinids: NDArrayJoinId, n_parts: int
+) -> list[NDArrayJoinId]:
+    """Return rows in up to `n_parts` parts of about equal size; no two parts have rows of the same tile."""
+    tile = sorted_joinids // _tile(X, "soma_dim_0")
+    cuts = np.linspace(0, len(tile), n_parts + 1)[1:-1].astype(np.int64)
+    borders = np.unique(np.searchsorted(tile, tile[cuts])) if len(cuts) else cuts
+    return [part for part in np.split(sorted_joinids, borders) if len(part)]
 
 
 def _rows_to_read(X: soma.SparseNDArray, sorted_joinids: NDArrayJoinId) -> slice | NDArrayJoinId:

@@ -123,6 +123,7 @@ class SOMASource(Source):
                 obs_types=self._types[fields.obs_column_names],
                 n_pieces=windows.n_pieces,
                 use_eager_fetch=budget.use_eager_fetch,
+                n_streams=n_streams(self.locator.latency(), budget) if budget.streams > 1 else 1,
                 byte_limit=self._make_limit(windows.n_bytes),
                 read_bytes=windows.planned_bytes,
                 store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
@@ -133,3 +134,20 @@ class SOMASource(Source):
 
     def _budget(self, budget: Budget) -> Budget:
         return attrs.evolve(budget, is_remote=self.locator.is_remote)
+
+
+SECONDS_PER_VALUE = 20e-9
+"""Time in which a value is decoded, about."""
+
+
+def n_streams(latency: float, budget: Budget) -> int:
+    """Return in how many streams rows are fetched, so that as many values come as can be decoded.
+
+    A stream waits for about two requests, one after the other, for each buffer of values.
+
+    Args:
+        latency: Seconds that a request takes.
+        budget: The memory that reading may take.
+    """
+    seconds_per_buffer = budget.buffer / 8 * SECONDS_PER_VALUE
+    return min(budget.streams, 1 + round(2 * latency / seconds_per_buffer))
