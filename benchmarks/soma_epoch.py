@@ -89,7 +89,7 @@ def load_kernels(task: dict[str, Any]) -> float:
         return time.perf_counter() - start
     start = time.perf_counter()
     try:
-        from tiledbsoma_ml._soma.window import preload_kernels
+        from tiledbsoma_ml._soma.held_rows import preload_kernels
     except ImportError:  # 0.1.0 loads what it compiles when it is imported
         return 0.0
     preload_kernels().join()

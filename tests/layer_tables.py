@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._kernels.bits import as_bits
+from tiledbsoma_ml._soma.held_rows import Columns, HeldRows
 from tiledbsoma_ml._soma.stores import Extents, Pages
-from tiledbsoma_ml._soma.window import Columns, Window
 
 UNSIGNED = [np.dtype(t) for t in (np.uint8, np.uint16, np.uint32, np.uint64)]
 SIGNED = [np.dtype(t) for t in (np.int8, np.int16, np.int32, np.int64)]
@@ -51,10 +51,10 @@ class Layer(NamedTuple):
                 out[row, col] = entries.get((i, j), 0)
         return out
 
-    def window(self, **options: Any) -> Window:
-        return Window(self.obs_joinids, Columns(self.var_joinids), self.dtype, **options)
+    def window(self, **options: Any) -> HeldRows:
+        return HeldRows(self.obs_joinids, Columns(self.var_joinids), self.dtype, **options)
 
-    def filled(self, **options: Any) -> Window:
+    def filled(self, **options: Any) -> HeldRows:
         window = self.window(**options)
         for table in self.tables:
             window.add(*table)

@@ -109,7 +109,9 @@ def test_imports_are_found() -> None:
 # What has no file of its own, and why.
 TESTED_ELSEWHERE = {
     "_kernels.csr": "_kernels/test_kernels.py has all loops over entries, of one matrix",
-    "_kernels.window": "_kernels/test_kernels.py has all loops over entries, of one matrix",
+    "_kernels.hold": "_kernels/test_kernels.py has all loops over entries, of one matrix",
+    "_kernels.place": "_kernels/test_kernels.py has all loops over entries, of one matrix",
+    "_kernels.pointer": "_kernels/test_kernels.py has the loops that use it",
     "_cli": "test_cli.py calls the commands as users do",
     "_ray": "test_ray_train.py trains with RayTrainRunner",
     "_ingest": "_ingest/test_h5ad.py ingests files",

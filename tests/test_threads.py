@@ -38,7 +38,7 @@ import json, os, signal, sys, threading, time
 from stores import Store
 from tiledbsoma_ml import QueryIDs, ExperimentDataset, XLocator
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import ByteLimit, preload_kernels
+from tiledbsoma_ml._soma.held_rows import ByteLimit, preload_kernels
 import tiledbsoma
 
 class Recorded(ByteLimit):

@@ -15,9 +15,9 @@ from tiledbsoma_ml import ExperimentDataset, Fields, Layout, QueryIDs
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._order.plan import Plan
 from tiledbsoma_ml._rows import Rows
+from tiledbsoma_ml._soma.held_rows import ByteLimit
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml._soma.source import SOMASource
-from tiledbsoma_ml._soma.window import ByteLimit
 
 LONG = 1_000  # seconds; only a failure waits as long
 

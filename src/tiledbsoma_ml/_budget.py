@@ -28,6 +28,9 @@ N_PIECES = 32
 MAX_PIECES = 200
 """Largest number of pieces of a window in a file."""
 
+PAGES_PER_PIECE = 16
+"""Least number of pages of memory that hold a piece of a window, unless these would be tiny."""
+
 EXTENTS_PER_PIECE = 16
 """Number of extents of a file that hold a piece of a window. The last extent is not full."""
 
@@ -134,7 +137,7 @@ class Budget:
         n_pieces = min(MAX_PIECES, max(N_PIECES, math.ceil(largest / piece_bytes)))
         file_bytes = min(self.window_budget, n_pieces * piece_bytes)
         held = int(file_bytes / FILE_SHARE)
-        extent_bytes = _power_of_two(file_bytes // n_pieces // EXTENTS_PER_PIECE)
+        extent_bytes = _power_of_two(file_bytes // n_pieces // EXTENTS_PER_PIECE, 2**14, 2**22)
         return WindowShare(n_pieces=n_pieces, n_bytes=held, planned_bytes=held, extent_bytes=extent_bytes)
 
     @property
@@ -163,10 +166,15 @@ class WindowShare:
     planned_bytes: int
     extent_bytes: int = 0
 
+    @property
+    def page_bytes(self) -> int:
+        """Size of the pages of memory that hold windows; the last page of a piece is not full."""
+        return _power_of_two(self.n_bytes // self.n_pieces // PAGES_PER_PIECE, 2**12, 2**18)
 
-def _power_of_two(size: int) -> int:
-    """Return the largest power of two up to `size`, but not below 2**14 nor above 2**22."""
-    return 1 << min(max(size.bit_length() - 1, 14), 22)
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    """Return the largest power of two up to `size`, but not below `least` nor above `most`."""
+    return min(max(1 << max(size.bit_length() - 1, 0), least), most)
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._io_batch_iterable import id_batches
 from tiledbsoma_ml._order.reads import ReadSize
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
+from tiledbsoma_ml._soma.held_rows import ByteLimit, Columns, HeldRows
 
 
 def as_chunks(lengths: list[int]) -> list[np.ndarray]:
@@ -212,7 +212,7 @@ class WaitingReader:
         self.errors: list[RuntimeError] = []
         is_allowed = self.byte_limit._is_allowed
 
-        def watched(window: Window, n_bytes: int) -> bool:
+        def watched(window: HeldRows, n_bytes: int) -> bool:
             if not (answer := is_allowed(window, n_bytes)):
                 self.has_to_wait.set()
             return answer
@@ -221,7 +221,7 @@ class WaitingReader:
 
     def read(self, obs_joinids: np.ndarray) -> Iterator[Rows[Any]]:
         columns = Columns(np.arange(N_VARS))
-        window = Window(obs_joinids, columns, np.dtype(np.float32), n_pieces=3, byte_limit=self.byte_limit)
+        window = HeldRows(obs_joinids, columns, np.dtype(np.float32), n_pieces=3, byte_limit=self.byte_limit)
         X = expected_X(obs_joinids, range(N_VARS))
         i, j = X.nonzero()
         try:

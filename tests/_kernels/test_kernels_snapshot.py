@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numba.core.dispatcher import Dispatcher
 
 from tiledbsoma_ml._kernels import snapshot as kernels
+from tiledbsoma_ml._kernels.bits import as_bits
 
 # Rows of three shards whose values have different types.
 _rng = np.random.default_rng(0)
@@ -55,6 +56,22 @@ def to_dense(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_cols: 
     out = np.zeros((len(indptr) - 1, n_cols))
     out[np.repeat(np.arange(len(out)), np.diff(indptr)), indices[: indptr[-1]]] = data[: indptr[-1]]
     return out
+
+
+def are_counts() -> None:
+    for dtype in (np.float32, np.float64):
+        for value, expected in (
+            (7, 1),
+            (0, 1),
+            (np.inf, 1),
+            (0.5, 0),
+            (-0.0, 0),
+            (-1, 0),
+            (np.nan, 0),
+            (-np.inf, 0),
+        ):
+            values = np.array([1, 2, value, 3], dtype=dtype)
+            assert kernels.are_counts(values, as_bits(values)) == bool(expected)
 
 
 def locate_rows() -> None:
@@ -170,6 +187,7 @@ def _rng_of(seed: int) -> np.random.Generator:
 
 
 CHECKS = [
+    are_counts,
     find_rows,
     first_descent,
     first_bad_row,

@@ -18,8 +18,8 @@ import tiledbsoma as soma
 from stores import N_OBS, Store, joinids_of
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._soma.held_rows import ByteLimit, HeldRows
 from tiledbsoma_ml._soma.source import SOMASource, n_streams
-from tiledbsoma_ml._soma.window import ByteLimit, Window
 from windows import LONG, N_ROWS, TILE, dataset_of
 
 
@@ -30,7 +30,7 @@ class TinyLimit(ByteLimit):
         super().__init__(1)
         self.has_to_wait = has_to_wait
 
-    def _is_allowed(self, window: Window, n_bytes: int) -> bool:
+    def _is_allowed(self, window: HeldRows, n_bytes: int) -> bool:
         answer = super()._is_allowed(window, n_bytes)
         if not answer:
             self.has_to_wait.set()

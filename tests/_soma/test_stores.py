@@ -25,8 +25,8 @@ from layer_tables import (
     rows_of_counts,
     store_in,
 )
+from tiledbsoma_ml._soma.held_rows import HeldRows
 from tiledbsoma_ml._soma.stores import Extents, Pages
-from tiledbsoma_ml._soma.window import Window
 
 # Pages ----------------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ def test_nothing_complains_about_a_window_that_is_not_used_up(tmp_path: Path, n_
     assert [str(warning.message) for warning in complaints] == []
 
 
-def leave_early(window: Window, n_taken: int) -> None:
+def leave_early(window: HeldRows, n_taken: int) -> None:
     parts = iter(window)
     for _ in range(n_taken):
         next(parts)

@@ -112,6 +112,18 @@ def first_bad_row(indptr: NDArray[np.int64], indices: NDArray[Any], n_cols: int)
 
 
 @jit
+def are_counts(values: NDArray[Any], bits: NDArray[Any]) -> bool:
+    """Return whether floating-point numbers are whole, and none is negative, a negative zero or NaN."""
+    all_bits = bits[0]
+    n_fractions = 0
+    for k in range(len(values)):
+        all_bits |= bits[k]
+        n_fractions += values[k] != np.floor(values[k])
+    sign = all_bits >> np.uint64(bits.itemsize * 8 - 1)
+    return n_fractions == 0 and sign == 0
+
+
+@jit
 def locate_rows(
     rows: NDArray[np.int64],
     shard_borders: NDArray[np.int64],

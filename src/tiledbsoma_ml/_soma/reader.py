@@ -18,9 +18,9 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import interleaved
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
+from tiledbsoma_ml._soma.held_rows import ByteLimit, Columns, HeldRows
 from tiledbsoma_ml._soma.obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._soma.stores import Extents, Pages
-from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
 from tiledbsoma_ml._threads import at_rest
 
 DENSE_READ_BYTES = 64 * 2**20
@@ -42,7 +42,7 @@ MAX_ROWS = 2**31 - 1
 """Largest number of rows of a read, which are numbered by int32."""
 
 BYTES_PER_JOINID = 48
-"""Bytes of a row beside its entries, while it is in a window: its joinid, indices and counts."""
+"""Bytes of a held row beside its entries: its joinid, indices and counts."""
 
 
 class SOMAReader:
@@ -58,9 +58,9 @@ class SOMAReader:
         n_pieces: Number of pieces of a read.
         use_eager_fetch: Whether the next entries are fetched on threads while those before are sorted.
         n_streams: Number of threads that fetch entries of a sparse layer, each of some rows of a read.
-        byte_limit: Limit to the bytes of windows; None for no limit.
+        byte_limit: Limit to the bytes of held rows; None for no limit.
         read_bytes: Bytes that the rows of one read may take.
-        store: The store of windows; pages of memory of its own if None.
+        store: The store of held rows; pages of memory of its own if None.
         opened: Contexts to leave when this is closed.
     """
 
@@ -93,7 +93,7 @@ class SOMAReader:
         self._dtype: np.dtype[Any] = np.dtype(X.schema.field("soma_data").type.to_pandas_dtype())
         self._use_eager_fetch, self._n_streams = use_eager_fetch, n_streams
         self._written = X.non_empty_domain()
-        self._window_options: dict[str, Any] = {
+        self._held_options: dict[str, Any] = {
             "n_pieces": n_pieces,
             "byte_limit": byte_limit,
             "store": store or Pages(),
@@ -116,9 +116,9 @@ class SOMAReader:
                 self._obs_columns = ObsColumns.read(
                     self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
                 )
-            window = self.read_window(obs_joinids)
-            self._row_bytes = window.nbytes / max(1, len(obs_joinids)) + BYTES_PER_JOINID
-        return self._with_obs(obs_joinids, window)
+            held = self.hold(obs_joinids)
+            self._row_bytes = held.nbytes / max(1, len(obs_joinids)) + BYTES_PER_JOINID
+        return self._with_obs(obs_joinids, held)
 
     @cached_property
     def row_tile(self) -> int:
@@ -138,7 +138,7 @@ class SOMAReader:
         return max(1, int(min(self._read_bytes / self._row_bytes, MAX_ROWS)))
 
     def close(self) -> None:
-        """End the waits of windows, and close the arrays when no other thread reads them."""
+        """End the waits of reads, and close the arrays when no other thread reads them."""
         if self._byte_limit is not None:
             self._byte_limit.close()
         with self._alone():
@@ -160,20 +160,20 @@ class SOMAReader:
         finally:
             self._in_use.release()
 
-    def read_window(self, obs_joinids: NDArrayJoinId) -> Window:
-        """Return a window of the rows of `obs_joinids`, without their `obs`."""
-        window = Window(obs_joinids, self._columns, self._dtype, **self._window_options)
-        rows, columns = self._existing(window.sorted_joinids)
+    def hold(self, obs_joinids: NDArrayJoinId) -> HeldRows:
+        """Read the rows of `obs_joinids`, without their `obs`, and hold them."""
+        held = HeldRows(obs_joinids, self._columns, self._dtype, **self._held_options)
+        rows, columns = self._existing(held.sorted_joinids)
         if len(rows) and len(columns):
             is_dense = isinstance(self._X, soma.DenseNDArray)
             read: Callable[..., Generator[Any, None, None]] = _dense_blocks if is_dense else _sparse_entries
-            add: Callable[..., None] = window.add_block if is_dense else window.add
+            add: Callable[..., None] = held.add_block if is_dense else held.add
             n_streams = 1 if is_dense or not self._use_eager_fetch else self._n_streams
             streams = [read(self._X, some, columns) for some in _whole_tiles(self._X, rows, n_streams)]
             with closing(interleaved(streams) if self._use_eager_fetch else streams[0]) as ahead:
                 for entries in ahead:
                     add(*entries)
-        return window
+        return held
 
     def _existing(self, sorted_joinids: NDArrayJoinId) -> tuple[NDArrayJoinId, NDArrayJoinId]:
         """Return those rows and columns that may have entries; all others are zero.
@@ -185,24 +185,25 @@ class SOMAReader:
         are_within = (first_col <= self._var_joinids) & (self._var_joinids <= last_col)
         return sorted_joinids[start:stop], self._var_joinids[are_within]
 
-    def _with_obs(self, obs_joinids: NDArrayJoinId, window: Window) -> Iterator[Rows[CSR_IO_Buffer]]:
+    def _with_obs(self, obs_joinids: NDArrayJoinId, held: HeldRows) -> Iterator[Rows[CSR_IO_Buffer]]:
         assert self._obs_columns is not None
         start = 0
-        for X in window:
+        for X in held:
             joinids = obs_joinids[start : start + len(X)]
             yield Rows(obs_joinids=joinids, X=X, obs=self._obs_columns.take(joinids))
             start += len(X)
 
 
 def measure_row_bytes(reader: SOMAReader, obs_joinids: NDArrayJoinId) -> float:
-    """Return the mean size of a row in a window, measured on a sample of `obs_joinids`."""
+    """Return the mean size of a held row, measured on a sample of `obs_joinids`."""
     n_runs = max(1, min(6, len(obs_joinids) // 128))
     starts = np.linspace(0, max(0, len(obs_joinids) - 128), n_runs).astype(int)
     sample = np.concatenate([obs_joinids[start : start + 128] for start in starts.tolist()])
-    window = reader.read_window(sample)
-    for _ in window:  # which frees what it holds
+    held = reader.hold(sample)
+    n_bytes = held.nbytes
+    for _ in held:  # which frees their memory
         pass
-    return window.nbytes / max(1, len(sample)) + BYTES_PER_JOINID
+    return n_bytes / max(1, len(sample)) + BYTES_PER_JOINID
 
 
 # X --------------------------------------------------------------------------------------------------------

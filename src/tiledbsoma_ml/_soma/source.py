@@ -14,11 +14,11 @@ from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_names, check_obs_column_names
 from tiledbsoma_ml._order.sizes import Layout
 from tiledbsoma_ml._query_ids import QueryIDs, check_among
+from tiledbsoma_ml._soma.held_rows import ByteLimit, preload_kernels
 from tiledbsoma_ml._soma.obs import ObsColumns, ObsTypes
 from tiledbsoma_ml._soma.reader import SOMAReader, measure_row_bytes, row_tile
 from tiledbsoma_ml._soma.stores import Extents, Pages
 from tiledbsoma_ml._soma.versions import written_at
-from tiledbsoma_ml._soma.window import ByteLimit, preload_kernels
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -126,7 +126,9 @@ class SOMASource(Source):
                 n_streams=n_streams(self.locator.latency(), budget) if budget.streams > 1 else 1,
                 byte_limit=self._make_limit(windows.n_bytes),
                 read_bytes=windows.planned_bytes,
-                store=Pages() if folder is None else Extents(folder, windows.extent_bytes),
+                store=Extents(folder, windows.extent_bytes)
+                if folder
+                else Pages(page_bytes=windows.page_bytes),
                 opened=opened,
             )
             opened.push(stack.pop_all())

@@ -1,4 +1,4 @@
-"""`Pages` and `Extents`: stores of memory and of a file, in which the entries of a window wait."""
+"""`Pages` and `Extents`: stores of memory and of a file, in which the entries of held rows wait."""
 
 from __future__ import annotations
 
@@ -8,55 +8,34 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Ints: TypeAlias = NDArray[np.int32]
-
 PAGE_BYTES, SLAB_BYTES = 2**18, 2**25
 
-_ALIGNMENT = 8
-"""Arrays start at multiples of this number of bytes."""
+MIN_PAGE_BYTES = 2**6
 
 
-class Runs(NamedTuple):
-    """Runs of entries: the row and the length of each run, and the entries of all runs, concatenated."""
-
-    rows: _Ints
-    lengths: _Ints
-    cols: NDArray[Any]
-    values: NDArray[Any]
+class Piece(Protocol):
+    """The pages of one piece of held rows, which are filled one after the other, then taken once."""
 
     @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self)
+    def n_pages(self) -> int:
+        """Number of pages, with the one that is being filled."""
 
-    def cut(self, n_entries: int) -> tuple[Runs, Runs]:
-        """Return the first `n_entries` entries and the others; a run that is cut becomes two runs."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        run = int(np.searchsorted(ends, n_entries))
-        n_before = n_entries - (int(ends[run]) - int(self.lengths[run]))
-        first, rest = self.lengths[: run + 1].copy(), self.lengths[run:].copy()
-        first[-1], rest[0] = n_before, rest[0] - n_before
-        return (
-            Runs(self.rows[: run + 1], first, self.cols[:n_entries], self.values[:n_entries]),
-            Runs(self.rows[run:], rest, self.cols[n_entries:], self.values[n_entries:]),
-        )
+    def nbytes(self, end: int) -> int:
+        """Return the number of bytes that are used of all pages; of the last one, `end` bytes are used."""
 
+    def next_page(self, end: int) -> int:
+        """Return the address of an empty page; `end` bytes are used of the page that was filled before."""
 
-class RunQueue(Protocol):
-    """A queue of runs: those of the rows of one piece. It is filled, then emptied once."""
+    def take(self, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the address of each page, and the number of bytes that are used of it.
 
-    nbytes: int
-
-    @property
-    def values_dtype(self) -> np.dtype[Any] | None: ...
-
-    def put(self, runs: Runs) -> None: ...
-
-    def take(self) -> Iterator[Runs]: ...
+        A page may be read until the next one is taken.
+        """
 
 
 class Pages:
@@ -79,8 +58,8 @@ class Pages:
         self._free: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
-    def queue(self) -> RunQueue:
-        return _PagedQueue(self)
+    def piece(self) -> Piece:
+        return _PagedPiece(self)
 
     def take(self) -> NDArray[np.uint8]:
         with self._lock:
@@ -95,49 +74,37 @@ class Pages:
             self._free.append(page)
 
 
-class _PagedQueue:
-    """A queue of runs in pages; runs are cut where a page is full."""
+class _PagedPiece:
+    """A piece whose pages are memory."""
 
-    def __init__(self, pages: Pages) -> None:
-        self.nbytes = 0
-        self._pages = pages
-        self._filled: list[tuple[NDArray[np.uint8], list[Runs]]] = []
-        self._n_free = 0
-
-    def put(self, runs: Runs) -> None:
-        self.nbytes += runs.nbytes
-        while len(runs.cols):
-            n_entries = (self._n_free - 16) // (runs.cols.itemsize + runs.values.itemsize)
-            if n_entries < min(len(runs.cols), 256):
-                self._filled.append((self._pages.take(), []))
-                self._n_free = self._pages.page_bytes
-            elif n_entries < len(runs.cols):
-                piece, runs = runs.cut(n_entries)
-                self._put_in_page(piece)
-            else:
-                self._put_in_page(runs)
-                break
+    def __init__(self, store: Pages) -> None:
+        self._store = store
+        self._filled: list[tuple[NDArray[np.uint8], int]] = []
+        self._page: NDArray[np.uint8] | None = None
 
     @property
-    def values_dtype(self) -> np.dtype[Any] | None:
-        """The smallest type that holds all values; None without any."""
-        return _widest({runs.values.dtype for _, stored in self._filled for runs in stored})
+    def n_pages(self) -> int:
+        return len(self._filled) + (self._page is not None)
 
-    def take(self) -> Iterator[Runs]:
-        for page, stored in self._filled:
-            yield from stored
-            self._pages.give_back(page)
-        self._filled = []
+    def nbytes(self, end: int) -> int:
+        return sum(n_bytes for _, n_bytes in self._filled) + (end if self._page is not None else 0)
 
-    def _put_in_page(self, runs: Runs) -> None:
-        page, stored = self._filled[-1]
-        kept = []
-        for array in (runs.cols, runs.values):
-            start = self._pages.page_bytes - self._n_free
-            kept.append(page[start : start + array.nbytes].view(array.dtype))
-            kept[-1][:] = array
-            self._n_free -= array.nbytes + -array.nbytes % _ALIGNMENT
-        stored.append(Runs(runs.rows.copy(), runs.lengths.copy(), *kept))
+    def next_page(self, end: int) -> int:
+        self._end_page(end)
+        self._page = self._store.take()
+        return self._page.ctypes.data
+
+    def take(self, end: int) -> Iterator[tuple[int, int]]:
+        self._end_page(end)
+        filled, self._filled = self._filled, []
+        for page, n_bytes in filled:
+            yield page.ctypes.data, n_bytes
+            self._store.give_back(page)
+
+    def _end_page(self, end: int) -> None:
+        if self._page is not None:
+            self._filled.append((self._page, end))
+            self._page = None
 
 
 class Extents:
@@ -148,11 +115,17 @@ class Extents:
 
     Args:
         folder: The folder in which the file is made.
+        size: Bytes of an extent, a power of two.
+
+    Attributes:
         size: Bytes of an extent.
+        page_bytes: Size of a page. An extent has several, so that a piece is not read in small parts.
     """
 
+    LARGEST_PAGE = 2**16
+
     def __init__(self, folder: Path, size: int = 2**20) -> None:
-        self.size = size
+        self.size, self.page_bytes = size, min(self.LARGEST_PAGE, max(MIN_PAGE_BYTES, size // 4))
         self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed when dropped
         weakref.finalize(self, self._file.close)
@@ -160,8 +133,8 @@ class Extents:
         self._end = 0
         self._lock = threading.Lock()
 
-    def queue(self) -> RunQueue:
-        return _FiledQueue(self)
+    def piece(self) -> Piece:
+        return _FiledPiece(self)
 
     def take(self) -> int:
         """Return the start of a free extent."""
@@ -194,71 +167,48 @@ class Extents:
             into, start = into[n_read:], start + n_read
 
 
-class _FiledQueue:
-    """A queue of runs, concatenated in extents; the last ones wait in memory until a write is worth it."""
-
-    BUFFER = 2**16
+class _FiledPiece:
+    """A piece whose pages are written to extents, but for the one that is being filled."""
 
     def __init__(self, extents: Extents) -> None:
-        self.nbytes = 0
-        self._is_worth_writing = min(self.BUFFER, extents.size // 4)
         self._extents = extents
+        self._n_per_extent = extents.size // extents.page_bytes
         self._starts: list[int] = []
-        self._n_free = 0
-        self._waiting = bytearray()
-        self._layout: list[tuple[int, int, np.dtype[Any], np.dtype[Any]]] = []
-
-    def put(self, runs: Runs) -> None:
-        self.nbytes += runs.nbytes
-        self._layout.append((len(runs.rows), len(runs.cols), runs.cols.dtype, runs.values.dtype))
-        for array in runs:
-            self._waiting += array.data
-            self._waiting += bytes(-array.nbytes % _ALIGNMENT)
-        if len(self._waiting) >= self._is_worth_writing:
-            self._write()
+        self._ends: list[int] = []
+        self._page: NDArray[np.uint8] | None = None
 
     @property
-    def values_dtype(self) -> np.dtype[Any] | None:
-        """The smallest type that holds all values; None without any."""
-        return _widest({value_type for *_, value_type in self._layout})
+    def n_pages(self) -> int:
+        return len(self._ends) + (self._page is not None)
 
-    def take(self) -> Iterator[Runs]:
-        content, start = self._content(), 0
+    def nbytes(self, end: int) -> int:
+        return sum(self._ends) + (end if self._page is not None else 0)
 
-        def next_array(n: int, dtype: Any) -> NDArray[Any]:
-            nonlocal start
-            array: NDArray[Any] = content[start : start + n * np.dtype(dtype).itemsize].view(dtype)
-            start += array.nbytes + -array.nbytes % _ALIGNMENT
-            return array
+    def next_page(self, end: int) -> int:
+        if self._page is None:
+            self._page = np.empty(self._extents.page_bytes, dtype=np.uint8)
+        else:
+            self._write(self._page[:end])
+        return self._page.ctypes.data
 
-        for n_runs, n, col_type, value_type in self._layout:
-            rows, lengths = next_array(n_runs, np.int32), next_array(n_runs, np.int32)
-            yield Runs(rows, lengths, next_array(n, col_type), next_array(n, value_type))
-        self._layout = []
-
-    def _write(self) -> None:
-        size, left = self._extents.size, memoryview(self._waiting)
-        while left:
-            if not self._n_free:
-                self._starts.append(self._extents.take())
-                self._n_free = size
-            n_written = self._extents.write(left[: self._n_free], self._starts[-1] + size - self._n_free)
-            self._n_free -= n_written
-            left = left[n_written:]
-        self._waiting = bytearray()
-
-    def _content(self) -> NDArray[np.uint8]:
-        """Return all bytes, and give back the extents."""
-        size, n_written = self._extents.size, len(self._starts) * self._extents.size - self._n_free
-        content = np.empty(n_written + len(self._waiting), dtype=np.uint8)
-        for k, start in enumerate(self._starts):
-            self._extents.read(content[k * size : min((k + 1) * size, n_written)].data, start)
+    def take(self, end: int) -> Iterator[tuple[int, int]]:
+        n, size = self._n_per_extent, self._extents.page_bytes
+        content = np.empty(self._extents.size if self._starts else 0, dtype=np.uint8)
+        for number, start in enumerate(self._starts):
+            ends = self._ends[number * n : (number + 1) * n]
+            self._extents.read(content[: (len(ends) - 1) * size + ends[-1]].data, start)
             self._extents.give_back(start)
-        content[n_written:] = np.frombuffer(self._waiting, dtype=np.uint8)
-        self._starts, self._n_free, self._waiting = [], 0, bytearray()
-        return content
+            yield from ((content.ctypes.data + k * size, n_bytes) for k, n_bytes in enumerate(ends))
+        if self._page is not None:
+            yield self._page.ctypes.data, end
+        self._starts, self._ends, self._page = [], [], None
 
-
-def _widest(dtypes: set[np.dtype[Any]]) -> np.dtype[Any] | None:
-    """Return the type that holds the values of all types: one that was not narrowed, else the largest."""
-    return max(dtypes, key=lambda dtype: (dtype.kind != "u", dtype.itemsize), default=None)
+    def _write(self, page: NDArray[np.uint8]) -> None:
+        extent, place = divmod(len(self._ends), self._n_per_extent)
+        if extent == len(self._starts):
+            self._starts.append(self._extents.take())
+        start, left = self._starts[extent] + place * self._extents.page_bytes, page.data
+        while left:
+            n_written = self._extents.write(left, start)
+            start, left = start + n_written, left[n_written:]
+        self._ends.append(len(page))

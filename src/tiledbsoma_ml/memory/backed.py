@@ -1,7 +1,7 @@
 """Matrices in HDF5 files, like those of an AnnData that was opened with `backed="r"`.
 
 HDF5 decodes chunks of many rows, and each request takes a tenth of a millisecond. So all rows of a read are
-read in the order in which they are stored, into a `Window`, which gives them out in the order asked for.
+read in the order in which they are stored, into `HeldRows`, which give them out in the order asked for.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tiledbsoma_ml._budget import Budget, WindowShare
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
+from tiledbsoma_ml._soma.held_rows import ByteLimit, Columns, HeldRows, preload_kernels
 from tiledbsoma_ml._soma.stores import Extents, Pages
-from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window, preload_kernels
 from tiledbsoma_ml.memory.frame import Columns as ObsColumns
 from tiledbsoma_ml.memory.frame import Frame
 from tiledbsoma_ml.memory.matrices import check_dtype
@@ -121,10 +121,10 @@ class BackedMatrix:
     def n_bytes(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> int:
         """Return the size of these rows and columns in a window."""
         preload_kernels()
-        window = Window(rows, Columns(columns), self.dtype)
+        held = HeldRows(rows, Columns(columns), self.dtype)
         with closing(self.open()) as X:
-            X.fill(window, columns)
-        return window.nbytes
+            X.fill(held, columns)
+        return held.nbytes
 
     def content(self) -> Mapping[str, str]:
         """Return the address of the matrix, and the version of the file."""
@@ -159,26 +159,26 @@ class OpenMatrix:
         self._lock = threading.Lock()
         self._starts = self._read_starts() if matrix.is_sparse else None
 
-    def fill(self, window: Window, columns: NDArray[np.int64]) -> None:
-        """Read the rows of a window, and add them to it.
+    def fill(self, held: HeldRows, columns: NDArray[np.int64]) -> None:
+        """Read the rows that are to be held, and add them.
 
         Raises:
             RuntimeError: If the file is closed meanwhile.
         """
-        if not len(window.sorted_joinids) or not len(columns):
+        if not len(held.sorted_joinids) or not len(columns):
             return
         if self._starts is None:
             left, right = int(columns.min()), int(columns.max()) + 1
-            row_bytes = np.full(len(window.sorted_joinids), (right - left) * self._matrix.dtype.itemsize)
-            for first, last in _runs(window.sorted_joinids, row_bytes):
-                window.add_block(first, left, self._get("", (slice(first, last + 1), slice(left, right))))
+            row_bytes = np.full(len(held.sorted_joinids), (right - left) * self._matrix.dtype.itemsize)
+            for first, last in _runs(held.sorted_joinids, row_bytes):
+                held.add_block(first, left, self._get("", (slice(first, last + 1), slice(left, right))))
         else:
             entry_bytes = self._matrix.dtype.itemsize + 4
             row_bytes = (
-                self._starts[window.sorted_joinids + 1] - self._starts[window.sorted_joinids]
+                self._starts[held.sorted_joinids + 1] - self._starts[held.sorted_joinids]
             ) * entry_bytes
-            for first, last in _runs(window.sorted_joinids, row_bytes):
-                window.add(*self._entries(self._starts[first : last + 2], first))
+            for first, last in _runs(held.sorted_joinids, row_bytes):
+                held.add(*self._entries(self._starts[first : last + 2], first))
 
     def close(self) -> None:
         """Close the file, when no other thread reads from it."""
@@ -249,7 +249,7 @@ class BackedReader:
         self._window_columns = Columns(columns)
         share, folder = matrix.share(budget), budget.window_dir
         self._n_pieces, self._byte_limit = share.n_pieces, ByteLimit(share.n_bytes)
-        self._store = Pages() if folder is None else Extents(folder, share.extent_bytes)
+        self._store = Extents(folder, share.extent_bytes) if folder else Pages(page_bytes=share.page_bytes)
         self._matrix = matrix.open()
 
     def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
@@ -259,7 +259,7 @@ class BackedReader:
             Pieces that together are these rows, in exactly this order.
         """
         rows = self._frame.rows(obs_joinids)
-        window = Window(
+        held = HeldRows(
             rows,
             self._window_columns,
             self._dtype,
@@ -268,9 +268,9 @@ class BackedReader:
             store=self._store,
             may_repeat=True,
         )
-        # The window is filled now, not when it is iterated, while the rows of the window before are used.
-        self._matrix.fill(window, self._columns)
-        return self._with_obs(obs_joinids, rows, window)
+        # The rows are read now, not when they are iterated, while the rows of the read before are used.
+        self._matrix.fill(held, self._columns)
+        return self._with_obs(obs_joinids, rows, held)
 
     def close(self) -> None:
         """Close the file; a `read` that waits, or still reads, raises a RuntimeError."""
@@ -278,10 +278,10 @@ class BackedReader:
         self._matrix.close()
 
     def _with_obs(
-        self, obs_joinids: NDArrayJoinId, rows: NDArray[np.int64], window: Window
+        self, obs_joinids: NDArrayJoinId, rows: NDArray[np.int64], held: HeldRows
     ) -> Iterator[Rows[CSR_IO_Buffer]]:
         start = 0
-        for X in window:
+        for X in held:
             piece = slice(start, start + len(X))
             yield Rows(obs_joinids=obs_joinids[piece], X=X, obs=self._obs.take(rows[piece]))
             start += len(X)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._eager_iter import EagerIterator
-from tiledbsoma_ml._soma.window import preload_kernels
+from tiledbsoma_ml._soma.held_rows import preload_kernels
 from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml.snapshot.check import check_content, verify
 from tiledbsoma_ml.snapshot.content import Content, warn_of_unknown

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._eager_iter import EagerMap
-from tiledbsoma_ml._soma.window import narrow_dtype
+from tiledbsoma_ml._kernels.bits import as_bits
 from tiledbsoma_ml.snapshot.files import HashedFile, write_array
 from tiledbsoma_ml.snapshot.format import stored_dtypes
 from tiledbsoma_ml.snapshot.segment import ShardRows
@@ -73,7 +73,7 @@ class ShardWriter:
 
 def narrowest_dtype(values: NDArray[Any]) -> np.dtype[Any]:
     """Return the smallest type that holds all values exactly, also negative ones and fractions."""
-    dtype = narrow_dtype(values)
+    dtype = _narrow_dtype(values)
     if dtype == values.dtype and dtype.kind == "i" and len(values):
         low, high = values.min(), values.max()
         widths = (8, 16, 32, 64)
@@ -84,6 +84,22 @@ def narrowest_dtype(values: NDArray[Any]) -> np.dtype[Any]:
         if (short.astype(np.float64).view(np.uint64) == values.view(np.uint64)).all():
             return short.dtype
     return dtype
+
+
+def _narrow_dtype(values: NDArray[Any]) -> np.dtype[Any]:
+    """Return the smallest type that holds the values exactly; for counts, an unsigned integer."""
+    from tiledbsoma_ml._kernels import snapshot as kernels
+
+    if not len(values) or values.dtype.itemsize == 1:
+        return values.dtype
+    if values.dtype.type in (np.float32, np.float64):
+        holds_counts = kernels.are_counts(values, as_bits(values))
+    else:
+        holds_counts = values.dtype.kind in "iu" and values.min() >= 0
+    for narrow in (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32)):
+        if holds_counts and values.max() <= np.iinfo(narrow).max and narrow.itemsize < values.dtype.itemsize:
+            return narrow
+    return values.dtype
 
 
 def common_dtype(pieces: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> np.dtype[Any]:

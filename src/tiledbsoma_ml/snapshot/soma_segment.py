@@ -112,8 +112,8 @@ class SOMASegment:
         with self._open(layer_name, budget) as (X, obs):
             reader = self._reader(X, obs, n_pieces=n_pieces)
             for start, stop in borders:
-                window = reader.read_window(self.ids.obs_joinids[start:stop])
-                yield ShardRows(nbytes=window.nbytes, pieces=window.give_out(narrow=True))
+                held = reader.hold(self.ids.obs_joinids[start:stop])
+                yield ShardRows(nbytes=held.nbytes, pieces=held.give_out(narrow=True))
 
     @contextmanager
     def _open(self, layer_name: str, budget: Budget) -> Iterator[tuple[Any, soma.DataFrame]]:
@@ -169,7 +169,7 @@ class SOMASegment:
             reader = self._reader(array, obs, np.arange(width))
             step = max(1, PIECE_BYTES // (8 * width))
             for start in range(0, len(ids), step):
-                for rows in reader.read_window(ids[start : start + step]):
+                for rows in reader.hold(ids[start : start + step]):
                     yield rows.slice_tonumpy(slice(None))
 
 

@@ -33,7 +33,8 @@ from layer_tables import (
 from tiledbsoma_ml._batch.read_ahead import read_ahead
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._soma.window import ByteLimit, Columns, Window
+from tiledbsoma_ml._soma.held_rows import ByteLimit, Columns, HeldRows
+from tiledbsoma_ml._soma.stores import Pages
 
 LONG = 60  # seconds; only a failure waits as long
 
@@ -48,11 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=250)
 @given(layer=layers(), n_pieces=st.integers(1, 12), in_files=st.booleans())
-def test_the_parts_put_together_are_the_rows_in_the_order_asked_for_with_every_bit_of_every_value(
+def test_the_pieces_put_together_are_the_rows_in_the_order_asked_for_with_every_bit_of_every_value(
     folder: Path, layer: Layer, n_pieces: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
-    assert_same_bits(put_together(list(window)), layer.dense())
+    held = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
+    assert_same_bits(put_together(list(held)), layer.dense())
 
 
 @settings(max_examples=40)
@@ -65,15 +66,15 @@ def test_dense_blocks_give_what_their_entries_that_are_not_zero_give(
         np.array(data.draw(st.sampled_from(palettes(layer.dtype))), layer.dtype), (n_rows, n_cols)
     )
     rows, cols = layer.obs_joinids % n_rows, np.unique(layer.var_joinids % n_cols)[::-1]
-    window, other = (Window(rows, Columns(cols), layer.dtype, n_pieces=n_pieces) for _ in range(2))
+    held, other = (HeldRows(rows, Columns(cols), layer.dtype, n_pieces=n_pieces) for _ in range(2))
     borders = [0, data.draw(st.integers(1, n_rows - 1)), n_rows]
     for top, bottom in pairwise(borders):
         for left, right in ((0, 4), (4, n_cols)):
             block = values[top:bottom, left:right].copy()
-            window.add_block(top, left, block)
+            held.add_block(top, left, block)
             i, j = block.nonzero()
             other.add(i + top, j + left, block[i, j])
-    assert_same_bits(put_together(list(window)), put_together(list(other)))
+    assert_same_bits(put_together(list(held)), put_together(list(other)))
 
 
 @given(
@@ -84,17 +85,17 @@ def test_rows_that_fill_many_pages_come_out_as_they_went_in(
     folder: Path, seed: int, n_pieces: int, in_files: bool, n_tables: int
 ) -> None:
     layer = random_layer(seed, n_tables=n_tables)
-    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None, **SMALL_PAGES))
-    assert_same_bits(put_together(list(window)), layer.dense())
+    held = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None, **SMALL_PAGES))
+    assert_same_bits(put_together(list(held)), layer.dense())
 
 
 @settings(max_examples=100)
 @given(layer=layers(), n_pieces=st.integers(1, 5), in_files=st.booleans())
-def test_narrow_parts_hold_every_bit_in_the_smallest_type_that_was_needed(
+def test_narrow_pieces_hold_every_bit_in_the_smallest_type_that_was_needed(
     folder: Path, layer: Layer, n_pieces: int, in_files: bool
 ) -> None:
-    window = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
-    parts = list(window.give_out(narrow=True))
+    held = layer.filled(n_pieces=n_pieces, store=store_in(folder if in_files else None))
+    parts = list(held.give_out(narrow=True))
     assert_same_bits(np.concatenate([as_rows(part).astype(layer.dtype) for part in parts]), layer.dense())
     assert all(part.data.dtype in (np.uint8, np.uint16, np.uint32, layer.dtype) for part in parts)
     if all((values >= 0).all() and (values <= 255).all() for *_, values in layer.tables):
@@ -115,8 +116,8 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
     ]
     n_rows = len(tables)
     layer = Layer(tables, dtype, np.arange(n_rows)[::-1], np.arange(4))
-    window = layer.filled(n_pieces=3, store=store_in(folder if in_files else None))
-    assert_same_bits(put_together(list(window)), layer.dense())
+    held = layer.filled(n_pieces=3, store=store_in(folder if in_files else None))
+    assert_same_bits(put_together(list(held)), layer.dense())
 
 
 def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
@@ -134,7 +135,7 @@ def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
 
 
 @pytest.mark.parametrize(("n_rows", "n_pieces"), [(1, 1), (1, 5), (10, 1), (10, 3), (10, 10), (10, 99)])
-def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_pieces: int) -> None:
+def test_pieces_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_pieces: int) -> None:
     layer = Layer([], np.dtype(np.uint8), np.arange(n_rows), np.arange(3))
     sizes = [len(part) for part in layer.filled(n_pieces=n_pieces)]
     assert len(sizes) == min(n_rows, n_pieces)
@@ -142,7 +143,7 @@ def test_parts_are_of_almost_equal_size_and_none_is_empty(n_rows: int, n_pieces:
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_no_rows_are_one_part_without_rows() -> None:
+def test_no_rows_are_one_piece_without_rows() -> None:
     layer = Layer([], np.dtype(np.uint8), np.arange(0), np.arange(3))
     assert [part.shape for part in layer.filled(n_pieces=4)] == [(0, 3)]
 
@@ -173,10 +174,17 @@ def test_no_columns_leave_rows_without_entries() -> None:
 def test_an_entry_takes_two_bytes_for_its_column_and_as_few_for_its_value_as_hold_it_exactly(
     limit: float, dtype: Any, value_bytes: int
 ) -> None:
-    values = np.array([1, 2, limit], dtype=dtype)
-    layer = Layer([(np.zeros(3, int), np.arange(3), values)], values.dtype, np.arange(1), np.arange(3))
-    window = layer.filled()
-    assert window.nbytes == 8 + 3 * (2 + value_bytes)  # the run's row and length, then its entries
+    values = np.array([1, 2, 3, 4, 5, 6, 7, limit], dtype=dtype)
+    layer = Layer([(np.zeros(8, int), np.arange(8), values)], values.dtype, np.arange(1), np.arange(8))
+    assert layer.filled().nbytes == 8 + 8 * (2 + value_bytes)  # the run's row and length, then its entries
+
+
+def test_one_large_value_makes_the_run_of_its_row_larger_and_no_other() -> None:
+    values = np.array([7] * 15 + [70_000], dtype=np.float32)
+    layer = Layer(
+        [(np.repeat([0, 1], 8), np.tile(np.arange(8), 2), values)], values.dtype, np.arange(2), np.arange(8)
+    )
+    assert layer.filled().nbytes == 8 + 8 * (2 + 1) + 8 + 8 * (2 + 4)
 
 
 # Limits ---------------------------------------------------------------------------------------------------
@@ -187,67 +195,74 @@ class WatchedLimit(ByteLimit):
 
     def __init__(self, n_bytes: float) -> None:
         super().__init__(n_bytes)
-        self.had_to_wait: list[Window] = []
+        self.had_to_wait: list[HeldRows] = []
         self.has_to_wait = threading.Event()
 
-    def take(self, window: Window, n_bytes: int) -> None:
-        super().take(window, n_bytes)
+    def take(self, held: HeldRows, n_bytes: int) -> None:
+        super().take(held, n_bytes)
         with self._changed:
-            assert sum(self._held.values()) <= self._n_bytes or set(self._held) == {window}
+            assert sum(self._held.values()) <= self._n_bytes or set(self._held) == {held}
 
-    def _is_allowed(self, window: Window, n_bytes: int) -> bool:
-        answer = super()._is_allowed(window, n_bytes)
+    def _is_allowed(self, held: HeldRows, n_bytes: int) -> bool:
+        answer = super()._is_allowed(held, n_bytes)
         if not answer:
-            self.had_to_wait.append(window)
+            self.had_to_wait.append(held)
             self.has_to_wait.set()
         return answer
 
 
-ROW_BYTES = 8 + 4 * 3  # a run's row and length, then columns and counts
+PAGE_BYTES = 64
+"""Size of pages of which each has two rows of `rows_of_counts`, with 24 bytes each."""
 
 
-def test_a_second_window_waits_while_the_first_holds_too_much_and_goes_on_as_that_is_given_out() -> None:
-    byte_limit = WatchedLimit(12 * ROW_BYTES)
+def small_pages() -> Pages:
+    return Pages(page_bytes=PAGE_BYTES, slab_bytes=4 * PAGE_BYTES)
+
+
+def test_a_second_read_waits_while_the_first_holds_too_much_and_goes_on_as_that_is_given_out() -> None:
+    byte_limit = WatchedLimit(6 * PAGE_BYTES)
     first, other = rows_of_counts(10), rows_of_counts(5, first=100)
-    holding = first.filled(n_pieces=5, byte_limit=byte_limit)
+    holding = first.filled(n_pieces=5, byte_limit=byte_limit, store=small_pages())
     assert not byte_limit.has_to_wait.is_set()
     parts = iter(holding)
 
     with ThreadPoolExecutor(1) as pool:
-        filling = pool.submit(other.filled, byte_limit=byte_limit)  # 15 rows are too many, and so are 13
+        # The pages of 10 and 5 rows are 5 and 3, which are too many, and so are 4 and 3.
+        filling = pool.submit(other.filled, byte_limit=byte_limit, store=small_pages())
         assert byte_limit.has_to_wait.wait(LONG)
         given_out = [next(parts)]
         assert not filling.done()
-        given_out.append(next(parts))  # 11 rows
-        window = filling.result(LONG)
+        given_out.append(next(parts))
+        held = filling.result(LONG)
 
-    assert set(byte_limit.had_to_wait) == {window}
+    assert set(byte_limit.had_to_wait) == {held}
     assert_same_bits(put_together([*given_out, *parts]), first.dense())
-    assert_same_bits(put_together(list(window)), other.dense())
+    assert_same_bits(put_together(list(held)), other.dense())
 
 
-def test_two_windows_that_fit_into_the_limit_together_wait_for_nothing() -> None:
-    byte_limit = WatchedLimit(15 * ROW_BYTES)
+def test_two_reads_that_fit_into_the_limit_together_wait_for_nothing() -> None:
+    byte_limit = WatchedLimit(8 * PAGE_BYTES)
     windows = [
-        rows_of_counts(10).filled(byte_limit=byte_limit),
-        rows_of_counts(5).filled(byte_limit=byte_limit),
+        rows_of_counts(10).filled(byte_limit=byte_limit, store=small_pages()),
+        rows_of_counts(5).filled(byte_limit=byte_limit, store=small_pages()),
     ]
     assert byte_limit.had_to_wait == []
-    assert sum(window.nbytes for window in windows) == 15 * ROW_BYTES
+    assert sum(held.nbytes for held in windows) == 15 * 24
 
 
-@pytest.mark.parametrize("n_bytes", [-5, 0, 1, 3 * ROW_BYTES])
-def test_a_window_that_is_alone_may_be_larger_than_the_limit(n_bytes: int) -> None:
+@pytest.mark.parametrize("n_bytes", [-5, 0, 1, 3 * PAGE_BYTES])
+def test_a_read_that_is_alone_may_be_larger_than_the_limit(n_bytes: int) -> None:
     byte_limit = WatchedLimit(n_bytes)
     for first in (0, 100):  # one after the other: the limit is free again once the first is given out
         layer = rows_of_counts(20, first)
-        assert_same_bits(put_together(list(layer.filled(n_pieces=4, byte_limit=byte_limit))), layer.dense())
+        held = layer.filled(n_pieces=4, byte_limit=byte_limit, store=small_pages())
+        assert_same_bits(put_together(list(held)), layer.dense())
     assert byte_limit.had_to_wait == []
 
 
 def test_closing_the_limit_ends_a_waiting_thread_with_an_error() -> None:
-    byte_limit = WatchedLimit(ROW_BYTES)
-    rows_of_counts(10).filled(byte_limit=byte_limit)
+    byte_limit = WatchedLimit(PAGE_BYTES)
+    rows_of_counts(10).filled(byte_limit=byte_limit, store=small_pages())
     with ThreadPoolExecutor(1) as pool:
         filling = pool.submit(rows_of_counts(5).filled, byte_limit=byte_limit)
         assert byte_limit.has_to_wait.wait(LONG)
@@ -257,17 +272,17 @@ def test_closing_the_limit_ends_a_waiting_thread_with_an_error() -> None:
             filling.result(LONG)
 
 
-def test_a_closed_room_lets_nobody_in_but_rows_that_are_there_can_be_given_out() -> None:
+def test_a_closed_limit_lets_nobody_in_but_rows_that_are_held_can_be_given_out() -> None:
     byte_limit, layer = ByteLimit(10**6), rows_of_counts(5)
-    window = layer.filled(n_pieces=2, byte_limit=byte_limit)
+    held = layer.filled(n_pieces=2, byte_limit=byte_limit)
     byte_limit.close()
     with pytest.raises(RuntimeError, match="the iterator was closed"):
         rows_of_counts(1).filled(byte_limit=byte_limit)
-    assert_same_bits(put_together(list(window)), layer.dense())
+    assert_same_bits(put_together(list(held)), layer.dense())
 
 
-class WindowReader:
-    """Rows of `rows_of_counts`, read into windows that share pages and a limit."""
+class HoldingReader:
+    """Rows of `rows_of_counts`, held in pages of one store, within one limit."""
 
     def __init__(self, **options: Any) -> None:
         self._options = options
@@ -276,12 +291,10 @@ class WindowReader:
         self._options["byte_limit"].close()
 
     def read(self, obs_joinids: NDArray[np.int64]) -> Iterator[Rows[CSR_IO_Buffer]]:
-        window = Window(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
+        held = HeldRows(obs_joinids, Columns(np.arange(4)), np.dtype(np.float32), **self._options)
         for rows in np.array_split(np.sort(obs_joinids), 3):
-            window.add(*self.table(rows))
-        return (
-            Rows(obs_joinids=np.arange(len(X)), X=X, obs=pd.DataFrame(index=range(len(X)))) for X in window
-        )
+            held.add(*self.table(rows))
+        return (Rows(obs_joinids=np.arange(len(X)), X=X, obs=pd.DataFrame(index=range(len(X)))) for X in held)
 
     @staticmethod
     def table(rows: NDArray[np.int64]) -> Table:
@@ -291,22 +304,22 @@ class WindowReader:
 
 @given(
     sizes=st.lists(st.integers(1, 60), max_size=6),
-    limit=st.integers(0, 80 * ROW_BYTES),
+    limit=st.integers(0, 40 * PAGE_BYTES),
     n_pieces=st.integers(1, 8),
     in_files=st.booleans(),
 )
 @example(sizes=[60, 60, 60], limit=0, n_pieces=1, in_files=False)
-@example(sizes=[60, 1, 60], limit=60 * ROW_BYTES, n_pieces=8, in_files=True)
-def test_windows_that_are_filled_while_those_before_are_given_out_never_block_each_other(
+@example(sizes=[60, 1, 60], limit=30 * PAGE_BYTES, n_pieces=8, in_files=True)
+def test_reads_that_are_held_while_those_before_are_given_out_never_block_each_other(
     folder: Path, sizes: list[int], limit: int, n_pieces: int, in_files: bool
 ) -> None:
     rng = np.random.default_rng(sum(sizes))
     batches = np.split(rng.permutation(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
     byte_limit = WatchedLimit(limit)
-    store = store_in(folder if in_files else None, page_bytes=2**12, slab_bytes=2**13)
-    reader = WindowReader(n_pieces=n_pieces, byte_limit=byte_limit, store=store)
+    store = store_in(folder) if in_files else small_pages()
+    reader = HoldingReader(n_pieces=n_pieces, byte_limit=byte_limit, store=store)
     read = read_ahead(iter(batches), reader, use_eager_fetch=True)
     found = [rows.X.slice_tonumpy(slice(None)) for rows, _ in read]
     rows = np.concatenate([*batches, np.empty(0, dtype=np.int64)])
-    expected = WindowReader.table(rows)[2].reshape(-1, 4)
+    expected = HoldingReader.table(rows)[2].reshape(-1, 4)
     np.testing.assert_array_equal(np.concatenate([*found, np.empty((0, 4), np.float32)]), expected)
