@@ -20,7 +20,7 @@ MAX_STREAMS = 4
 """Largest number of streams in which a read from an object store is fetched."""
 
 MALLOC_BYTES = 128 * 2**20
-"""Freed memory that malloc may keep, if the budget is 1 GiB or more."""
+"""Freed memory that malloc keeps: of its own accord, or as told if the budget is 1 GiB or more."""
 
 N_PIECES = 32
 """Number of pieces in which a window is given out. The memory of each is freed when it was given out."""
@@ -143,11 +143,11 @@ class Budget:
     @property
     def keeps_freed_memory(self) -> bool:
         """Whether the budget is large enough for `keep_freed_memory`."""
-        return self._malloc_bytes == MALLOC_BYTES
+        return self.total >= 2**30
 
     @property
     def _malloc_bytes(self) -> int:
-        return min(max((self.total - 2**29) // 4, 0), MALLOC_BYTES)
+        return min(max((self.total - 2**28) // 4, 0), MALLOC_BYTES)
 
 
 @attrs.frozen(kw_only=True)
@@ -169,7 +169,7 @@ class WindowShare:
     @property
     def page_bytes(self) -> int:
         """Size of the pages of memory that hold windows; the last page of a piece is not full."""
-        return _power_of_two(self.n_bytes // self.n_pieces // PAGES_PER_PIECE, 2**12, 2**18)
+        return _power_of_two(self.n_bytes // self.n_pieces // PAGES_PER_PIECE, 2**8, 2**18)
 
 
 def _power_of_two(size: int, least: int, most: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._soma.held_rows import ByteLimit, HeldRows
 from tiledbsoma_ml._soma.source import SOMASource, n_streams
-from windows import LONG, N_ROWS, TILE, dataset_of
+from tiledbsoma_ml._soma.stores import Pages
+from windows import LONG, N_ROWS, TILE, WindowsBudget, dataset_of
 
 
 class TinyLimit(ByteLimit):
@@ -205,3 +207,23 @@ def test_a_late_store_is_read_in_as_many_streams_as_hide_it_and_memory_allows(
 ) -> None:
     assert n_streams(latency, Budget(total, is_remote=True)) == expected
     assert n_streams(latency, Budget(total)) == 1
+
+
+def test_epochs_use_the_same_pages_and_these_are_gone_with_the_dataset(large: Store) -> None:
+    windows_bytes = 2**22
+    dataset = dataset_of(large, windows_bytes=windows_bytes, io_batch_size=300, batch_size=20)
+    page_bytes = WindowsBudget(2**31, windows_bytes=windows_bytes).share_of_windows().page_bytes
+    store = Pages.shared(page_bytes)
+    joinids_of(dataset)
+    n_bytes = store.nbytes
+    assert n_bytes
+    next(iter(dataset))
+    joinids_of(dataset)
+    assert store.nbytes == n_bytes
+    gone = weakref.ref(store)
+    del store
+    gc.collect()
+    assert gone() is not None
+    del dataset
+    gc.collect()
+    assert gone() is None

@@ -3,9 +3,11 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import pickle
 import resource
 import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +115,27 @@ def test_a_window_that_is_filled_while_another_is_given_out_leaves_its_rows_alon
         later.add(*table)
     assert_same_bits(put_together(given_out), first.dense())
     assert_same_bits(put_together(list(later)), other.dense())
+
+
+@pytest.mark.parametrize("n_taken", [0, 2])
+def test_pages_of_rows_that_are_not_given_out_to_the_end_are_used_again(n_taken: int) -> None:
+    pages = CountedPages()
+    leave_early(random_layer(0).filled(n_pieces=6, store=pages), n_taken)
+    assert not pages.out
+    n_bytes = pages.nbytes
+    assert list(random_layer(0).filled(n_pieces=6, store=pages))
+    assert pages.nbytes == n_bytes
+
+
+def test_all_of_a_process_share_the_pages_of_a_size_as_long_as_one_of_them_is_there() -> None:
+    store = Pages.shared(2**11)
+    assert Pages.shared(2**11) is store
+    assert Pages.shared(2**10) is not store
+    assert pickle.loads(pickle.dumps({2**11: store})) == {2**11: store}
+    gone = weakref.ref(store)
+    del store
+    gc.collect()
+    assert gone() is None
 
 
 # Files ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class SOMASource(Source):
         self.query_ids = ids
         self._make_limit = make_limit
         self._types: dict[tuple[str, ...], ObsTypes] = {}
+        self._pages: dict[int, Pages] = {}  # kept from epoch to epoch, by the size of a page
         preload_kernels()
 
     @property
@@ -126,13 +127,15 @@ class SOMASource(Source):
                 n_streams=n_streams(self.locator.latency(), budget) if budget.streams > 1 else 1,
                 byte_limit=self._make_limit(windows.n_bytes),
                 read_bytes=windows.planned_bytes,
-                store=Extents(folder, windows.extent_bytes)
-                if folder
-                else Pages(page_bytes=windows.page_bytes),
+                store=Extents(folder, windows.extent_bytes) if folder else self._store(windows.page_bytes),
                 opened=opened,
             )
             opened.push(stack.pop_all())
             return reader
+
+    def _store(self, page_bytes: int) -> Pages:
+        """Return the store that all sources of this process share; it lasts as long as one of them."""
+        return self._pages.setdefault(page_bytes, Pages.shared(page_bytes))
 
     def _budget(self, budget: Budget) -> Budget:
         return attrs.evolve(budget, is_remote=self.locator.is_remote)

@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -51,60 +51,86 @@ class Pages:
 
     Attributes:
         page_bytes: Size of a page.
+        nbytes: Bytes of all pages, taken or not.
     """
 
     def __init__(self, *, page_bytes: int = PAGE_BYTES, slab_bytes: int = SLAB_BYTES) -> None:
         self.page_bytes, self._slab_bytes = page_bytes, slab_bytes
+        self.nbytes = 0
         self._free: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
+
+    @staticmethod
+    def shared(page_bytes: int) -> Pages:
+        """Return the store of this process that has pages of a size, which lasts while somebody has it."""
+        with _all_shared:
+            store = _shared.get(page_bytes)
+            if store is None:
+                store = _shared[page_bytes] = Pages(page_bytes=page_bytes)
+            return store
+
+    def __reduce__(self) -> tuple[Callable[[int], Pages], tuple[int]]:
+        """Another process has pages of its own."""
+        return Pages.shared, (self.page_bytes,)
 
     def piece(self) -> Piece:
         return _PagedPiece(self)
 
     def take(self) -> NDArray[np.uint8]:
-        with self._lock:
-            if not self._free:
-                slab = np.empty(self._slab_bytes, dtype=np.uint8)
-                starts = range(0, self._slab_bytes, self.page_bytes)
-                self._free = [slab[start : start + self.page_bytes] for start in starts]
-            return self._free.pop()
+        """Return a page that nobody else has."""
+        try:
+            return (
+                self._free.pop()
+            )  # one step: pages are given back by finalizers too, which run at any point
+        except IndexError:
+            slab = np.empty(self._slab_bytes, dtype=np.uint8)
+            self.nbytes += self._slab_bytes
+            first, *others = range(0, self._slab_bytes, self.page_bytes)
+            self._free.extend(slab[start : start + self.page_bytes] for start in others)
+            return slab[first : first + self.page_bytes]
 
     def give_back(self, page: NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._free.append(page)
+        """Let others take a page."""
+        self._free.append(page)
+
+
+_shared: weakref.WeakValueDictionary[int, Pages] = weakref.WeakValueDictionary()
+_all_shared = threading.Lock()
 
 
 class _PagedPiece:
-    """A piece whose pages are memory."""
+    """A piece whose pages are memory; if it is dropped, the store gets them back."""
 
     def __init__(self, store: Pages) -> None:
         self._store = store
-        self._filled: list[tuple[NDArray[np.uint8], int]] = []
-        self._page: NDArray[np.uint8] | None = None
+        self._pages: list[NDArray[np.uint8]] = []
+        self._ends: list[int] = []
+        weakref.finalize(self, _give_back, store, self._pages).atexit = False
 
     @property
     def n_pages(self) -> int:
-        return len(self._filled) + (self._page is not None)
+        return len(self._pages)
 
     def nbytes(self, end: int) -> int:
-        return sum(n_bytes for _, n_bytes in self._filled) + (end if self._page is not None else 0)
+        return sum(self._ends) + (end if self._pages else 0)
 
     def next_page(self, end: int) -> int:
-        self._end_page(end)
-        self._page = self._store.take()
-        return self._page.ctypes.data
+        if self._pages:
+            self._ends.append(end)
+        self._pages.append(self._store.take())
+        return self._pages[-1].ctypes.data
 
     def take(self, end: int) -> Iterator[tuple[int, int]]:
-        self._end_page(end)
-        filled, self._filled = self._filled, []
-        for page, n_bytes in filled:
-            yield page.ctypes.data, n_bytes
-            self._store.give_back(page)
+        ends = [*self._ends, end][::-1]
+        self._ends = []
+        self._pages.reverse()
+        while self._pages:
+            yield self._pages[-1].ctypes.data, ends.pop()
+            self._store.give_back(self._pages.pop())
 
-    def _end_page(self, end: int) -> None:
-        if self._page is not None:
-            self._filled.append((self._page, end))
-            self._page = None
+
+def _give_back(store: Pages, pages: list[NDArray[np.uint8]]) -> None:
+    while pages:
+        store.give_back(pages.pop())
 
 
 class Extents:
