@@ -45,7 +45,7 @@ def test_the_command_shows_a_table_of_who_reads_how_much(store: Store) -> None:
     ]
     assert "and" not in output
     assert re.search(r"mixing +0\.\d\d +of a true shuffle, in a mini-batch; predicted", output)
-    assert re.search(r" 0\.\d\d +in those of all ranks in a step, together; predicted", output)
+    assert re.search(r" 0\.\d\d +in those of all ranks in a step; predicted", output)
 
 
 def test_the_table_names_32_workers_and_counts_the_others(store: Store) -> None:

@@ -13,6 +13,7 @@ import pytest
 from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._cli.epoch_plan import Json, PlanOptions, plan_epoch
+from tiledbsoma_ml.simulate import simulate_experiment
 
 DEFAULTS = {
     "measurement_name": None,
@@ -119,6 +120,17 @@ def test_the_mixing_is_predicted_for_the_labels_of_a_column(store: Store) -> Non
     assert plan["predicted"]["mixing"] == pytest.approx(1, abs=0.01), "each part has all of its types"
     with pytest.raises(ValueError, match="cell_typ"):
         planned(store.uri, **SMALL, column="cell_typ")
+
+
+def test_the_labels_are_those_of_datasets_if_there_are_any(tmp_path: Path) -> None:
+    simulate_experiment(str(tmp_path / "cells"), n_cells=2000, n_genes=20)
+    plan = planned(str(tmp_path / "cells"), **SMALL, world_size=8)
+    assert plan["settings"]["column"] == "dataset_id"
+    assert plan["predicted"]["mixing"] < 0.3, "a part has one or two of the six datasets"
+    assert (
+        plan["predicted"]
+        == planned(str(tmp_path / "cells"), **SMALL, world_size=8, column="dataset_id")["predicted"]
+    )
 
 
 def test_ranks_and_workers_of_the_scope_global_read_rows_of_the_same_tiles(store: Store) -> None:

@@ -25,6 +25,9 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "PlanOptions", "plan_epoch"]
 FORMAT = "tiledbsoma-ml plan"
 FORMAT_VERSION = 1
 
+LABEL = "dataset_id"
+"""The column of `obs` whose labels are stored one after the other in the Census."""
+
 Json: TypeAlias = dict[str, Any]
 
 
@@ -45,7 +48,8 @@ class PlanOptions:
         world_size: Number of ranks.
         num_workers: Workers of each rank; with 0, each rank reads by itself.
         shuffle_scope: "partition" or "global".
-        column: Column of `obs` for whose labels the mixing is predicted; if None, for labels of a model.
+        column: Column of `obs` for whose labels the mixing is predicted; if None, "dataset_id" if there is
+            one, else labels of a model.
         limit: Rows that are listed, at most.
     """
 
@@ -89,6 +93,8 @@ def plan_epoch(options: PlanOptions) -> Json:
             with filtering(options.obs_filter):
                 n_rows = query.n_obs
             check_selects(options.obs_filter, n_rows, experiment)
+            if options.column is None and LABEL in experiment.obs.keys():  # noqa: SIM118  # it is no mapping
+                options = attrs.evolve(options, column=LABEL)
             dataset = ExperimentDataset(
                 query,
                 layer_name=options.layer_name,

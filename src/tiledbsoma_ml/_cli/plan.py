@@ -62,8 +62,8 @@ Scope: TypeAlias = Annotated[
 Column: TypeAlias = Annotated[
     str | None,
     Option(
-        help="Column of obs for whose labels the mixing is predicted. Without it: labels like the datasets "
-        "of the Census."
+        help="Column of obs for whose labels the mixing is predicted. Without it: dataset_id, or labels like "
+        "the datasets of the Census."
     ),
 ]
 
@@ -143,7 +143,7 @@ def _show(planned: Json) -> None:
     table.add_row("mixing", mixing, "of a true shuffle, in a mini-batch; predicted")
     if settings["world_size"] > 1:
         mixing = f"{predicted['global_mixing']:.2f}"
-        table.add_row("", mixing, "in those of all ranks in a step, together; predicted")
+        table.add_row("", mixing, "in those of all ranks in a step; predicted")
     console.print(table)
     table = Table("rank", "worker", "rows", "chunks", "IO batches", "mini-batches", box=box.SIMPLE)
     for part in parts[:MOST_SHOWN]:
