@@ -96,6 +96,6 @@ export function windowBytes(total: number): number {
   const tiledb = within(total / 16, 16, 128);
   const buffers = 9 * within(total / 128, 1, 8);
   const fixed = Math.min(128 * MiB, Math.floor(total / 2));
-  const malloc = within((total - 512 * MiB) / 4, 0, 128);
+  const malloc = within((total - 256 * MiB) / 4, 0, 128);
   return Math.max(0, Math.floor((Math.floor(total * 0.95) - tiledb - buffers - fixed - malloc) / (1 + 5 / 32)));
 }

@@ -95,7 +95,7 @@ class ExperimentDataset(Facts, torch.utils.data.IterableDataset[MiniBatch]):
         mixing: Where `shuffle_chunk_size` is "auto": mean entropy of labels in a mini-batch as a share of a
             truly random one's, from 0.8 to 1, as predicted for data stored like the CELLxGENE Census. If
             None, no worse than with the defaults (about 0.96 for mini-batches of 1,024 rows). In the scope
-            "partition", a share of what is possible with the rows of a rank and worker alone.
+            "partition", a share of that of the rows of a rank and worker alone.
         window_dir: Folder on a local disk where windows wait, in a file that is unlinked from the start. Rows
             come from there in parts, so that it is the CPU that permutes them, in every mode but
             "gpu_minibatch": the order is the same.

@@ -79,30 +79,31 @@ function gcd(a: number, b: number): number {
   return b === 0 ? a : gcd(b, a % b);
 }
 
-/** Return what "auto" stands for where rows of the query are neighbours: the longest runs that mix well. */
+/**
+ * Return what "auto" stands for where rows of the query are neighbours: the longest runs that mix well.
+ *
+ * In the scope "partition", the sizes of a part are those of a query that has its rows only.
+ */
 export function chooseSizes(sharing: Sharing, tile: number, windowRows: number): Sizes {
   const isGlobal = sharing.scope === "global";
-  const shuffled = isGlobal ? sharing.rows : rowsOfFirstPart(sharing);
+  const own: Sharing = isGlobal ? sharing : { ...sharing, rows: rowsOfFirstPart(sharing), ranks: 1, readers: 1 };
   const held = Math.max(1, tile > 1 ? windowRows : Math.min(windowRows, ENOUGH_ROWS));
-  const ofShare = isGlobal ? Math.ceil(shuffled / sharing.ranks) : shuffled;
+  const ofShare = Math.ceil(own.rows / own.ranks);
   const nWindows = Math.max(1, Math.ceil(ofShare / held));
   const window = Math.ceil(ofShare / nWindows);
-  const predicted = (chunk: number, rows: number) => predictedMixing(sharing, chunk, rows, !isGlobal);
-  const most = predicted(1, ofShare);
-  const holdsAll = nWindows === 1 && !(isGlobal && sharing.ranks > 1);
-  if (holdsAll || tile === 1) return { chunk: tile, window, mixing: most };
-  const target = mixingOfDefaults(sharing, most) - TOLERANCE;
+  const sizes = (chunk: number, rows: number) => ({ chunk, window, mixing: predictedMixing(sharing, rows, window, !isGlobal) });
+  if ((nWindows === 1 && own.ranks === 1) || tile === 1) return sizes(tile, 1);
+  const target = mixingOfDefaults(own) - TOLERANCE;
   for (let chunk = tile; ; chunk /= 2) {
-    const mixing = predicted(shuffled / Math.ceil(shuffled / chunk), window);
-    if (mixing >= target || chunk % 2 === 1) return { chunk, window, mixing };
+    const rows = own.rows / Math.ceil(own.rows / chunk);
+    if (predictedMixing(own, rows, window, !isGlobal) >= target || chunk % 2 === 1) return sizes(chunk, rows);
   }
 }
 
 /** Return the predicted mixing of the defaults, but no more than they reach in large queries. */
-function mixingOfDefaults(sharing: Sharing, most: number): number {
+function mixingOfDefaults(sharing: Sharing): number {
   const large: Sharing = { rows: CENSUS_ROWS, miniBatch: sharing.miniBatch, scope: "partition", ranks: 1, readers: 1 };
-  const [here, there] = [sharing, large].map((query) => predictedMixing(query, DEFAULT_CHUNK, DEFAULT_WINDOW));
-  return Math.min(here, there * most);
+  return Math.min(...[sharing, large].map((query) => predictedMixing(query, DEFAULT_CHUNK, DEFAULT_WINDOW)));
 }
 
 /** Return the number of rows of the first worker of a rank: it has one more where they do not divide. */

@@ -1,14 +1,15 @@
 """The sizes that "auto" stands for.
 
-The sizes depend only on the joinids, the layout of the layer, the budget of memory, and the number of ranks;
-in the scope "partition", also on the number of workers. So all processes choose the same sizes. The page
-`shuffle_viz` has the same formulas in TypeScript.
+The sizes depend only on the joinids, the layout of the layer, the budget of memory, and in the scope "global"
+the number of ranks. So all processes choose the same sizes. The page `shuffle_viz` has the same formulas in
+TypeScript.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, TypeAlias
 
 import attrs
@@ -82,53 +83,47 @@ def choose_sizes(
 ) -> Sizes:
     """Return the longest runs, up to whole tiles, that reach a mixing, and the sizes of windows for them.
 
+    In the scope "partition", the sizes of a part are those of a query that has its rows only, because no size
+    mixes it with other parts.
+
     Args:
         sorted_joinids: The joinids of the rows that are shuffled together: those of the query or of a part.
         layout: The layout of the layer.
         window_rows: Largest number of rows of a window.
-        mixing: The mixing to reach, as a share of what the scope allows; if None, see `_mixing_of_defaults`.
+        mixing: The mixing to reach; if None, see `_mixing_of_defaults`.
         sharing: The whole query, and the ranks and workers that share it.
     """
     is_global = sharing.scope == "global"
+    own = sharing if is_global else Sharing(n_rows=len(sorted_joinids), batch_size=sharing.batch_size)
     window_rows = max(1, window_rows if layout.row_tile > 1 else min(window_rows, ENOUGH_ROWS))
-    n_rows = math.ceil(len(sorted_joinids) / (sharing.world_size if is_global else 1))
+    n_rows = math.ceil(own.n_rows / (own.world_size if is_global else 1))
     n_windows = max(1, math.ceil(n_rows / window_rows))
-    rows = math.ceil(n_rows / n_windows)
-
-    def predicted(chunk_rows: float, window_rows: float) -> float:
-        return predicted_mixing(
-            sharing, chunk_rows=chunk_rows, window_rows=window_rows, ends_with_chunk=not is_global
-        )
-
-    run_length, most = layout.row_tile, predicted(1, n_rows)
-    holds_all = n_windows == 1 and not (is_global and sharing.world_size > 1)
-    if holds_all or layout.row_tile == 1:
-        return Sizes(run_length=run_length, window_rows=rows, first_window_rows=rows, mixing=most)
-    target = mixing * most if mixing is not None else _mixing_of_defaults(sharing, most) - TOLERANCE
-    for run_length in _run_lengths(layout.row_tile):
-        per_chunk = rows_per_chunk(sorted_joinids, run_length)
-        reached = predicted(per_chunk, rows)
-        if reached >= target:
-            break
-    first = rows
-    while first > 4 * sharing.batch_size and predicted(per_chunk, first / 2) >= target:
-        first //= 2
+    rows = first = math.ceil(n_rows / n_windows)
+    predicted = partial(predicted_mixing, ends_with_chunk=not is_global)
+    run_length, per_chunk = layout.row_tile, 1.0
+    holds_all = n_windows == 1 and not (is_global and own.world_size > 1)
+    if not holds_all and layout.row_tile > 1:
+        target = _mixing_of_defaults(own) - TOLERANCE if mixing is None else mixing
+        for run_length in _run_lengths(layout.row_tile):
+            per_chunk = rows_per_chunk(sorted_joinids, run_length)
+            if predicted(own, chunk_rows=per_chunk, window_rows=rows) >= target:
+                break
+        while (
+            first > 4 * own.batch_size
+            and predicted(own, chunk_rows=per_chunk, window_rows=first / 2) >= target
+        ):
+            first //= 2
+    reached = predicted(sharing, chunk_rows=per_chunk, window_rows=rows)
     return Sizes(run_length=run_length, window_rows=rows, first_window_rows=first, mixing=reached)
 
 
-def _mixing_of_defaults(sharing: Sharing, most: float) -> float:
-    """Return the predicted mixing of the default sizes, but no more than they reach in large queries.
-
-    Args:
-        sharing: See `choose_sizes`.
-        most: The mixing that the scope allows.
-    """
+def _mixing_of_defaults(sharing: Sharing) -> float:
+    """Return the predicted mixing of the default sizes, but no more than they reach in large queries."""
     large = Sharing(n_rows=CENSUS_ROWS, batch_size=sharing.batch_size)
-    here, there = (
+    return min(
         predicted_mixing(query, chunk_rows=DEFAULT_CHUNK, window_rows=DEFAULT_WINDOW)
         for query in (sharing, large)
     )
-    return min(here, there * most)
 
 
 def window_borders(n_rows: int, sizes: Sizes) -> list[int]:
