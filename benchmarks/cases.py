@@ -165,7 +165,7 @@ CASES = (
     _old("0.1.0 chunk 2048, dense", dense=True, options=CHUNK_2048),
     _peer("annbatch", "annbatch, chunks of 64", options={"chunk": 64}),
     _peer("bionemo_scdl", "BioNeMo-SCDL, random rows"),
-    _peer("cell_load", "cell-load, cell sentences"),
+    _peer("cell_load", "cell-load, sets of 64"),
     _peer("protoplast", "protoplast, sequential"),
     _peer("protoplast", "protoplast, sequential, 2 workers", options={"num_workers": 2}),
     _peer("scdataset", "scDataset, backed h5ad, blocks of 64"),

@@ -9,6 +9,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,15 +31,18 @@ def serving(python: Path, folder: Path, delay_ms: float) -> Iterator[dict[str, A
         RuntimeError: If it cannot be served; says why.
     """
     command = [str(python), __file__, str(folder), str(delay_ms)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    # The server logs each request. A pipe that nobody empties would stop it when it is full.
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert server.stdout is not None
-            assert server.stderr is not None
             if not (line := server.stdout.readline()):
-                raise RuntimeError(server.stderr.read().strip().splitlines()[-1])
+                log.seek(0)
+                raise RuntimeError(log.read().strip().splitlines()[-1])
             yield json.loads(line)
         finally:
             server.terminate()
+            server.communicate()
 
 
 def main(folder: Path, delay_s: float) -> None:
@@ -70,6 +74,7 @@ async def _serve_late(host: str, port: int, delay_s: float, name: str) -> None:
         "vfs.s3.scheme": "http",
         "vfs.s3.use_virtual_addressing": "false",
         "vfs.s3.region": _REGION,
+        "vfs.s3.request_timeout_ms": "60000",  # the server may be slow, but answers
         **{f"vfs.s3.{key}": value for key, value in _KEYS.items()},
     }
     print(json.dumps({"uri": f"s3://{_BUCKET}/{name}", "store": config}), flush=True)

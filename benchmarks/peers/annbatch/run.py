@@ -29,7 +29,6 @@ def open_batches(store, task):
         chunk_size=chunk,
         preload_nchunks=max(1, 65_536 // chunk),
         shuffle=True,
-        to_torch=False,
     )
     return loader.use_collection(DatasetCollection(store))
 

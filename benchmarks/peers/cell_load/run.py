@@ -1,4 +1,4 @@
-"""cell-load: sentences of cells of one type from an h5ad file, as its data module loads them; dense."""
+"""cell-load: sets of 64 cells of one type, each with a control, from an h5ad file; dense."""
 
 import tempfile
 import warnings
@@ -7,6 +7,7 @@ from pathlib import Path
 from cell_load.data_modules import PerturbationDataModule
 from measure import answer_with, measure_epoch, request
 
+SET_SIZE = 64  # cells of one type; where there are fewer, some are taken again
 CONFIG = """
 [datasets]
 cells = "{folder}"
@@ -18,18 +19,21 @@ cells = "train"
 
 
 def open_batches(task, scratch):
-    """Return the training batches of the data module, with the assay in place of perturbations."""
+    """Return the training batches of the data module: cell types take the place of perturbations.
+
+    Controls are cells of the most common type, of which each assay, in place of a cell line, has some.
+    """
     config = Path(scratch, "cells.toml")
     config.write_text(CONFIG.format(folder=Path(task["h5ad"]).parent))
     module = PerturbationDataModule(
         toml_config_path=str(config),
-        embed_key="X",
         num_workers=0,
-        batch_size=task["batch_size"],
+        batch_size=max(1, task["batch_size"] // SET_SIZE),
+        cell_sentence_len=SET_SIZE,
         batch_col="donor_id",
-        pert_col="assay",
-        cell_type_key="cell_type",
-        control_pert="10x 3' v1",
+        pert_col="cell_type",
+        cell_type_key="assay",
+        control_pert="cell type 0",
         output_space="all",
         basal_mapping_strategy="random",
     )
