@@ -27,7 +27,7 @@ CHANGED = (
     "program writes to its files; choose another folder."
 )
 
-BLOCK_VALUES = 2**20
+BLOCK_VALUES = 2**18
 """Number of values of a dense block that are searched for non-zeros at once."""
 
 
@@ -212,9 +212,10 @@ class HeldRows:
         start, stop = np.searchsorted(self.sorted_joinids, [first_row, first_row + len(block)]).tolist()
         n_rows = max(1, BLOCK_VALUES // block.shape[1])
         for joinids in np.split(self.sorted_joinids[start:stop], range(n_rows, stop - start, n_rows)):
-            lines = block[joinids - first_row]
-            i, j = lines.nonzero()
-            self.add(joinids[i], j + first_col, lines[i, j])
+            values = block[joinids - first_row].reshape(-1)
+            found = np.flatnonzero(values != 0)  # to search truth values takes a third of the time
+            i, j = np.divmod(found, block.shape[1])
+            self.add(joinids[i], j + first_col, values[found])
 
     def __iter__(self) -> Iterator[CSR_IO_Buffer]:
         """Yield the pieces in order; the memory of a piece in the store is free when it is yielded."""
