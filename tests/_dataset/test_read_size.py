@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stores import Store, joinids_of
+from stores import Store, joinids_of, workers
 from tiledbsoma_ml import experiment_dataloader
 from tiledbsoma_ml._dataset import read_size
 from windows import N_ROWS, SMALL, dataset_of, window_lengths
@@ -54,7 +54,8 @@ def test_no_read_has_more_rows_than_memory_holds(large: Store, options: dict[str
     lengths = window_lengths(dataset)
     assert sum(lengths) == N_ROWS
     assert max(lengths) <= 1.1 * n_held
-    assert window_lengths(dataset_of(large, windows_bytes=1, row_bytes=1, **SMALL_CHUNKS)) == [1] * N_ROWS
+    one = dataset_of(large, range(100), windows_bytes=1, row_bytes=1, **SMALL_CHUNKS)
+    assert window_lengths(one) == [1] * 100
 
 
 def test_the_size_of_rows_is_measured_where_the_part_is_read_and_then_followed(large: Store) -> None:
@@ -69,7 +70,7 @@ def test_the_size_of_rows_is_measured_where_the_part_is_read_and_then_followed(l
 
 def test_workers_read_as_much_at_once(large: Store) -> None:
     dataset = dataset_of(large, shuffle_scope="global", **SMALL_CHUNKS)
-    loader = experiment_dataloader(dataset, num_workers=2)
+    loader = experiment_dataloader(dataset, **workers(2))
     np.testing.assert_array_equal(np.sort(joinids_of(loader)), np.sort(joinids_of(dataset)))
 
 
