@@ -157,7 +157,7 @@ class WindowShare:
     Attributes:
         n_pieces: Number of pieces in which a window is given out.
         n_bytes: Bytes that all windows may hold together.
-        planned_bytes: Bytes that a window may hold if its size is "auto".
+        planned_bytes: Bytes that a read should hold, and a window if its size is "auto".
         extent_bytes: Size of the extents of the file that holds windows.
     """
 

@@ -36,7 +36,7 @@ def next_read_size(planned: PartPlan, reader: TiledReader) -> Callable[[int], Re
 
 @cache
 def tell_costly(chunk_rows: int, window_rows: int, times: int, row_tile: int, n_held: int) -> None:
-    """Tell, at the level INFO and once in a process, that sizes decode tiles many times."""
+    """Tell, at the level INFO, that sizes decode tiles many times; once in a process for the same numbers."""
     if times >= COSTLY:
         logger.info(
             "shuffle_chunk_size=%d and io_batch_size=%d read every row about %d times in an epoch, because "

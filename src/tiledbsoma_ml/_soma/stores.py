@@ -78,9 +78,8 @@ class Pages:
     def take(self) -> NDArray[np.uint8]:
         """Return a page that nobody else has."""
         try:
-            return (
-                self._free.pop()
-            )  # one step: pages are given back by finalizers too, which run at any point
+            # One step: finalizers give pages back too, and run at any point.
+            return self._free.pop()
         except IndexError:
             slab = np.empty(self._slab_bytes, dtype=np.uint8)
             self.nbytes += self._slab_bytes
