@@ -260,7 +260,7 @@ class Manifest:
             yield from item.contradictions(content.n_obs)
 
 
-def _content_from(fields: dict[str, Any]) -> Content:
+def content_from(fields: dict[str, Any]) -> Content:
     """Return the content from the fields that `attrs.asdict` made of it."""
     return Content(
         sources=tuple(Origin(**source) for source in fields["sources"]),
@@ -278,15 +278,20 @@ def shard_from(fields: dict[str, Any]) -> Shard:
     return Shard(**{**fields, **files})
 
 
+def embedding_from(fields: dict[str, Any]) -> Embedding:
+    """Return the array of `obsm` from the fields that `attrs.asdict` made of it."""
+    return Embedding(**{**fields, "values": File(**fields["values"])})
+
+
 def _from_fields(fields: dict[str, Any]) -> Manifest:
     return Manifest(
         created_by=fields["created_by"],
         created_at=fields["created_at"],
-        content=_content_from(fields["content"]),
+        content=content_from(fields["content"]),
         layers=tuple(
             Layer(**{**layer, "shards": tuple(shard_from(shard) for shard in layer["shards"])})
             for layer in fields["layers"]
         ),
-        obsm=tuple(Embedding(**{**item, "values": File(**item["values"])}) for item in fields["obsm"]),
+        obsm=tuple(embedding_from(item) for item in fields["obsm"]),
         **{name: File(**fields[name]) for name in ("obs_joinids", "var_joinids", "obs", "var")},
     )

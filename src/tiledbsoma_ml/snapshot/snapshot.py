@@ -16,13 +16,14 @@ from tiledbsoma_ml._budget import Budget, parse_bytes
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, absolute_path, check_name
 from tiledbsoma_ml._query_ids import QueryIDs, check_joinids
 from tiledbsoma_ml._source import Source
-from tiledbsoma_ml.snapshot.build import DEFAULT_SHARDS, ShardSizes, create
+from tiledbsoma_ml.snapshot.build import create
 from tiledbsoma_ml.snapshot.check import verify
 from tiledbsoma_ml.snapshot.creation import Progress, ProgressCallback
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
 from tiledbsoma_ml.snapshot.mapped import Mapped
 from tiledbsoma_ml.snapshot.reader import SnapshotReader
 from tiledbsoma_ml.snapshot.segments import Located, Query, check_origin, located, segment_of
+from tiledbsoma_ml.snapshot.stored_layers import DEFAULT_SHARDS, ShardSizes
 from tiledbsoma_ml.x_locator import XLocator
 
 
@@ -65,9 +66,8 @@ class Snapshot:
     ) -> Snapshot:
         """Return the snapshot of a query or of a `Source` at `path`, after making it if it does not exist.
 
-        It is made in a folder beside `path`, which is renamed at the end. So `path` has a complete snapshot
-        or nothing. After a kill, the next call continues where the last one ended. If several processes call
-        this at once, one of them makes the snapshot, and the others wait.
+        `path` has a complete snapshot or nothing. Processes that call this at once make it together, also on
+        several machines that share a disk and its locks (`flock`). After a kill, the next call continues.
 
         Args:
             path: The folder of the snapshot.
@@ -79,14 +79,15 @@ class Snapshot:
             obs_column_names: Columns of `obs` to store. All columns of `var` are stored.
             layers: Further layers of `X` to store.
             obsm: Arrays of `obsm` to store.
-            memory_budget: Memory for buffers and for rows that wait: bytes, or a string like "2GiB".
+            memory_budget: Memory for buffers and for rows that wait, in each process: bytes, or a string
+                like "2GiB". It limits the sizes of files, so give all processes the same.
             progress: Whether to show progress on stderr; or a function, which is called with the rows done,
                 the rows in all, rows per second and seconds left.
 
         Raises:
             TypeError: If `query` is not a query or source, or has some of both.
             ValueError: If a name does not exist, queries have different columns, or `path` has other data,
-                which are never overwritten.
+                which are never overwritten, or that another process makes now.
             OSError: If the disk cannot be written to, or is too small.
         """
         return cls.create_from(
