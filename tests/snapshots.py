@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,10 +23,10 @@ from stores import MEASUREMENT, N_OBS, N_VARS, Store, expected_X, make_obs
 from tiledbsoma_ml import QueryIDs, Rows
 from tiledbsoma_ml._soma.reader import SOMAReader
 from tiledbsoma_ml.snapshot import Snapshot
-from tiledbsoma_ml.snapshot.build import ShardSizes
 from tiledbsoma_ml.snapshot.files import sealed
 from tiledbsoma_ml.snapshot.format import MANIFEST
 from tiledbsoma_ml.snapshot.segments import located
+from tiledbsoma_ml.snapshot.stored_layers import ShardSizes
 from tiledbsoma_ml.snapshot.takeover import PARTIAL
 from tiledbsoma_ml.x_locator import XLocator
 
@@ -202,26 +202,32 @@ def watched_disk(folder: Path, step: Callable[[str, Path], object]) -> Iterator[
         yield
 
 
-def create_in_folder(locator: XLocator, folder: Path, seconds: float, progress: bool) -> None:
-    """Make x.snapshot in a folder, which takes time for every shard, telling into files of this process."""
-    os.chdir(folder)
-    sys.stderr = Path(f"{os.getpid()}.err").open("w", buffering=1)  # noqa: SIM115
+def create_with_others(
+    locator: XLocator, folder: Path, at_shard: Callable[[int], object], **options: Any
+) -> None:
+    """Make x.snapshot in a folder; `at_shard` is called before a shard is written, with how many were before.
+
+    What is told is in a file of this process, and each shard that it begins is a line of written.txt.
+    """
+    sys.stderr = (folder / f"{os.getpid()}.err").open("w", buffering=1)
     ids = QueryIDs(obs_joinids=np.arange(N_OBS), var_joinids=np.arange(N_VARS))
+    n_before = itertools.count()
 
-    def slowly(what: str, path: Path) -> None:
+    def step(what: str, path: Path) -> None:
         if what == "open" and path.suffix == ".indices":
-            with Path("written.txt").open("a") as file:
-                file.write(f"{os.getpid()} {path.name}\n")
-            time.sleep(seconds)
+            with (folder / "written.txt").open("a") as file:
+                file.write(f"{os.getpid()} {path.stem}\n")
+            at_shard(next(n_before))
 
-    with watched_disk(folder, slowly):
-        Snapshot.create_from(
-            folder / "x.snapshot",
-            [(locator, ids)],
-            obs_column_names=["soma_joinid"],
-            progress=progress,
-            shards=OF_ONE_TILE,
-        ).verify()
+    defaults = {"obs_column_names": ["soma_joinid"], "shards": OF_ONE_TILE}
+    with watched_disk(folder, step):
+        Snapshot.create_from(folder / "x.snapshot", [(locator, ids)], **{**defaults, **options}).verify()
+
+
+def written_by(folder: Path) -> list[tuple[int, str]]:
+    """Return the process and the name of each shard that `create_with_others` began to write."""
+    lines = [line.split() for line in (folder / "written.txt").read_text().splitlines()]
+    return [(int(pid), name) for pid, name in lines]
 
 
 def raising(number: int) -> Any:

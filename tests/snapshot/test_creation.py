@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snapshots import N_SHARDS, assert_is_right, create_in_folder, make, partial, raising
+from snapshots import make, partial, raising
 from stores import N_OBS, Store
-from tiledbsoma_ml.snapshot import creation as _snapshot_creation
+from tiledbsoma_ml.snapshot.creation import locked
 
-# Killed ---------------------------------------------------------------------------------------------------
+# Locks ----------------------------------------------------------------------------------------------------
 
 
-def test_of_several_processes_one_makes_the_snapshot_and_the_others_wait_and_use_it(
-    store: Store, path: Path, processes: Any
-) -> None:
-    args = (store.locator, path.parent, 0.3, True)
-    makers = [processes.Process(target=create_in_folder, args=args) for _ in range(3)]
-    for process in makers:
-        process.start()
-    for process in makers:
-        process.join()
-    assert [process.exitcode for process in makers] == [0, 0, 0]
-    writers = [line.split()[0] for line in (path.parent / "written.txt").read_text().splitlines()]
-    assert writers == N_SHARDS * [writers[0]]
-    told = [(path.parent / f"{process.pid}.err").read_text() for process in makers]
-    message = f"process {writers[0]} is making it; waiting until it is there"
-    waited = [text for text in told if message in text]
-    assert len(waited) == 2
-    assert_is_right(path)
+def test_who_waits_for_a_lock_is_told_once_which_process_has_it(path: Path) -> None:
+    told: list[str] = []
+    may_end = threading.Event()
+
+    def hold() -> None:
+        with locked(path, pytest.fail):
+            is_held.set()
+            may_end.wait()
+
+    is_held = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait()
+    with locked(path, lambda maker: [told.append(maker), may_end.set()]):
+        holder.join()
+    assert told == [str(os.getpid())]
+    assert not list(path.parent.iterdir())
 
 
 # The disk -------------------------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_a_lock_that_is_taken_away_whenever_it_is_looked_at_is_made_again(
 
     usual, n_taken_away = os.open, [0]
     monkeypatch.setattr(os, "open", opened)
-    with _snapshot_creation.locked(path, pytest.fail):
+    with locked(path, pytest.fail):
         assert not n_taken_away
         assert list(path.parent.iterdir()) == [path.with_name(".x.snapshot.lock")]
 

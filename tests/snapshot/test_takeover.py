@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from snapshots import (
     Killed,
     assert_is_right,
     building,
-    create_in_folder,
+    create_with_others,
     make,
     partial,
     recording,
@@ -105,38 +106,59 @@ def drop_rows(fields: dict[str, Any]) -> None:
 
 def drop_first_border(fields: dict[str, Any]) -> None:
     fields["borders"] = fields["borders"][1:]
-    fields["shards"]["raw"] = fields["shards"]["raw"][1:]
 
 
-def swap_shards(fields: dict[str, Any]) -> None:
-    shards = fields["shards"]["raw"]
+def move_a_border(fields: dict[str, Any]) -> None:
+    fields["borders"][1] -= 1
+
+
+def tell_no_numbers(fields: dict[str, Any]) -> None:
+    fields["borders"], fields["bytes_per_row"] = {"0": 1}, 7
+
+
+def swap_with_another_shard(fields: dict[str, Any]) -> None:
     for what in ("indptr", "indices", "data"):
-        shards[0][what], shards[1][what] = shards[1][what], shards[0][what]
+        fields["made"][what]["name"] = fields["made"][what]["name"].replace("00001", "00002")
 
 
 def name_another_file(fields: dict[str, Any]) -> None:
-    fields["shards"]["raw"][0]["data"]["name"] = "../outside"
+    fields["made"]["data"]["name"] = "../outside"
 
 
-def tell_other_types(fields: dict[str, Any]) -> None:
-    fields["shards"]["raw"][0]["data_dtype"] = "|i1"
-    fields["shards"]["raw"][1]["nnz"] = 10**6
+def tell_another_type(fields: dict[str, Any]) -> None:
+    fields["made"]["data_dtype"] = "|i1"
+
+
+def tell_another_number(fields: dict[str, Any]) -> None:
+    fields["made"]["nnz"] = 10**6
 
 
 def tell_nonsense(fields: dict[str, Any]) -> None:
-    fields["borders"], fields["shards"] = {"0": 1}, [7]
+    fields["made"] = [7]
 
 
 @pytest.mark.parametrize(
-    "change",
-    [drop_rows, drop_first_border, swap_shards, name_another_file, tell_other_types, tell_nonsense],
+    ("file", "change"),
+    [
+        (PARTIAL, drop_rows),
+        (PARTIAL, drop_first_border),
+        (PARTIAL, move_a_border),
+        (PARTIAL, tell_no_numbers),
+        ("tasks/shard-00001.json", swap_with_another_shard),
+        ("tasks/shard-00001.json", name_another_file),
+        ("tasks/shard-00001.json", tell_another_type),
+        ("tasks/shard-00001.json", tell_another_number),
+        ("tasks/shard-00001.json", tell_nonsense),
+    ],
 )
-def test_a_continued_creation_believes_nothing_that_is_not_so(store: Store, path: Path, change: Any) -> None:
+def test_a_continued_creation_believes_nothing_that_is_not_so(
+    store: Store, path: Path, file: str, change: Any
+) -> None:
     partial(path, store)
-    fields = json.loads((building(path) / PARTIAL).read_text())
+    fields = json.loads((building(path) / file).read_text())
     del fields["sha256"]
     change(fields)
-    (building(path) / PARTIAL).write_text(sealed(fields))
+    (building(path) / file).write_text(sealed(fields))
     make(path, store)
     assert_is_right(path)
 
@@ -167,13 +189,17 @@ def test_a_part_of_another_creation_is_discarded(store: Store, path: Path) -> No
     assert_is_right(path, [5, 70, 300])
 
 
+def pause(_: int) -> None:
+    time.sleep(0.15)
+
+
 def test_creations_that_are_killed_at_random_moments_end_in_a_right_snapshot(
     store: Store, path: Path, processes: Any
 ) -> None:
     rng = random.Random()
     n_killed = 0
     for _ in range(8):
-        process = processes.Process(target=create_in_folder, args=(store.locator, path.parent, 0.15, False))
+        process = processes.Process(target=create_with_others, args=(store.locator, path.parent, pause))
         process.start()
         process.join(rng.uniform(0.5, 1.6))
         if process.is_alive():

@@ -54,7 +54,7 @@ def build_once(folder: Path, build: Callable[[str], None], say: Say) -> None:
     """
     if _is_built(folder, say):
         return
-    with locked(folder, say):
+    with locked(folder, lambda maker: say(f"process {maker} is making it; waiting until it is there")):
         if _is_built(folder, say):
             return
         say(f"building the experiment {folder}")

@@ -1,58 +1,35 @@
-"""`create`: makes a snapshot of segments, which it reads in the order of storage, shard by shard.
+"""`create`: makes a snapshot of segments, alone or together with other processes that are asked for the same.
 
-The snapshot is made in a folder beside its path. This module does not know the origin of rows: see `Segment`.
+The snapshot is made in a folder beside its path, which is renamed at the end.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
-from importlib.metadata import version
-from itertools import pairwise
-from math import ceil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
+from typing import TypeAlias
 
-import attrs
 import numpy as np
-from numpy.typing import NDArray
 
 from tiledbsoma_ml._budget import Budget
-from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._soma.held_rows import preload_kernels
-from tiledbsoma_ml._threads import at_work
 from tiledbsoma_ml.snapshot.check import check_content, verify
 from tiledbsoma_ml.snapshot.content import Content, warn_of_unknown
 from tiledbsoma_ml.snapshot.creation import Progress, check_own_folder, locked
-from tiledbsoma_ml.snapshot.disk import check_space, disk_error
-from tiledbsoma_ml.snapshot.files import File, Fsyncs, HashedFile, digest, fsync
-from tiledbsoma_ml.snapshot.format import MANIFEST, Embedding, Layer, Manifest, indices_dtype
-from tiledbsoma_ml.snapshot.frames import read_frames, write_frames
-from tiledbsoma_ml.snapshot.segment import PIECE_BYTES, Segment, ShardRows, StoredLayer
-from tiledbsoma_ml.snapshot.shard import DTYPES, Shard
-from tiledbsoma_ml.snapshot.shards import ShardWriter
-from tiledbsoma_ml.snapshot.takeover import PARTIAL, Finished, keep_partial, shard_name, take_over
+from tiledbsoma_ml.snapshot.disk import check_space, naming_disk
+from tiledbsoma_ml.snapshot.files import digest, fsync
+from tiledbsoma_ml.snapshot.format import MANIFEST, Manifest
+from tiledbsoma_ml.snapshot.maker import POLL_S, Maker
+from tiledbsoma_ml.snapshot.segment import Segment
+from tiledbsoma_ml.snapshot.stored_layers import DEFAULT_SHARDS, ShardSizes, StoredLayers
+from tiledbsoma_ml.snapshot.takeover import PARTIAL, Partial, take_over
+from tiledbsoma_ml.snapshot.tasks import Tasks, makers, remove_tasks
 
-
-@attrs.frozen(kw_only=True)
-class ShardSizes:
-    """The sizes of the shards of a snapshot.
-
-    Attributes:
-        min_bytes: Approximate smallest size of a shard, unless the snapshot has fewer bytes.
-        max_bytes: Approximate largest size of a shard, unless a tile has more bytes.
-        min_number: Number of shards up to which shards have the smallest size.
-    """
-
-    min_bytes: int = 2**25
-    max_bytes: int = 2**29
-    min_number: int = 8
-
-
-DEFAULT_SHARDS = ShardSizes()
+_Begun: TypeAlias = tuple[Tasks, Partial]
 
 
 def create(
@@ -65,7 +42,6 @@ def create(
     budget: Budget,
     progress: Progress,
     shards: ShardSizes = DEFAULT_SHARDS,
-    compression: str | None = None,
 ) -> None:
     """Make a snapshot at a path, unless it is there already.
 
@@ -78,18 +54,14 @@ def create(
         budget: The memory that this may use.
         progress: Callback for progress.
         shards: Sizes of its shards.
-        compression: Name of the compression of `X`; None to compress nothing.
 
     Raises:
         ValueError: If a name does not exist, segments differ in columns or types, or the path has other data.
         OSError: If the disk cannot be written to, or is too small.
     """
     content = describe(segments, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
-    if is_there(path, content):
-        return
-    with locked(path, progress.say):
-        if not is_there(path, content):
-            _Builder(path, segments, content, budget, progress, shards, compression).build()
+    if not is_there(path, content):
+        _Builder(path, segments, content, budget, progress, shards).build()
 
 
 def is_there(path: Path, content: Content) -> bool:
@@ -147,9 +119,11 @@ def describe(
 
 
 class _Builder:
-    """A builder of one snapshot, in a folder beside its path, which is renamed at the end.
+    """A builder of one snapshot, alone or together with other processes, in a folder beside its path.
 
-    It continues in the folder of a creation that was killed: `partial.json` lists the finished shards.
+    All processes that are asked for the same content at the same time make its tasks together. The first one
+    divides it; the last one writes the manifest, and renames the folder. Only these two steps are made under
+    the lock beside the path. If all processes were killed, the next one continues in the folder.
     """
 
     def __init__(
@@ -160,7 +134,6 @@ class _Builder:
         budget: Budget,
         progress: Progress,
         shards: ShardSizes,
-        compression: str | None,
     ) -> None:
         self._path = path
         self._folder = path.with_name(f".{path.name}.building")
@@ -169,40 +142,86 @@ class _Builder:
         self._budget = budget
         self._progress = progress
         self._shards = shards
-        self._compression = compression
-        self._stored: dict[str, list[StoredLayer]] = {}
-        self._bytes_per_row: dict[str, float] = {}
-        self._borders: list[int] = []
-        self._finished: dict[str, list[Shard]] = {}
-        self._frames: Future[dict[str, File]] = Future()
-        self._failed_read: OSError | None = None
+        self._layers = StoredLayers(segments, content, budget)
+        self._needed = 0
+        self._has_told = False
 
     def build(self) -> None:
-        preload_kernels()
-        check_own_folder(self._folder, self._path)
-        if not self._is_only_to_be_renamed():
-            self._stored = {name: self._layers_of_segments(name) for name in self._content.layer_names}
-            dtypes = {name: self._dtype_of(name) for name in self._content.layer_names}
-            finished = take_over(self._folder, self._content, dtypes, self._compression)
-            self._borders, self._finished = finished.borders, finished.shards
-            self._bytes_per_row = self._measure()
-            if not self._borders:
-                self._borders = self._cut()
-            needed = self._needed()
-            check_space(self._path, needed)
-            try:
-                if not check_own_folder(self._folder, self._path):
-                    self._folder.mkdir(mode=0o700)
-                self._write()
-            except OSError as err:
-                if err is self._failed_read:
-                    raise
-                raise disk_error(self._path, err, needed) from err
-        (self._folder / PARTIAL).unlink(missing_ok=True)
-        self._open_to_others()
-        fsync(self._folder)
-        self._folder.rename(self._path)
-        fsync(self._path.parent)
+        while (begun := self._begin()) is not None:
+            tasks, partial = begun
+            with closing(tasks):
+                maker = Maker(
+                    self._folder,
+                    self._segments,
+                    partial,
+                    self._layers.dtypes,
+                    tasks=tasks,
+                    budget=self._budget,
+                    progress=self._progress,
+                )
+                with naming_disk(self._path, self._needed, maker.comes_from_disk):
+                    maker.make()
+                if self._complete(maker, tasks):
+                    return
+
+    # The first step ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> _Begun | None:
+        """Begin to make the snapshot, or join the processes that make it; return None if it is there."""
+        while True:
+            with locked(self._path, self._tell_lock):
+                preload_kernels()
+                if is_there(self._path, self._content):
+                    return None
+                is_begun = check_own_folder(self._folder, self._path)
+                others = makers(self._path)
+                if not (is_begun and others):
+                    return self._begin_alone()
+                if (begun := self._join(others[0])) is not None:
+                    return begun
+            time.sleep(POLL_S)
+
+    def _begin_alone(self) -> _Begun | None:
+        """Divide the snapshot into tasks, or take them over; return None if it was only to be renamed."""
+        if self._is_only_to_be_renamed():
+            self._rename()
+            return None
+        partial = take_over(self._folder, self._content)
+        if partial is None:
+            sizes = self._layers.bytes_per_row()
+            borders = self._layers.borders(sizes[self._content.layer_names[0]], self._shards)
+            partial = Partial(content=self._content, borders=borders, bytes_per_row=sizes)
+        self._check_space(partial)
+        with self._naming_disk():
+            if not check_own_folder(self._folder, self._path):
+                self._folder.mkdir(mode=0o700)
+            (self._folder / MANIFEST).unlink(missing_ok=True)
+            partial.write(self._folder)
+            return Tasks(self._path, self._folder, partial.creation), partial
+
+    def _join(self, maker: str) -> _Begun | None:
+        """Join the processes that make the snapshot; return None if this must wait until they have made it.
+
+        Raises:
+            ValueError: If they make another one.
+        """
+        try:
+            partial = Partial.read(self._folder)
+        except ValueError:  # it was completed, and is to be renamed
+            return None
+        if differences := partial.content.differences(self._content):
+            raise ValueError(
+                f"path={str(self._path)!r} must be free or hold this query, but process {maker} makes a "
+                f"snapshot of another one there ({'; '.join(differences)}); choose another path."
+            )
+        if partial.content.fingerprint == self._content.fingerprint and self._content.tells_changes:
+            self._check_space(partial)
+            with self._naming_disk():
+                return Tasks(self._path, self._folder, partial.creation), partial
+        if not self._has_told:  # whether their rows are these cannot be told, so none are added to them
+            self._progress.say(f"process {maker} makes it; waiting until it is there")
+            self._has_told = True
+        return None
 
     def _is_only_to_be_renamed(self) -> bool:
         """Return whether a creation that was killed had finished everything but the renaming."""
@@ -215,163 +234,48 @@ class _Builder:
             return False
         return True
 
-    def _keep_partial(self) -> None:
-        keep_partial(self._folder, self._content, Finished(borders=self._borders, shards=self._finished))
+    def _check_space(self, partial: Partial) -> None:
+        """Raise an OSError unless the disk has room for what is still to be written."""
+        per_row = 8 + 16 * len(self._content.obs_column_names) + sum(partial.bytes_per_row.values())
+        done = sum(file.lstat().st_size for file in self._folder.glob("*"))
+        self._needed = max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
+        check_space(self._path, self._needed)
 
-    def _open_to_others(self) -> None:
-        """Give the folder the permissions of its files, which follow the umask."""
+    # The last step ----------------------------------------------------------------------------------------
+
+    def _complete(self, maker: Maker, tasks: Tasks) -> bool:
+        """Complete the snapshot, all of whose tasks are finished; return False if another process did."""
+        with locked(self._path, self._tell_lock):
+            if not tasks.goes_on:
+                return False
+            makers(self._path)  # which forgets those that were killed
+            with self._naming_disk():
+                manifest = maker.manifest()
+                for (
+                    file
+                ) in manifest.files:  # also those of a process that was killed before they were on the disk
+                    fsync(self._folder / file.name)
+                check_content(self._folder, manifest)
+                manifest.write(self._folder)
+                self._rename()
+        return True
+
+    def _rename(self) -> None:
+        """Remove what only the creation needs, open the folder to others, and rename it."""
+        (self._folder / PARTIAL).unlink(missing_ok=True)
+        remove_tasks(self._folder)
         special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
-        mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)
+        mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)  # it follows the umask
         with suppress(OSError):  # a file system without modes
             self._folder.chmod(special | mode | (mode & 0o444) >> 2)
+        fsync(self._folder)
+        self._folder.rename(self._path)
+        fsync(self._path.parent)
 
-    # Types and sizes --------------------------------------------------------------------------------------
+    # Helpers ----------------------------------------------------------------------------------------------
 
-    def _layers_of_segments(self, name: str) -> list[StoredLayer]:
-        return [segment.layer(name, self._budget) for segment in self._segments]
+    def _naming_disk(self) -> AbstractContextManager[None]:
+        return naming_disk(self._path, self._needed, lambda _: True)
 
-    def _dtype_of(self, name: str) -> str:
-        """Return the type of a layer, which must be the same in all segments with rows.
-
-        Raises:
-            ValueError: If the types differ, or a snapshot cannot hold the type.
-        """
-        pairs = list(zip(self._segments, self._stored[name], strict=True))
-        pairs = [pair for pair in pairs if len(pair[0].ids.obs_joinids)] or pairs[:1]
-        dtypes = {stored.dtype.str: segment.name for segment, stored in pairs}
-        if len(dtypes) > 1:
-            listed = ", ".join(f"{dtype} in {uri!r}" for dtype, uri in dtypes.items())
-            raise ValueError(
-                f"layer {name!r} must have one type in all queries, but has {listed}; make one snapshot each."
-            )
-        [dtype] = dtypes
-        if dtype not in DTYPES:
-            raise ValueError(
-                f"layer {name!r} must have a type among {', '.join(DTYPES)}, not {dtype}; convert it."
-            )
-        return dtype
-
-    def _measure(self) -> dict[str, float]:
-        """Return the approximate size of a row of each layer and of each array of `obsm`."""
-        segment = max(self._segments, key=lambda segment: len(segment.ids.obs_joinids))
-        found = {name: segment.bytes_per_row(name, self._budget) for name in self._content.layer_names}
-        for name in self._content.obsm_names:
-            array = segment.array(name)
-            found[f"obsm {name}"] = float(array.n_cols * array.dtype.itemsize)
-        return found
-
-    def _cut(self) -> list[int]:
-        """Return the borders of shards, which have whole tiles, unless a tile is too large for the budget."""
-        first_layer = self._content.layer_names[0]
-        bytes_per_row = self._bytes_per_row[first_layer]
-        sizes = self._shards
-        size = max(bytes_per_row * self._content.n_obs / sizes.min_number, sizes.min_bytes)
-        borders = [0]
-        for segment, stored in zip(self._segments, self._stored[first_layer], strict=True):
-            tile = stored.row_tile
-            n_bytes = min(max(min(size, sizes.max_bytes), tile * bytes_per_row), self._budget.windows / 4)
-            found = _shard_borders(segment.ids.obs_joinids // tile, max(1, int(n_bytes / bytes_per_row)))
-            first = borders[-1]
-            borders += [first + border for border in found]
-        return borders
-
-    def _needed(self) -> int:
-        """Return the approximate number of bytes that are still to be written."""
-        per_row = 8 + 16 * len(self._content.obs_column_names) + sum(self._bytes_per_row.values())
-        done = sum(file.lstat().st_size for file in self._folder.glob("*"))
-        return max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
-
-    # Writing ----------------------------------------------------------------------------------------------
-
-    def _write(self) -> None:
-        (self._folder / MANIFEST).unlink(missing_ok=True)
-        n_done = sum(shards[-1].row_stop for shards in self._finished.values() if shards)
-        n_rows = self._content.n_obs * len(self._content.layer_names)
-        with self._progress.of(n_rows, n_done), Fsyncs() as fsyncs, ThreadPoolExecutor(1) as pool:
-            self._frames = pool.submit(at_work()(self._write_frames))
-            self._keep_partial()
-            layers = tuple(self._write_layer(name, fsyncs) for name in self._content.layer_names)
-            obsm = tuple(
-                self._write_obsm(number, name) for number, name in enumerate(self._content.obsm_names)
-            )
-            files = self._frames.result()
-            manifest = Manifest(
-                created_by=f"tiledbsoma-ml {version('tiledbsoma-ml')}",
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                content=self._content,
-                layers=layers,
-                obsm=obsm,
-                **files,
-            )
-            for file in [*files.values(), *(embedding.values for embedding in obsm)]:
-                fsyncs.add(self._folder / file.name)
-        check_content(self._folder, manifest)
-        manifest.write(self._folder)
-
-    def _write_frames(self) -> dict[str, File]:
-        with self._reading():
-            frames = read_frames(self._segments, self._content.obs_column_names)
-        return write_frames(self._folder, frames)
-
-    def _write_layer(self, name: str, fsyncs: Fsyncs) -> Layer:
-        shards, dtype = self._finished[name], self._dtype_of(name)
-        borders = list(pairwise(self._borders))[len(shards) :]
-        writer = ShardWriter(self._folder, np.dtype(dtype), self._compression)
-        with closing(self._read(name, borders)) as read, EagerIterator(read) as ahead:
-            for (start, stop), rows in zip(borders, ahead, strict=True):
-                written = writer.write(shard_name(self._content, name, len(shards)), rows)
-                shard = Shard(row_start=start, row_stop=stop, **written)
-                for file in shard.files:
-                    fsyncs.add(self._folder / file.name)
-                shards.append(shard)
-                self._keep_partial()
-                self._progress.advance(stop - start)
-                if self._frames.done():
-                    self._frames.result()  # rather now than at the end, if it failed
-        columns = indices_dtype(self._content.n_vars).str
-        return Layer(name=name, dtype=dtype, indices_dtype=columns, shards=tuple(shards))
-
-    def _read(self, name: str, borders: Sequence[tuple[int, int]]) -> Generator[ShardRows, None, None]:
-        """Yield the rows of each shard; a shard has rows of one segment only."""
-        first = 0
-        for segment in self._segments:
-            end = first + len(segment.ids.obs_joinids)
-            mine = [(start - first, stop - first) for start, stop in borders if first <= start < end]
-            if mine:
-                n_rows = max(stop - start for start, stop in mine)
-                n_pieces = ceil(n_rows * self._bytes_per_row[name] / PIECE_BYTES)
-                with self._reading():
-                    yield from segment.shards(name, mine, n_pieces=n_pieces, budget=self._budget)
-            first = end
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Remember an error of reading a segment, because it says nothing about the disk of the snapshot."""
-        try:
-            yield
-        except OSError as err:
-            self._failed_read = err
-            raise
-
-    def _write_obsm(self, number: int, name: str) -> Embedding:
-        arrays = {segment.array(name) for segment in self._segments}
-        if len(arrays) > 1:
-            listed = ", ".join(f"{array.n_cols} columns of {array.dtype}" for array in arrays)
-            raise ValueError(f"obsm={name!r} must be alike in all queries, not {listed}; leave it out.")
-        with HashedFile(self._folder / f"obsm{number}") as file:
-            for segment in self._segments:
-                for rows in segment.array_rows(name):
-                    file.write(rows)
-        [array] = arrays
-        return Embedding(name=name, dtype=array.dtype.str, n_cols=array.n_cols, values=file.written)
-
-
-def _shard_borders(tiles: NDArray[np.int64], n_rows: int) -> list[int]:
-    """Return the ends of shards of about `n_rows` rows: between tiles, or within a tile that is larger."""
-    starts = np.append(np.flatnonzero(np.diff(tiles, prepend=tiles[:1])), len(tiles))
-    borders = [0]
-    while borders[-1] < len(tiles):
-        start = borders[-1]
-        fits = starts[(starts > start) & (starts <= start + n_rows)]
-        borders.append(int(fits[-1]) if len(fits) else min(start + n_rows, len(tiles)))
-    return borders[1:]
+    def _tell_lock(self, maker: str) -> None:
+        self._progress.say(f"process {maker} begins or completes it; waiting for that")

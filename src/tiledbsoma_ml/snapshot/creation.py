@@ -1,4 +1,4 @@
-"""Helpers for the time in which a snapshot is made: progress, and a lock for other processes."""
+"""Helpers for the time in which a snapshot is made: progress, and a lock that other processes wait for."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Progress:
             raise TypeError(f"progress={progress!r} must be True, False or a function; try True.")
         self._name = name
         self._tell = bool(progress) if isinstance(progress, np.bool_) else progress
-        self._total, self._done, self._new = 0, 0, 0
+        self._total, self._done, self._before = 0, 0, 0
         self._start = self._last_line = 0.0
         self._bar: Any = None
 
     @contextmanager
     def of(self, total: int, done: int) -> Iterator[None]:
         """Begin to show progress: of `total` rows, `done` rows were written before."""
-        self._total, self._done, self._new = total, done, 0
+        self._total, self._done, self._before = total, done, done
         self._start = self._last_line = time.monotonic()
         if self._tell is True and sys.stderr.isatty() and importlib.util.find_spec("rich"):
             with _rich_bar() as self._bar:
@@ -61,12 +61,13 @@ class Progress:
             yield
         self._bar = None
 
-    def advance(self, n_rows: int) -> None:
-        """Show that more rows are done."""
-        self._done += n_rows
-        self._new += n_rows
+    def reach(self, done: int) -> None:
+        """Show that so many rows are done, by this process or by others."""
+        if done == self._done:
+            return
+        self._done = done
         now = time.monotonic()
-        speed = self._new / max(1e-9, now - self._start)
+        speed = max(1, done - self._before) / max(1e-9, now - self._start)
         left = (self._total - self._done) / speed
         if callable(self._tell):
             self._tell(self._done, self._total, speed, left)
@@ -95,8 +96,12 @@ def _rich_bar() -> Any:
 
 
 @contextmanager
-def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Let one process at a time make the snapshot at a path; other processes wait, and say so.
+def locked(path: Path, tell: Callable[[str], object]) -> Iterator[None]:
+    """Let one process at a time do something with a path; other processes wait.
+
+    Args:
+        path: The path.
+        tell: Function that is called once if this waits, with the id of the process that has the lock.
 
     Raises:
         OSError: If the folder cannot be written to or has no locks, or another user has the lock.
@@ -106,7 +111,7 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
     lock = FileLock(file, fallback_to_soft=False, on_acquired=_sign)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, file, say)
+        _acquire(lock, file, tell)
     except OSError as err:
         raise OSError(err.errno, f"path={str(path)!r} must be {_what_is_wrong(file, err)}") from err
     try:
@@ -117,8 +122,8 @@ def locked(path: Path, say: Callable[[str], object]) -> Iterator[None]:
             lock.release()
 
 
-def _acquire(lock: FileLock, file: Path, say: Callable[[str], object]) -> None:
-    """Take a lock; if another process holds it, say so once."""
+def _acquire(lock: FileLock, file: Path, tell: Callable[[str], object]) -> None:
+    """Take a lock; if another process holds it, tell so once."""
     timeout = GRACE_S
     while not lock.is_locked:
         try:
@@ -128,7 +133,7 @@ def _acquire(lock: FileLock, file: Path, say: Callable[[str], object]) -> None:
                 maker = file.read_text() or "another one"
             except FileNotFoundError:  # it was given back just now
                 continue
-            say(f"process {maker} is making it; waiting until it is there")
+            tell(maker)
             timeout = -1
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DISK_FAILS = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EFBIG)
@@ -13,6 +15,23 @@ def check_space(path: Path, needed: int) -> None:
     """Raise an OSError unless the disk of a path has `needed` free bytes."""
     if shutil.disk_usage(path.parent).free < needed:
         raise disk_error(path, OSError(errno.ENOSPC, ""), needed)
+
+
+@contextmanager
+def naming_disk(path: Path, needed: int, is_of_disk: Callable[[OSError], bool]) -> Iterator[None]:
+    """Raise an OSError in words that say what is wrong with the disk; see `disk_error`.
+
+    Args:
+        path: The path of the snapshot that is made.
+        needed: Estimated number of bytes that are still to be written.
+        is_of_disk: Function that tells whether an error comes from the disk of the snapshot.
+    """
+    try:
+        yield
+    except OSError as err:
+        if not is_of_disk(err):
+            raise
+        raise disk_error(path, err, needed) from err
 
 
 def disk_error(path: Path, err: OSError, needed: int) -> OSError:

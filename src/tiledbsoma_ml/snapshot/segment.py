@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -93,14 +93,15 @@ class Segment(Protocol):
         """Return the approximate size of a row of a layer in memory; this may read a sample."""
 
     def shards(
-        self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
+        self, layer_name: str, borders: Iterable[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
         """Yield the rows of a layer for each shard.
 
         Args:
             layer_name: The layer.
-            borders: Start and stop of each shard, as row numbers of this segment; they ascend.
-            n_pieces: Approximate number of pieces of a shard.
+            borders: Start and stop of each shard, as row numbers of this segment; they ascend. One is taken
+                when its rows are to be read, because then no other process reads them.
+            n_pieces: Approximate number of pieces of the largest shard.
             budget: The memory that this may use.
         """
 

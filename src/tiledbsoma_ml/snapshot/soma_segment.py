@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,7 +106,7 @@ class SOMASegment:
             return measure_row_bytes(self._reader(X, obs), sample)
 
     def shards(
-        self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
+        self, layer_name: str, borders: Iterable[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
         """Yield the rows of a layer for each shard; a shard is read at once, and given out in pieces."""
         with self._open(layer_name, budget) as (X, obs):

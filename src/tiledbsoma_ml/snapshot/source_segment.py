@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -112,7 +112,7 @@ class SourceSegment:
             return max(1.0, float(self._source.layout(self.ids, budget).bytes_per_row))
 
     def shards(
-        self, layer_name: str, borders: Sequence[tuple[int, int]], *, n_pieces: int, budget: Budget
+        self, layer_name: str, borders: Iterable[tuple[int, int]], *, n_pieces: int, budget: Budget
     ) -> Generator[ShardRows, None, None]:
         """Yield the rows of each shard, in the pieces of the source."""
         dtype = self.layer(layer_name, budget).dtype

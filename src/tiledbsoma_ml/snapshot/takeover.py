@@ -1,10 +1,10 @@
-"""Shards that a creation finished before it was killed, which the next creation takes over."""
+"""`Partial`: what a creation leaves for a process that joins it, or that continues it after a kill."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,110 +12,113 @@ import attrs
 
 from tiledbsoma_ml.snapshot.check import check_shard
 from tiledbsoma_ml.snapshot.content import Content
-from tiledbsoma_ml.snapshot.files import FORMAT, read_sealed, sealed, write_atomically
-from tiledbsoma_ml.snapshot.format import fields_of, indices_dtype, shard_from, version_of
-from tiledbsoma_ml.snapshot.shard import Shard
+from tiledbsoma_ml.snapshot.files import FORMAT, FORMAT_VERSION, read_sealed, sealed, write_atomically
+from tiledbsoma_ml.snapshot.format import content_from, indices_dtype, shard_from
 
 PARTIAL = "partial.json"
 
 
+def new_creation() -> str:
+    """Return a name that no other creation has."""
+    return secrets.token_hex(8)
+
+
 @attrs.frozen(kw_only=True)
-class Finished:
-    """The finished part of a creation.
+class Partial:
+    """A snapshot in the making, as `partial.json` describes it.
 
     Attributes:
-        borders: The first row of each shard, and the number of rows; empty if they are not decided yet.
-        shards: The finished shards of each layer, which are its first ones.
+        content: The content of the snapshot.
+        borders: The first row of each shard, and the number of rows.
+        bytes_per_row: Approximate size of a row of each layer, and of each array of `obsm`.
+        creation: Name of the creation, which ends with the last process that takes part in it.
     """
 
+    content: Content
     borders: list[int]
-    shards: dict[str, list[Shard]]
+    bytes_per_row: dict[str, float]
+    creation: str = attrs.field(factory=new_creation)
+
+    def write(self, folder: Path) -> None:
+        """Write `partial.json`."""
+        fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **attrs.asdict(self)}
+        write_atomically(folder / PARTIAL, sealed(fields))
+
+    @classmethod
+    def read(cls, folder: Path) -> Partial:
+        """Read `partial.json`.
+
+        Raises:
+            ValueError: If there is none, or it contradicts itself.
+        """
+        fields = read_sealed(folder / PARTIAL, "a snapshot in the making")
+        try:
+            content = content_from(fields["content"])
+            return cls(
+                content=content,
+                borders=_borders_from(fields["borders"], content.n_obs),
+                bytes_per_row={str(name): float(size) for name, size in fields["bytes_per_row"].items()},
+                creation=str(fields["creation"]),
+            )
+        except (AttributeError, KeyError, TypeError) as err:
+            raise ValueError(f"{PARTIAL} must describe a snapshot in the making, but: {err!r}.") from err
 
 
-def keep_partial(folder: Path, content: Content, finished: Finished) -> None:
-    """Write the finished part of a creation to `partial.json`."""
-    fields = {
-        "format": FORMAT,
-        "format_version": version_of(chain.from_iterable(finished.shards.values())),
-        "fingerprint": content.fingerprint,
-        "borders": finished.borders,
-        "shards": {name: [fields_of(s) for s in shards] for name, shards in finished.shards.items()},
-    }
-    write_atomically(folder / PARTIAL, sealed(fields))
+def is_current(folder: Path, creation: str) -> bool:
+    """Return whether a creation is the one that goes on in a folder; if not, it was completed."""
+    try:
+        return Partial.read(folder).creation == creation
+    except ValueError:
+        return False
 
 
-def take_over(folder: Path, content: Content, dtypes: Mapping[str, str], compression: str | None) -> Finished:
-    """Return the finished part of a creation that was killed, after checking its shards.
+def take_over(folder: Path, content: Content) -> Partial | None:
+    """Return what a creation left whose processes have all ended, as a new creation.
 
-    The folder is removed if it belongs to a snapshot with another content.
+    The folder is removed, and None is returned, if it belongs to a snapshot with another content.
+    """
+    try:
+        left = Partial.read(folder)
+    except ValueError:
+        left = None
+    # If changes of a source cannot be noticed, the finished part may come from an older version of it.
+    if left is None or left.content.fingerprint != content.fingerprint or not content.tells_changes:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return attrs.evolve(left, content=content, creation=new_creation())
+
+
+def is_right_shard(
+    folder: Path, written: Any, *, name: str, rows: tuple[int, int], dtype: str, n_vars: int
+) -> bool:
+    """Return whether an earlier creation finished a shard, and its files are as it wrote them.
 
     Args:
-        folder: The folder in which the snapshot was being made.
-        content: The content of the snapshot to make now.
-        dtypes: The type of each layer.
-        compression: Name of the compression that shards must have; None if they must not be compressed.
+        folder: The folder in which the snapshot is made.
+        written: The fields of the `Shard`, as they were recorded.
+        name: Name of its files, without the endings.
+        rows: Its first row, and the row after the last one.
+        dtype: Type of the layer.
+        n_vars: Number of columns.
     """
-    nothing = Finished(borders=[], shards={name: [] for name in content.layer_names})
+    columns = indices_dtype(n_vars).str
     try:
-        fields = read_sealed(folder / PARTIAL, "a snapshot in the making")
-    except ValueError:
-        fields = {}
-    # If changes of a source cannot be noticed, the finished part may come from an older version of it.
-    is_same = fields.get("fingerprint") == content.fingerprint and content.tells_changes
-    if not is_same:
-        shutil.rmtree(folder, ignore_errors=True)
-        return nothing
-    try:
-        borders = _borders_from(fields["borders"], content.n_obs)
-        shards = {
-            name: list(
-                _right_shards(
-                    folder, content, name, dtypes[name], borders, fields["shards"][name], compression
-                )
-            )
-            for name in content.layer_names
-        }
-    except (KeyError, TypeError, ValueError):
-        return nothing
-    return Finished(borders=borders, shards=shards)
-
-
-def shard_name(content: Content, layer_name: str, number: int) -> str:
-    """Return the name of the files of a shard, without the endings."""
-    layer = content.layer_names.index(layer_name)
-    return f"layer{layer}-shard-{number:05}" if layer else f"shard-{number:05}"
-
-
-def _right_shards(
-    folder: Path,
-    content: Content,
-    layer_name: str,
-    dtype: str,
-    borders: Sequence[int],
-    written: Sequence[dict[str, Any]],
-    compression: str | None,
-) -> Iterator[Shard]:
-    """Yield the shards of a layer that a killed creation finished, up to the first one that is wrong."""
-    columns = indices_dtype(content.n_vars).str
-    for number, (shard, rows) in enumerate(zip(map(shard_from, written), pairwise(borders))):  # noqa: B905
-        name = shard_name(content, layer_name, number)
-        if (shard.row_start, shard.row_stop) != rows or not shard.is_named(name):
-            return
-        if shard.compression != compression:
-            return
-        if any(shard.contradictions(dtype, columns, content.n_vars)):
-            return
-        try:
-            for file in shard.files:
-                file.check_content(folder)
-            check_shard(folder, columns, shard, content.n_vars)
-        except ValueError:
-            return
-        yield shard
+        shard = shard_from(written)
+        names = [name + ending for ending in (".indptr", ".indices", ".data")]
+        if (shard.row_start, shard.row_stop) != rows or [file.name for file in shard.files] != names:
+            return False
+        if any(shard.contradictions(dtype, columns, n_vars)):
+            return False
+        for file in shard.files:
+            file.check_content(folder)
+        check_shard(folder, columns, shard, n_vars)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _borders_from(written: Any, n_obs: int) -> list[int]:
-    """Return the borders of shards that a killed creation wrote.
+    """Return the borders of shards that a creation wrote.
 
     Raises:
         ValueError: If they do not ascend from 0 to the number of rows.
