@@ -24,6 +24,7 @@ from stores import (
 )
 from tiledbsoma_ml import Snapshot, XLocator
 from tiledbsoma_ml._kernels.jit import waiting
+from tiledbsoma_ml.snapshot.stored_layers import ShardSizes
 from windows import N_ROWS, TILE
 
 # A shell starts what runs in its background with Ctrl-C ignored. Python leaves it so, and tests of Ctrl-C
@@ -87,3 +88,18 @@ def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     """A snapshot of all of the store, in five shards."""
     path = tmp_path_factory.mktemp("snapshots") / "whole.snapshot"
     return make_snapshot(path, store, obs_column_names=ALL_OBS)
+
+
+@pytest.fixture(scope="session")
+def compressed(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """The same, compressed, in three shards of one or two blocks."""
+    path = tmp_path_factory.mktemp("snapshots") / "compressed.snapshot"
+    sizes = ShardSizes(min_bytes=1, min_number=3)
+    return make_snapshot(path, store, obs_column_names=ALL_OBS, shards=sizes, compression="zstd")
+
+
+@pytest.fixture(scope="session", params=["whole", "compressed"])
+def either(request: pytest.FixtureRequest) -> Snapshot:
+    """A snapshot of all of the store: first not compressed, then compressed."""
+    found: Snapshot = request.getfixturevalue(request.param)
+    return found

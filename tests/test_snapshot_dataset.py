@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* changes nothing here: ")
 )
 def test_mini_batches_are_those_of_the_experiment_in_every_epoch(
     store: Store,
-    whole: Snapshot,
+    either: Snapshot,
     rows: list[int],
     columns: list[int],
     batch_size: int,
@@ -42,7 +42,7 @@ def test_mini_batches_are_those_of_the_experiment_in_every_epoch(
 ) -> None:
     streamed, mapped = pair(
         store,
-        whole,
+        either,
         QueryIDs(obs_joinids=rows, var_joinids=columns),
         batch_size=batch_size,
         shuffle_chunk_size=chunk,
@@ -58,42 +58,42 @@ def test_mini_batches_are_those_of_the_experiment_in_every_epoch(
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("mode", ["cpu", "gpu_iobatch", "gpu_minibatch"])
 def test_a_device_gets_what_it_gets_from_the_experiment(
-    store: Store, whole: Snapshot, mode: str, sparse: bool
+    store: Store, either: Snapshot, mode: str, sparse: bool
 ) -> None:
     options = {"shuffle_mode": mode, "device": "cpu", "shuffle_chunk_size": 8, "io_batch_size": 40}
-    streamed, mapped = pair(store, whole, all_ids(), return_sparse_X=sparse, **options)
+    streamed, mapped = pair(store, either, all_ids(), return_sparse_X=sparse, **options)
     assert_same_batches(streamed, mapped)
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_workers_get_what_they_get_from_the_experiment(
-    store: Store, whole: Snapshot, device: str | None
+    store: Store, either: Snapshot, device: str | None
 ) -> None:
     options = {"shuffle_chunk_size": 8, "io_batch_size": 40, "device": device, "return_sparse_X": True}
-    streamed, mapped = pair(store, whole, all_ids(), **options)
+    streamed, mapped = pair(store, either, all_ids(), **options)
     loaders = [experiment_dataloader(dataset, **workers(2)) for dataset in (streamed, mapped)]
     for _ in range(2):
         assert_same_batches(*loaders)
 
 
-def test_without_eager_fetch_mini_batches_are_the_same(store: Store, whole: Snapshot) -> None:
-    assert_same_batches(*pair(store, whole, all_ids(), use_eager_fetch=False))
+def test_without_eager_fetch_mini_batches_are_the_same(store: Store, either: Snapshot) -> None:
+    assert_same_batches(*pair(store, either, all_ids(), use_eager_fetch=False))
 
 
-def test_parts_of_a_split_read_from_the_one_snapshot(store: Store, whole: Snapshot) -> None:
-    streamed, mapped = pair(store, whole, all_ids())
+def test_parts_of_a_split_read_from_the_one_snapshot(store: Store, either: Snapshot) -> None:
+    streamed, mapped = pair(store, either, all_ids())
     splits = [dataset.random_split(0.7, 0.3, seed=1) for dataset in (streamed, mapped)]
     for part, other in zip(*splits, strict=True):
         assert_same_batches(part, other)
 
 
-def test_a_snapshot_needs_no_experiment(whole: Snapshot) -> None:
-    for snapshot in (whole, whole.path, str(whole.path)):
+def test_a_snapshot_needs_no_experiment(either: Snapshot) -> None:
+    for snapshot in (either, either.path, str(either.path)):
         dataset = ExperimentDataset(snapshot=snapshot, batch_size=50, seed=1, obs_column_names=COLUMNS)
         assert sorted(joinids_of(dataset)) == list(range(N_OBS))
         assert dataset.x_locator is None
     part = QueryIDs(obs_joinids=[4, 9, 200], var_joinids=[0, 1])
-    read = joinids_of(ExperimentDataset(snapshot=whole, query_ids=part, shuffle=False))
+    read = joinids_of(ExperimentDataset(snapshot=either, query_ids=part, shuffle=False))
     assert read.tolist() == [4, 9, 200]
 
 

@@ -24,6 +24,12 @@ def copied(whole: Snapshot, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole.path, tmp_path / "copied.snapshot"))
 
 
+@pytest.fixture
+def copied_either(either: Snapshot, tmp_path: Path) -> Path:
+    """A copy of one that is compressed or not, to be damaged."""
+    return Path(shutil.copytree(either.path, tmp_path / "either.snapshot"))
+
+
 @pytest.fixture(scope="session")
 def both(make_store: Any, store: Store, folder: Path) -> Snapshot:
     """Rows of two experiments, of which some have the same joinids."""

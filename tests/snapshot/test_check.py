@@ -17,12 +17,12 @@ from tiledbsoma_ml.snapshot.format import MANIFEST, Manifest
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_verify_finds_a_byte_that_was_flipped_in_any_file_and_names_both_checksums(
-    whole: Snapshot, copied: Path, place: str
+    either: Snapshot, copied_either: Path, place: str
 ) -> None:
-    snapshot = Snapshot.open(copied)
+    snapshot = Snapshot.open(copied_either)
     snapshot.verify()
-    for name in files_of(copied):
-        file = copied / name
+    for name in files_of(copied_either):
+        file = copied_either / name
         content = file.read_bytes()
         if not content:
             continue

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,20 +43,20 @@ def test_no_flip_in_the_manifest_goes_unseen(whole: Snapshot, folder: Path, data
         Manifest.read(folder / "flipped")
 
 
-def test_missing_and_truncated_files_are_named_when_a_snapshot_is_opened(copied: Path) -> None:
-    for name in files_of(copied):
-        file = copied / name
+def test_missing_and_truncated_files_are_named_when_a_snapshot_is_opened(copied_either: Path) -> None:
+    for name in files_of(copied_either):
+        file = copied_either / name
         content = file.read_bytes()
         file.unlink()
         with pytest.raises(ValueError, match=f"{re.escape(name)}.*"):
-            Snapshot.open(copied)
+            Snapshot.open(copied_either)
         file.write_bytes(content[:-1] if content else b"more")
         with pytest.raises(ValueError, match=re.escape(name)) as raised:
-            Snapshot.open(copied)
+            Snapshot.open(copied_either)
         if name != MANIFEST:
             assert re.search(rf"must have {len(content):,} bytes \(SHA-256 \w+\), not", str(raised.value))
         file.write_bytes(content)
-    Snapshot.open(copied)
+    Snapshot.open(copied_either)
 
 
 SHARD = ("layers", 0, "shards", 1)
@@ -112,10 +114,41 @@ def test_files_that_are_links_or_folders_are_refused(copied: Path, tmp_path: Pat
 
 
 def test_a_newer_format_is_refused(copied: Path) -> None:
-    text = (copied / MANIFEST).read_text().replace('"format_version": 1', '"format_version": 2')
+    text = (copied / MANIFEST).read_text().replace('"format_version": 1', '"format_version": 3')
     (copied / MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=r"must have format_version 1, not 2; .* install a newer one"):
+    with pytest.raises(ValueError, match=r"must have format_version 1 or 2, not 3; .* install a newer one"):
         Snapshot.open(copied)
+
+
+def test_only_a_compressed_snapshot_has_the_newer_version(copied_either: Path) -> None:
+    version = 1 if Snapshot.open(copied_either).compression is None else 2
+    assert json.loads((copied_either / MANIFEST).read_text())["format_version"] == version
+    with_manifest(copied_either, set_value("format_version", 3 - version))
+    with pytest.raises(ValueError, match=rf"manifest\.json' must have format_version {version};"):
+        Snapshot.open(copied_either)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_value(*SHARD, "blocks", "codec", "gzip"), "has the codec 'gzip', not 'zstd'"),
+        (set_value(*SHARD, "blocks", "n_rows", 0), "has blocks of 0 rows, not of 1 to 4,096"),
+        (set_value(*SHARD, "blocks", "n_rows", 5000), "has blocks of 5,000 rows"),
+        (set_value(*SHARD, "blocks", "n_rows", 16), "shard-00001.blocks has"),
+        (set_value(*SHARD, "blocks", "table", "name", "../x"), "'../x' is no plain name"),
+        (set_value(*SHARD, "blocks", 7), "must be a manifest, but"),
+        (set_value(*SHARD, "indices", "nbytes", 0), "has 0 bytes, too few for"),
+        (lambda fields: fields["layers"][0]["shards"][1].pop("blocks"), "some shards that are compressed"),
+    ],
+)
+def test_a_manifest_of_compressed_rows_that_does_not_fit_together_is_refused(
+    compressed: Snapshot, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    copied = Path(shutil.copytree(compressed.path, tmp_path / "copied.snapshot"))
+    with_manifest(copied, change)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Snapshot.open(copied)
+    assert MANIFEST in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '"x"', '{"format": "other"}', "\xff"])

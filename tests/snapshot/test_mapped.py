@@ -15,18 +15,18 @@ from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.format import MANIFEST
 
 
-def test_a_snapshot_is_opened_without_reading_data(copied: Path) -> None:
-    for path in copied.iterdir():
+def test_a_snapshot_is_opened_without_reading_data(copied_either: Path) -> None:
+    for path in copied_either.iterdir():
         if path.name != MANIFEST and path.suffix != ".indptr":  # of which the ends are looked at
             path.write_bytes(b"x" * path.stat().st_size)  # no data that could be read
-    opened = Snapshot.open(copied)
+    opened = Snapshot.open(copied_either)
     assert opened.shape == (N_OBS, N_VARS)
     assert opened.nnz == np.count_nonzero(expected_X(range(N_OBS), range(N_VARS)))
-    sizes = [path.stat().st_size for path in copied.iterdir() if path.name != MANIFEST]
+    sizes = [path.stat().st_size for path in copied_either.iterdir() if path.name != MANIFEST]
     assert opened.nbytes == sum(sizes)
     assert opened.layer_name == "raw"
     assert opened.obs_column_names == tuple(ALL_OBS)
-    assert str(copied) in repr(opened)
+    assert str(copied_either) in repr(opened)
 
 
 FUZZ = """
@@ -86,15 +86,15 @@ print(*(f"{results.count(result)} {result}" for result in ("right", "other", "to
 
 
 def test_bytes_that_change_in_any_file_never_end_a_process_but_a_file_that_is_cut_while_it_is_mapped_does(
-    whole: Snapshot, copied: Path
+    either: Snapshot, copied_either: Path
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", FUZZ, str(whole.path), str(copied)]
+    command = [sys.executable, "-c", FUZZ, str(either.path), str(copied_either)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = dict(zip(done.stdout.split()[1::2], map(int, done.stdout.split()[::2]), strict=True))
     assert counts["told"] > 10
-    assert counts["other"] > 10
+    assert counts["other"] > (10 if either.compression is None else 0)  # blocks have checksums
     assert os.WTERMSIG(counts["status"]) == signal.SIGBUS
     with pytest.raises(ValueError, match=r"shard-00001\.indices' must have .* bytes .*, not 0"):
-        Snapshot.open(copied)
+        Snapshot.open(copied_either)

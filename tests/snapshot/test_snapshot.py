@@ -54,16 +54,16 @@ def test_a_snapshot_holds_the_rows_and_columns_of_its_query(
         ([], []),
     ],
 )
-def test_indexing_gives_rows_as_numpy_does(whole: Snapshot, index: Any, rows: Sequence[int]) -> None:
-    X, obs = whole[index]
+def test_indexing_gives_rows_as_numpy_does(either: Snapshot, index: Any, rows: Sequence[int]) -> None:
+    X, obs = either[index]
     np.testing.assert_array_equal(X.toarray(), expected_X(rows, range(N_VARS)).reshape(-1, N_VARS))
     pd.testing.assert_frame_equal(obs, make_obs(np.array(rows, dtype=np.int64))[ALL_OBS], check_dtype=False)
 
 
-def test_rows_that_are_not_there_are_an_index_error(whole: Snapshot) -> None:
+def test_rows_that_are_not_there_are_an_index_error(either: Snapshot) -> None:
     for index in (N_OBS, -N_OBS - 1, [0, N_OBS]):
         with pytest.raises(IndexError):
-            whole[index]
+            either[index]
 
 
 def identity(item: Any) -> Any:
@@ -72,12 +72,12 @@ def identity(item: Any) -> Any:
 
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_a_data_loader_takes_mini_batches_in_the_order_of_any_sampler(
-    whole: Snapshot, n_workers: int
+    either: Snapshot, n_workers: int
 ) -> None:
     weights = [float(i < 10) for i in range(N_OBS)]
-    for sampler in (RandomSampler(whole), WeightedRandomSampler(weights, 40)):
+    for sampler in (RandomSampler(either), WeightedRandomSampler(weights, 40)):
         batches = BatchSampler(sampler, batch_size=16, drop_last=False)
-        loader = DataLoader(whole, sampler=batches, batch_size=None, **workers(n_workers))
+        loader = DataLoader(either, sampler=batches, batch_size=None, **workers(n_workers))
         rows = []
         for X, obs in loader:
             joinids = obs["n_genes"].tolist()
@@ -92,26 +92,26 @@ def test_a_data_loader_takes_mini_batches_in_the_order_of_any_sampler(
             assert max(rows) < 10
 
 
-def test_a_snapshot_is_pickled_as_its_path(whole: Snapshot, copied: Path, store: Store) -> None:
-    pickled = pickle.dumps(whole)
+def test_a_snapshot_is_pickled_as_its_path(either: Snapshot, copied_either: Path, store: Store) -> None:
+    pickled = pickle.dumps(either)
     assert len(pickled) < 1000
-    np.testing.assert_array_equal(pickle.loads(pickled)[[5]][0].toarray(), whole[5][0].toarray())
-    replaced = pickle.dumps(Snapshot.open(copied))
-    shutil.rmtree(copied)
-    make(copied, store, [1, 2])
+    np.testing.assert_array_equal(pickle.loads(pickled)[[5]][0].toarray(), either[5][0].toarray())
+    replaced = pickle.dumps(Snapshot.open(copied_either))
+    shutil.rmtree(copied_either)
+    make(copied_either, store, [1, 2])
     with pytest.raises(ValueError, match="must be the one that was pickled"):
         pickle.loads(replaced)
 
 
-def test_to_anndata_gives_rows_as_an_anndata(whole: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_anndata_gives_rows_as_an_anndata(either: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, expected in ((None, range(N_OBS)), ([7, 2], [7, 2]), (slice(4), range(4))):
-        adata = whole.to_anndata(rows)
+        adata = either.to_anndata(rows)
         np.testing.assert_array_equal(adata.X.toarray(), expected_X(expected, range(N_VARS)))
         assert adata.obs["n_genes"].tolist() == list(expected)
-        assert adata.var["feature_id"].tolist() == whole.var["feature_id"].tolist()
+        assert adata.var["feature_id"].tolist() == either.var["feature_id"].tolist()
     monkeypatch.setitem(sys.modules, "anndata", None)
     with pytest.raises(ImportError, match="pip install"):
-        whole.to_anndata()
+        either.to_anndata()
 
 
 # Files ----------------------------------------------------------------------------------------------------

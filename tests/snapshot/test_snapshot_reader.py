@@ -25,12 +25,12 @@ from tiledbsoma_ml.snapshot.reader import READ_ROWS
     names=st.lists(st.sampled_from([*ALL_OBS, "soma_joinid"]), unique=True, min_size=1, max_size=4),
 )
 def test_rows_columns_and_obs_are_those_of_the_experiment_in_the_order_asked_for(
-    store: Store, whole: Snapshot, rows: list[int], columns: list[int], names: list[str]
+    store: Store, either: Snapshot, rows: list[int], columns: list[int], names: list[str]
 ) -> None:
     X, obs = read_soma(store, rows, columns, names)
     dense = X.slice_tonumpy(slice(None))
     ids, var_joinids = np.array(rows), np.array(columns, dtype=np.int64)
-    reader = whole.reader(ids, var_joinids, names)
+    reader = either.reader(ids, var_joinids, names)
 
     read = reader.rows(ids)
     found, found_obs = read.X, read.obs
@@ -74,8 +74,8 @@ def test_scattered_joinids_are_found_also_where_they_are_far_apart(make_store: A
             reader.rows(np.array([5, missing]))
 
 
-def test_threads_may_read_from_one_reader_at_once(whole: Snapshot) -> None:
-    reader = whole.reader(None, None, ["soma_joinid"])
+def test_threads_may_read_from_one_reader_at_once(either: Snapshot) -> None:
+    reader = either.reader(None, None, ["soma_joinid"])
 
     def read(seed: int) -> None:
         rows = np.random.default_rng(seed).integers(0, N_OBS, 10_000)  # which memory is kept for

@@ -237,3 +237,18 @@ def test_what_was_finished_of_other_content_or_of_unknown_content_is_made_anew(
     partial(path, other)
     snapshot = make(path, matrix_source(content=content))
     np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))
+
+
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_a_compressed_creation_goes_on_and_only_with_its_compression(
+    path: Path, compression: str | None
+) -> None:
+    partial(path, matrix_source(), compression="zstd")
+    source = matrix_source()
+    asked = recording(source)
+    snapshot = make(path, source, compression=compression)
+    assert asked == list(range(192 if compression == "zstd" else 0, N_OBS))
+    assert snapshot.compression == compression
+    snapshot.verify()
+    np.testing.assert_array_equal(snapshot[:][0].toarray(), expected_X(range(N_OBS), range(N_VARS)))
+    assert not building(path).exists()

@@ -26,7 +26,9 @@ def folder(path: Path) -> Path:
 def join(path: Path, creation: str = "one") -> Tasks:
     """Take part in a creation; with another name than before, it replaces the one before."""
     folder = path.with_name("building")
-    Partial(content=NO_CONTENT, borders=[0], bytes_per_row={}, creation=creation).write(folder)
+    Partial(content=NO_CONTENT, borders=[0], bytes_per_row={}, compression=None, creation=creation).write(
+        folder
+    )
     return Tasks(path, folder, creation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -20,6 +21,36 @@ POOL_BYTES = 2**26
 _UNCHANGED = np.empty(0, dtype=np.int32)
 
 
+class ShardArrays:
+    """The columns and values of shards, and their addresses, which are valid as long as this exists.
+
+    Args:
+        indices: The columns of each shard.
+        data: The values of each shard, in a type that holds them exactly.
+        dtype: Type of the values that are returned.
+
+    Attributes:
+        indices_at: Address of the columns of each shard.
+        indices_kinds: Their types, as the compiled loops number them.
+        data_at: Address of the values of each shard.
+        data_kinds: Their types, as the compiled loops number them.
+    """
+
+    def __init__(
+        self, indices: Sequence[NDArray[Any]], data: Sequence[NDArray[Any]], dtype: np.dtype[Any]
+    ) -> None:
+        from tiledbsoma_ml._kernels.snapshot import AS_GIVEN_OUT, KINDS
+
+        def kind_of(array: NDArray[Any]) -> int:
+            return AS_GIVEN_OUT if array.dtype == dtype else KINDS[array.dtype.str]
+
+        self._arrays = indices, data
+        self.indices_at = np.array([array.ctypes.data for array in indices], dtype=np.int64)
+        self.indices_kinds = np.array([KINDS[array.dtype.str] for array in indices], dtype=np.uint8)
+        self.data_at = np.array([array.ctypes.data for array in data], dtype=np.int64)
+        self.data_kinds = np.array([kind_of(array) for array in data], dtype=np.uint8)
+
+
 @attrs.frozen(eq=False)
 class LocatedRows:
     """Rows with their place in the shards.
@@ -29,34 +60,43 @@ class LocatedRows:
         shards: The shard of each row.
         begins: Index of the first value of each row in its shard.
         indptr: Row starts of these rows, concatenated.
+        arrays: The columns and values of the shards.
     """
 
     rows: NDArray[np.int64]
     shards: NDArray[np.int32]
     begins: NDArray[np.int64]
     indptr: NDArray[np.int64]
+    arrays: ShardArrays
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def slice(self, start: int, stop: int) -> LocatedRows:
+        """Return consecutive rows of these."""
+        indptr = self.indptr[start : stop + 1]
+        return LocatedRows(
+            self.rows[start:stop],
+            self.shards[start:stop],
+            self.begins[start:stop],
+            indptr - indptr[0],
+            self.arrays,
+        )
 
 
 class Shards(Protocol):
-    """A sparse matrix in shards, each of consecutive rows; it keeps the arrays at their addresses.
+    """A sparse matrix in shards, each of consecutive rows.
 
     Attributes:
         dtype: Type of the values that are returned.
         indices_dtype: Type of the columns.
         n_vars: Number of columns.
-        indices_at: Address of the columns of each shard.
-        indices_kinds: Their types, as the compiled loops number them.
-        data_at: Address of the values of each shard.
-        data_kinds: Their types, as the compiled loops number them.
     """
 
     dtype: np.dtype[Any]
     indices_dtype: np.dtype[Any]
     n_vars: int
-    indices_at: NDArray[np.int64]
-    indices_kinds: NDArray[np.uint8]
-    data_at: NDArray[np.int64]
-    data_kinds: NDArray[np.uint8]
 
     def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
         """Return the places of rows, which must exist."""
@@ -101,11 +141,19 @@ class ShardColumns:
         """Bytes of memory that are kept for later rows."""
         return self._pool.free_bytes
 
+    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+        """Return the places of rows, which must exist, for `buffer_of`."""
+        return self._shards.locate(rows)
+
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
         """Return these rows, in this order."""
-        indptr, indices, data = self._gather(self._shards.locate(rows), self._shards.indices_dtype)
+        return self.buffer_of(self.locate(rows))
+
+    def buffer_of(self, located: LocatedRows) -> CSR_IO_Buffer:
+        """Return rows that were located, in this order."""
+        indptr, indices, data = self._gather(located, self._shards.indices_dtype)
         indices = indices.astype(smallest_uint(self.n_vars), copy=False)
-        return CSR_IO_Buffer(indptr, indices, data, (len(rows), self.n_vars))
+        return CSR_IO_Buffer(indptr, indices, data, (len(located), self.n_vars))
 
     def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return these rows, in this order, as a canonical `csr_matrix`."""
@@ -129,16 +177,17 @@ class ShardColumns:
         assert out.shape == (len(rows), self.n_vars)
         assert out.dtype == self.dtype
         shards, located = self._shards, self._shards.locate(rows)
+        arrays = located.arrays
         longest = int(np.diff(located.indptr).max(initial=0))
         indices, data = np.empty(longest, shards.indices_dtype), np.empty(longest, shards.dtype)
         wrong = kernels.fill_rows(
             located.shards,
             located.begins,
             located.indptr,
-            shards.indices_at,
-            shards.indices_kinds,
-            shards.data_at,
-            shards.data_kinds,
+            arrays.indices_at,
+            arrays.indices_kinds,
+            arrays.data_at,
+            arrays.data_kinds,
             self._col_of,
             unsigned(indices),
             unsigned(data),
@@ -155,10 +204,10 @@ class ShardColumns:
 
         indptr, n = located.indptr, int(located.indptr[-1])
         indices, data = self._pool.empty(n, indices_dtype), self._pool.empty(n, self.dtype)
-        rows, shards = (located.shards, located.begins, indptr), self._shards
-        columns = shards.indices_at, shards.indices_kinds, shards.n_vars
+        rows, arrays, shards = (located.shards, located.begins, indptr), located.arrays, self._shards
+        columns = arrays.indices_at, arrays.indices_kinds, shards.n_vars
         shards.check_columns(located, kernels.gather_columns(*rows, *columns, unsigned(indices)))
-        kernels.gather_rows(*rows, shards.data_at, shards.data_kinds, unsigned(data))
+        kernels.gather_rows(*rows, arrays.data_at, arrays.data_kinds, unsigned(data))
         if len(self._col_of):
             kernels.keep_columns(indptr, self._col_of, unsigned(indices), as_bits(data))
             indices, data = indices[: indptr[-1]], data[: indptr[-1]]

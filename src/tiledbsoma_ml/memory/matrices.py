@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tiledbsoma_ml._batch.gather import LocatedRows, ShardColumns
+from tiledbsoma_ml._batch.gather import LocatedRows, ShardArrays, ShardColumns
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
@@ -157,21 +157,16 @@ class _OneShard:
     def __init__(
         self, starts: NDArray[np.int64], columns: NDArray[np.uint32], values: NDArrayNumber, n: int
     ) -> None:
-        from tiledbsoma_ml._kernels.snapshot import AS_GIVEN_OUT, KINDS
-
         self.dtype, self.indices_dtype, self.n_vars = values.dtype, columns.dtype, n
         self._starts = starts
-        self._arrays = columns, values  # they keep the addresses below valid
-        self.indices_at, self.data_at = (np.array([array.ctypes.data]) for array in self._arrays)
-        self.indices_kinds = np.array([KINDS[columns.dtype.str]], dtype=np.uint8)
-        self.data_kinds = np.array([AS_GIVEN_OUT], dtype=np.uint8)
+        self._arrays = ShardArrays([columns], [values], values.dtype)
 
     def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
         """Return the places of rows, which must exist."""
         begins = self._starts[rows]
         indptr = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum(self._starts[rows + 1] - begins, out=indptr[1:])
-        return LocatedRows(rows, np.zeros(len(rows), dtype=np.int32), begins, indptr)
+        return LocatedRows(rows, np.zeros(len(rows), dtype=np.int32), begins, indptr, self._arrays)
 
     def check_columns(self, located: LocatedRows, wrong: int) -> None:
         """Raise a ValueError if the row with the index `wrong` has a column that does not exist."""

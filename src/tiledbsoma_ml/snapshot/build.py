@@ -42,6 +42,7 @@ def create(
     budget: Budget,
     progress: Progress,
     shards: ShardSizes = DEFAULT_SHARDS,
+    compression: str | None = None,
 ) -> None:
     """Make a snapshot at a path, unless it is there already.
 
@@ -54,6 +55,7 @@ def create(
         budget: The memory that this may use.
         progress: Callback for progress.
         shards: Sizes of its shards.
+        compression: Name of the compression of `X`; None to compress nothing.
 
     Raises:
         ValueError: If a name does not exist, segments differ in columns or types, or the path has other data.
@@ -61,7 +63,7 @@ def create(
     """
     content = describe(segments, obs_column_names=obs_column_names, layers=layers, obsm=obsm)
     if not is_there(path, content):
-        _Builder(path, segments, content, budget, progress, shards).build()
+        _Builder(path, segments, content, budget, progress, shards, compression).build()
 
 
 def is_there(path: Path, content: Content) -> bool:
@@ -134,6 +136,7 @@ class _Builder:
         budget: Budget,
         progress: Progress,
         shards: ShardSizes,
+        compression: str | None,
     ) -> None:
         self._path = path
         self._folder = path.with_name(f".{path.name}.building")
@@ -142,6 +145,7 @@ class _Builder:
         self._budget = budget
         self._progress = progress
         self._shards = shards
+        self._compression = compression
         self._layers = StoredLayers(segments, content, budget)
         self._needed = 0
         self._has_told = False
@@ -186,11 +190,16 @@ class _Builder:
         if self._is_only_to_be_renamed():
             self._rename()
             return None
-        partial = take_over(self._folder, self._content)
+        partial = take_over(self._folder, self._content, self._compression)
         if partial is None:
             sizes = self._layers.bytes_per_row()
             borders = self._layers.borders(sizes[self._content.layer_names[0]], self._shards)
-            partial = Partial(content=self._content, borders=borders, bytes_per_row=sizes)
+            partial = Partial(
+                content=self._content,
+                borders=borders,
+                bytes_per_row=sizes,
+                compression=self._compression,
+            )
         self._check_space(partial)
         with self._naming_disk():
             if not check_own_folder(self._folder, self._path):

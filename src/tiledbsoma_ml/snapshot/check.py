@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._common import NDArrayJoinId, first_line
 from tiledbsoma_ml._soma.obs import in_one_piece
+from tiledbsoma_ml.snapshot.blocks import BlockFiles
 from tiledbsoma_ml.snapshot.files import File, damaged, digest, map_file
-from tiledbsoma_ml.snapshot.format import Manifest, Shard
+from tiledbsoma_ml.snapshot.format import Manifest
+from tiledbsoma_ml.snapshot.shard import Shard
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
@@ -39,12 +41,15 @@ def check_content(folder: Path, manifest: Manifest) -> None:
 
 
 def check_shard(folder: Path, indices_dtype: str, shard: Shard, n_vars: int) -> None:
-    """Raise a ValueError unless the columns of each row exist, ascend, and differ."""
+    """Raise a ValueError unless the columns of each row exist, ascend, and differ; decode all blocks."""
     from tiledbsoma_ml._kernels import snapshot as kernels
 
     starts = map_file(folder, shard.indptr, "<i8")
     check_starts(folder, shard, starts)
-    wrong = kernels.first_bad_row(starts, map_file(folder, shard.indices, indices_dtype), n_vars)
+    if shard.blocks is None:
+        wrong = kernels.first_bad_row(starts, map_file(folder, shard.indices, indices_dtype), n_vars)
+    else:
+        wrong = BlockFiles(folder, shard, indices_dtype, starts).first_bad_row(n_vars)
     if wrong >= 0:
         row = f"row {shard.row_start + wrong:,}"
         raise damaged(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tiledbsoma_ml._threads import at_work
 
 FORMAT = "tiledbsoma-ml snapshot"
-FORMAT_VERSION = 1
+FORMAT_VERSION, COMPRESSED_VERSION = 1, 2
 
 WAY_OUT = "remove the snapshot and make it again, or restore the file."
 
@@ -109,10 +109,10 @@ def read_sealed(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} must have the format {FORMAT!r}; {WAY_OUT}")
     version = fields.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, COMPRESSED_VERSION):
         raise ValueError(
-            f"{str(path)!r} must have format_version {FORMAT_VERSION}, not {version!r}; read it with the "
-            "tiledbsoma-ml that made it, or install a newer one."
+            f"{str(path)!r} must have format_version {FORMAT_VERSION} or {COMPRESSED_VERSION}, not "
+            f"{version!r}; read it with the tiledbsoma-ml that made it, or install a newer one."
         )
     found = fields.pop("sha256", None)
     expected = hashlib.sha256(_json(fields).encode()).hexdigest()

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +15,30 @@ import numpy as np
 from tiledbsoma_ml._csr import smallest_uint
 from tiledbsoma_ml.snapshot.content import Content, Origin
 from tiledbsoma_ml.snapshot.files import (
+    COMPRESSED_VERSION,
     COUNT,
     FORMAT,
     FORMAT_VERSION,
     TEXT,
     WAY_OUT,
     File,
-    damaged,
     read_sealed,
     sealed,
     write_atomically,
 )
+from tiledbsoma_ml.snapshot.shard import CODECS, DTYPES, Blocks, Shard, other_size
 
 MANIFEST = "manifest.json"
 
 
-@attrs.frozen(kw_only=True)
-class Shard:
-    """Consecutive rows of a layer in CSR, in three files.
+def check_compression(compression: object) -> None:
+    """Raise a ValueError unless this is None, or the name of a compression."""
+    if compression not in (None, *CODECS):
+        raise ValueError(f"compression={compression!r} must be None or 'zstd'; try 'zstd'.")
 
-    Attributes:
-        row_start: The first row.
-        row_stop: The row after the last one.
-        nnz: Number of stored values.
-        data_dtype: Type of the stored values.
-        indptr: File of the row starts; int64, of shape (n_rows + 1,).
-        indices: File of the columns, which ascend within a row.
-        data: File of the values.
-    """
 
-    row_start: int = attrs.field(validator=COUNT)
-    row_stop: int = attrs.field(validator=COUNT)
-    nnz: int = attrs.field(validator=COUNT)
-    data_dtype: str = attrs.field(validator=TEXT)
-    indptr: File
-    indices: File
-    data: File
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return self.row_stop - self.row_start
-
-    @property
-    def files(self) -> tuple[File, File, File]:
-        """The three files."""
-        return self.indptr, self.indices, self.data
-
-    def contradictions(self, dtype: str, indices_dtype: str, n_vars: int) -> Iterator[str]:
-        """Yield, in words, contradictions within the shard, or with the types and columns of its layer."""
-        name = self.data.name
-        if self.data_dtype not in stored_dtypes(dtype):
-            yield f"{name} has values of {self.data_dtype!r}, in which {dtype!r} is not kept"
-        elif self.nnz > self.n_rows * n_vars:
-            yield f"{name} has more values than {self.n_rows:,} rows of {n_vars:,} columns"
-        else:
-            yield from _other_size(self.indptr, self.n_rows + 1, "<i8")
-            yield from _other_size(self.indices, self.nnz, indices_dtype)
-            yield from _other_size(self.data, self.nnz, self.data_dtype)
-
-    def check_ends(self, folder: Path) -> None:
-        """Raise a ValueError unless `indptr` begins with 0 and ends with the number of stored values."""
-        with self.indptr.open(folder) as file:
-            ends = b"".join(os.pread(file.fileno(), 8, offset) for offset in (0, self.indptr.nbytes - 8))
-        first, last = np.frombuffer(ends, "<i8").tolist()
-        if (first, last) != (0, self.nnz):
-            raise damaged(folder, self.indptr, f"must lead from 0 to {self.nnz:,}, not {first} to {last}")
+PLACE_BYTES = 64
+"""Memory of the place of a row that was decoded, about."""
 
 
 @attrs.frozen(kw_only=True)
@@ -105,6 +62,28 @@ class Layer:
         """Number of stored values."""
         return sum(shard.nnz for shard in self.shards)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files of all shards."""
+        return sum(file.nbytes for shard in self.shards for file in shard.files)
+
+    @property
+    def held_row_bytes(self) -> float:
+        """Mean memory of a row that was decoded: its columns and values, and its place."""
+        widths = [np.dtype(shard.data_dtype).itemsize for shard in self.shards]
+        entry_bytes = np.dtype(self.indices_dtype).itemsize + max(widths, default=0)
+        return PLACE_BYTES + self.nnz * entry_bytes / max(1, sum(shard.n_rows for shard in self.shards))
+
+    @property
+    def compression(self) -> str | None:
+        """Name of the compression; None if the layer is not compressed."""
+        return next((shard.compression for shard in self.shards), None)
+
+    @property
+    def block_rows(self) -> int:
+        """Largest number of neighbouring rows that are compressed together; 1 if none are."""
+        return max((shard.blocks.n_rows for shard in self.shards if shard.blocks is not None), default=1)
+
     def contradictions(self, n_obs: int, n_vars: int) -> Iterator[str]:
         """Yield, in words, contradictions within the layer, or with the numbers of rows and columns."""
         if self.dtype not in DTYPES:
@@ -113,6 +92,8 @@ class Layer:
         if self.indices_dtype != (expected := indices_dtype(n_vars).str):
             yield f"layer {self.name!r} has indices of {self.indices_dtype!r}, not {expected!r}"
             return
+        if len({shard.blocks is None for shard in self.shards}) > 1:
+            yield f"layer {self.name!r} has some shards that are compressed, and some that are not"
         row = 0
         for shard in self.shards:
             before, row = row, shard.row_stop
@@ -137,30 +118,7 @@ class Embedding:
         if self.dtype not in DTYPES:
             yield f"obsm {self.name!r} has the dtype {self.dtype!r}, which is none of an array"
         else:
-            yield from _other_size(self.values, n_obs * self.n_cols, self.dtype)
-
-
-def _other_size(file: File, n: int, dtype: str) -> Iterator[str]:
-    n_bytes = n * np.dtype(dtype).itemsize
-    if file.nbytes != n_bytes:
-        yield f"{file.name} has {file.nbytes:,} bytes, not the {n_bytes:,} of {n:,} values of {dtype!r}"
-
-
-DTYPES = ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f4", "<f8")
-"""Types that layers and arrays of `obsm` can have."""
-
-_NARROWER = {
-    "f": ("|u1", "<u2", "<u4", "<f4"),
-    "u": ("|u1", "<u2", "<u4"),
-    "i": ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4"),
-}
-
-
-def stored_dtypes(dtype: str) -> tuple[str, ...]:
-    """Return the types in which values of a layer can be stored; the first that holds all values is used."""
-    given = np.dtype(dtype)
-    narrower = _NARROWER.get(given.kind, ())
-    return (*(name for name in narrower if np.dtype(name).itemsize < given.itemsize), dtype)
+            yield from other_size(self.values, n_obs * self.n_cols, self.dtype)
 
 
 def indices_dtype(n_vars: int) -> np.dtype[Any]:
@@ -192,13 +150,28 @@ class Manifest:
                 yield from shard.files
         yield from (embedding.values for embedding in self.obsm)
 
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that has all of this."""
+        return version_of(shard for layer in self.layers for shard in layer.shards)
+
+    def describe(self) -> str:
+        """Return the size of the snapshot in words."""
+        n_rows, n_cols, first = self.content.n_obs, self.content.n_vars, self.layers[0]
+        stored = "not compressed" if first.compression is None else f"compressed by {first.compression}"
+        n_bytes = sum(file.nbytes for file in self.files)
+        return (
+            f"{n_rows:,} by {n_cols:,}, {first.nnz:,} non-zeros of {first.nbytes / max(1, first.nnz):.2f} "
+            f"bytes, {stored}, {n_bytes / 2**20:,.0f} MiB"
+        )
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
         fields = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "fingerprint": self.content.fingerprint,
-            **attrs.asdict(self),
+            **fields_of(self),
         }
         write_atomically(folder / MANIFEST, sealed(fields))
 
@@ -219,6 +192,8 @@ class Manifest:
             raise ValueError(f"{path!r} must be a manifest, but {err.args[0]}; {WAY_OUT}") from err
         if fields["fingerprint"] != manifest.content.fingerprint:
             raise ValueError(f"{path!r} must have the fingerprint of its content, but has another; {WAY_OUT}")
+        if fields["format_version"] != manifest.format_version:
+            raise ValueError(f"{path!r} must have format_version {manifest.format_version}; {WAY_OUT}")
         manifest.check(folder)
         return manifest
 
@@ -252,8 +227,8 @@ class Manifest:
             yield f"it has other layers than {list(content.layer_names)}"
         if tuple(item.name for item in self.obsm) != content.obsm_names:
             yield f"it has other arrays of obsm than {list(content.obsm_names)}"
-        yield from _other_size(self.obs_joinids, content.n_obs, "<i8")
-        yield from _other_size(self.var_joinids, content.n_vars, "<i8")
+        yield from other_size(self.obs_joinids, content.n_obs, "<i8")
+        yield from other_size(self.var_joinids, content.n_vars, "<i8")
         for layer in self.layers:
             yield from layer.contradictions(content.n_obs, content.n_vars)
         for item in self.obsm:
@@ -275,7 +250,19 @@ def content_from(fields: dict[str, Any]) -> Content:
 def shard_from(fields: dict[str, Any]) -> Shard:
     """Return the shard from the fields that `attrs.asdict` made of it."""
     files = {name: File(**fields[name]) for name in ("indptr", "indices", "data")}
-    return Shard(**{**fields, **files})
+    given = fields.get("blocks")
+    blocks = None if given is None else Blocks(**{**given, "table": File(**given["table"])})
+    return Shard(**{**fields, **files, "blocks": blocks})
+
+
+def fields_of(item: Manifest | Shard) -> dict[str, Any]:
+    """Return the fields as JSON has them: what is None is left out."""
+    return attrs.asdict(item, filter=lambda _, value: value is not None)
+
+
+def version_of(shards: Iterable[Shard]) -> int:
+    """Return the oldest version of the format that has such shards: only compressed ones need a newer one."""
+    return FORMAT_VERSION if all(shard.blocks is None for shard in shards) else COMPRESSED_VERSION
 
 
 def embedding_from(fields: dict[str, Any]) -> Embedding:

@@ -29,13 +29,14 @@ from tiledbsoma_ml.snapshot.format import (
     Embedding,
     Layer,
     Manifest,
-    Shard,
     embedding_from,
+    fields_of,
     indices_dtype,
     shard_from,
 )
 from tiledbsoma_ml.snapshot.frames import read_frames, write_frames
 from tiledbsoma_ml.snapshot.segment import PIECE_BYTES, Segment, ShardRows
+from tiledbsoma_ml.snapshot.shard import Shard
 from tiledbsoma_ml.snapshot.shards import ShardWriter
 from tiledbsoma_ml.snapshot.takeover import Partial, is_right_shard
 from tiledbsoma_ml.snapshot.tasks import Record, Tasks
@@ -93,6 +94,7 @@ class Maker:
         self._segments = segments
         self._content = partial.content
         self._bytes_per_row = partial.bytes_per_row
+        self._compression = partial.compression
         self._dtypes = dtypes
         self._tasks = tasks
         self._budget = budget
@@ -183,14 +185,14 @@ class Maker:
     # X ----------------------------------------------------------------------------------------------------
 
     def _make_shards(self, layer_name: str, frames: Future[None], fsyncs: Fsyncs) -> None:
-        writer = ShardWriter(self._folder, np.dtype(self._dtypes[layer_name]))
+        writer = ShardWriter(self._folder, np.dtype(self._dtypes[layer_name]), self._compression)
         with closing(self._read(layer_name)) as read, EagerIterator(read) as ahead:
             for task, rows in ahead:
                 written = writer.write(task.name, rows)
                 shard = Shard(row_start=task.start, row_stop=task.stop, **written)
                 for file in shard.files:
                     fsyncs.add(self._folder / file.name)
-                self._tasks.finish(task.name, attrs.asdict(shard))
+                self._tasks.finish(task.name, fields_of(shard))
                 self._progress.reach(self._n_done())
                 if frames.done():
                     frames.result()  # rather now than at the end, if it failed
@@ -234,7 +236,13 @@ class Maker:
             def is_right(record: Record, task: ShardTask = task) -> bool:
                 rows = (task.start, task.stop)
                 return is_right_shard(
-                    self._folder, record, name=task.name, rows=rows, dtype=dtype, n_vars=n_vars
+                    self._folder,
+                    record,
+                    name=task.name,
+                    rows=rows,
+                    dtype=dtype,
+                    n_vars=n_vars,
+                    compression=self._compression,
                 )
 
             try:

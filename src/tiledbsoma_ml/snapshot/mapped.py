@@ -10,13 +10,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._batch.gather import ShardColumns
+from tiledbsoma_ml._batch.gather import ShardColumns, Shards
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_names
 from tiledbsoma_ml._soma.obs import ObsTable, with_missing
 from tiledbsoma_ml.snapshot.check import checked_column, read_frame, read_obs_joinids, read_var_joinids
+from tiledbsoma_ml.snapshot.compressed import CompressedLayer
 from tiledbsoma_ml.snapshot.files import File, map_file
 from tiledbsoma_ml.snapshot.format import Layer, Manifest
-from tiledbsoma_ml.snapshot.reader import MappedLayer, RowIndex, SnapshotReader
+from tiledbsoma_ml.snapshot.layer import MappedLayer
+from tiledbsoma_ml.snapshot.reader import RowIndex, SnapshotReader, Tiling
 
 
 class Mapped:
@@ -30,7 +32,7 @@ class Mapped:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._layers: dict[str, MappedLayer] = {}
+        self._layers: dict[str, Shards] = {}
         self._frames: dict[str, pa.Table] = {}
         self._columns: dict[tuple[str, str], pa.Array] = {}
 
@@ -53,7 +55,14 @@ class Mapped:
         columns = self.obs_columns(obs_column_names)
         obs = ObsTable(columns, with_missing(columns, rows) if nullable is None else nullable)
         X = ShardColumns(self._layer(layer), self._columns_of(var_joinids), pool_bytes=pool_bytes)
-        return SnapshotReader(X, self.index, obs)
+        return SnapshotReader(X, self.index, obs, self.tiling(layer))
+
+    def tiling(self, layer: Layer) -> Tiling | None:
+        """Return how rows of a layer are decoded; None if it is not compressed."""
+        if layer.compression is None:
+            return None
+        n_joinids = max(1, self.index.span // max(1, self._manifest.content.n_obs))
+        return Tiling(row_tile=layer.block_rows * n_joinids, row_bytes=layer.held_row_bytes)
 
     # Rows and columns -------------------------------------------------------------------------------------
 
@@ -97,9 +106,10 @@ class Mapped:
 
     # X and obsm -------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: Layer) -> MappedLayer:
+    def _layer(self, layer: Layer) -> Shards:
         if layer.name not in self._layers:
-            self._layers[layer.name] = MappedLayer(self._folder, layer, self._manifest.content.n_vars)
+            kind = MappedLayer if layer.compression is None else CompressedLayer
+            self._layers[layer.name] = kind(self._folder, layer, self._manifest.content.n_vars)
         return self._layers[layer.name]
 
     def obsm(self) -> dict[str, NDArrayNumber]:

@@ -1,4 +1,4 @@
-"""`SnapshotReader`: copies rows of memory-mapped files directly into the arrays that it returns."""
+"""`SnapshotReader`: copies rows of a layer directly into the arrays that it returns."""
 
 from __future__ import annotations
 
@@ -6,23 +6,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-from tiledbsoma_ml._batch.gather import LocatedRows, ShardColumns
+from tiledbsoma_ml._batch.gather import ShardColumns
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
+from tiledbsoma_ml._order.reads import SLACK
 from tiledbsoma_ml._query_ids import check_joinids
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.obs import ObsTable
-from tiledbsoma_ml.snapshot.check import check_starts
-from tiledbsoma_ml.snapshot.files import damaged, map_file
-from tiledbsoma_ml.snapshot.format import Layer, Shard
+
+HELD_BYTES = 2**28
+"""Memory of rows that are decoded at once, by default."""
 
 READ_ROWS = 4096
-"""Number of rows of a piece."""
+"""Largest number of rows of a piece."""
+
+PIECES_HELD = 4
+"""Least number of pieces in which rows that were decoded at once are given out."""
+
+
+@attrs.frozen(kw_only=True)
+class Tiling:
+    """The rows of a compressed layer that are decoded together.
+
+    Attributes:
+        row_tile: Number of neighbouring joinids whose rows are in one block, about.
+        row_bytes: Mean memory of a row that was decoded.
+    """
+
+    row_tile: int
+    row_bytes: float
+
+    def n_rows_in(self, n_bytes: int) -> int:
+        """Return how many rows so much memory holds, at least 1."""
+        return max(1, int(n_bytes / self.row_bytes))
 
 
 class SnapshotReader:
@@ -32,12 +54,14 @@ class SnapshotReader:
         X: The columns of a layer to return.
         index: The row of each joinid.
         obs: The columns of `obs` to return.
+        tiling: How rows are decoded; None if they are not compressed.
     """
 
-    def __init__(self, X: ShardColumns, index: RowIndex, obs: ObsTable) -> None:
+    def __init__(self, X: ShardColumns, index: RowIndex, obs: ObsTable, tiling: Tiling | None) -> None:
         self._X = X
         self._index = index
         self._obs = obs
+        self._tiling = tiling
 
     @property
     def n_vars(self) -> int:
@@ -65,8 +89,21 @@ class SnapshotReader:
         Returns:
             Pieces that together are these rows, in exactly this order.
         """
-        for start in range(0, len(obs_joinids), READ_ROWS):
-            yield self.rows(obs_joinids[start : start + READ_ROWS])
+        tiling = self._tiling
+        return self.read_at_once(obs_joinids, READ_ROWS if tiling is None else tiling.n_rows_in(HELD_BYTES))
+
+    def read_at_once(self, obs_joinids: NDArrayJoinId, n_rows: int) -> Iterator[Rows[CSR_IO_Buffer]]:
+        """Read rows as `read` does, of which so many are decoded at once, and given out in pieces."""
+        n_held = len(obs_joinids) if len(obs_joinids) <= n_rows * SLACK else n_rows
+        piece_rows = READ_ROWS if self._tiling is None else min(READ_ROWS, max(1, n_rows // PIECES_HELD))
+        for first in range(0, len(obs_joinids), max(1, n_held)):
+            joinids = obs_joinids[first : first + n_held]
+            rows = self._index.find(joinids)
+            located = self._X.locate(rows)
+            for start in range(0, len(rows), piece_rows):
+                stop = min(start + piece_rows, len(rows))
+                X, obs = self._X.buffer_of(located.slice(start, stop)), self._obs.take(rows[start:stop])
+                yield Rows(obs_joinids=joinids[start:stop], X=X, obs=obs)
 
     def close(self) -> None:
         """Do nothing: the files stay mapped as long as an object uses them."""
@@ -93,79 +130,33 @@ class SnapshotReader:
         return self._obs.take(self._index.find(obs_joinids))
 
 
-# Rows of X ------------------------------------------------------------------------------------------------
-
-
-class MappedLayer:
-    """The mapped files of a layer; see `Shards`.
+class TiledSnapshotReader:
+    """A reader of compressed rows for an epoch, which is asked for many rows at once; see `TiledReader`.
 
     Args:
-        folder: Folder of the snapshot.
-        layer: The layer, from a manifest that was checked.
-        n_vars: Number of columns.
+        reader: The reader of these rows.
+        tiling: How they are decoded.
+        held_bytes: Memory of the rows that are decoded at once.
     """
 
-    def __init__(self, folder: Path, layer: Layer, n_vars: int) -> None:
-        from tiledbsoma_ml._kernels.snapshot import AS_GIVEN_OUT, KINDS
+    def __init__(self, reader: SnapshotReader, tiling: Tiling, held_bytes: int) -> None:
+        self._reader = reader
+        self._n_rows_held = tiling.n_rows_in(held_bytes)
+        self.row_tile = tiling.row_tile
 
-        self.dtype = np.dtype(layer.dtype)
-        self.indices_dtype = np.dtype(layer.indices_dtype)
-        self.nnz, self.n_vars = layer.nnz, n_vars
-        self._folder, self._shards = folder, layer.shards
-        self._maps = [
-            (
-                map_file(folder, shard.indptr, "<i8"),
-                map_file(folder, shard.indices, layer.indices_dtype),
-                map_file(folder, shard.data, shard.data_dtype),
-            )
-            for shard in layer.shards
-        ]
-        self._borders = np.array([0, *(shard.row_stop for shard in layer.shards)], dtype=np.int64)
-        self._n_values = np.array([shard.nnz for shard in layer.shards], dtype=np.int64)
-        self._is_unchecked = np.ones(len(layer.shards), dtype=np.bool_)
-        at = [[array.ctypes.data for array in maps] for maps in self._maps]
-        self._indptr_at, self.indices_at, self.data_at = np.array(at, dtype=np.int64).reshape(-1, 3).T.copy()
-        self.indices_kinds = np.full(len(layer.shards), KINDS[layer.indices_dtype], dtype=np.uint8)
-        kinds = [KINDS.get(shard.data_dtype, AS_GIVEN_OUT) for shard in layer.shards]
-        self.data_kinds = np.array(kinds, dtype=np.uint8)
+    def n_rows_held(self) -> int:
+        """Return how many rows the next read may have, so that each block of it is decoded once."""
+        return self._n_rows_held
 
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return int(self._borders[-1])
+    def read(self, obs_joinids: NDArrayJoinId) -> Iterator[Rows[CSR_IO_Buffer]]:
+        """Read the rows of `obs_joinids`, which may repeat, in exactly this order."""
+        return self._reader.read_at_once(obs_joinids, self._n_rows_held)
 
-    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
-        """Return the places of rows, which must exist.
+    def close(self) -> None:
+        """Do nothing: the files stay mapped as long as an object uses them."""
 
-        Raises:
-            ValueError: If row starts of a file cannot be right.
-        """
-        from tiledbsoma_ml._kernels import snapshot as kernels
 
-        n = len(rows)
-        located = LocatedRows(rows, np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n + 1, np.int64))
-        shards = self._borders, self._indptr_at, self._n_values
-        wrong = kernels.locate_rows(rows, *shards, located.shards, located.begins, located.indptr)
-        if wrong >= 0:
-            shard = self._shards[int(np.searchsorted(self._borders, rows[wrong], side="right")) - 1]
-            self._check_starts(shard)
-            raise damaged(self._folder, shard.indptr, f"must say where row {rows[wrong]:,} is, but does not")
-        if self._is_unchecked.any():
-            for number in np.unique(located.shards[self._is_unchecked[located.shards]]).tolist():
-                self._check_starts(self._shards[number])
-                self._is_unchecked[number] = False
-        return located
-
-    def check_columns(self, located: LocatedRows, wrong: int) -> None:
-        """Raise a ValueError if the row with the index `wrong` has a column that does not exist."""
-        if wrong >= 0:
-            shard, row = self._shards[located.shards[wrong]], located.rows[wrong]
-            rule = f"must hold columns below {self.n_vars:,}, but row {row:,} has others"
-            raise damaged(self._folder, shard.indices, rule)
-
-    def _check_starts(self, shard: Shard) -> None:
-        starts, _, _ = self._maps[self._shards.index(shard)]
-        check_starts(self._folder, shard, starts)
+# Rows by joinid -------------------------------------------------------------------------------------------
 
 
 class RowIndex:
@@ -175,6 +166,9 @@ class RowIndex:
         joinids: Joinids of the rows, ascending and unique; None if row numbers are used in place of joinids.
         n_rows: Number of rows.
         path: Path of the snapshot, for messages.
+
+    Attributes:
+        span: The number of joinids from the first one to the last one.
     """
 
     def __init__(self, joinids: NDArrayJoinId | None, n_rows: int, path: Path) -> None:
@@ -182,7 +176,7 @@ class RowIndex:
         self._joinids = np.empty(0, dtype=np.int64) if joinids is None else joinids
         self._n_rows = n_rows
         self._first = 0 if joinids is None or not n_rows else int(joinids[0])
-        span = n_rows if joinids is None or not n_rows else int(joinids[-1]) - self._first + 1
+        self.span = span = n_rows if joinids is None or not n_rows else int(joinids[-1]) - self._first + 1
         self._is_range = span == n_rows
         if joinids is not None and not self._is_range:
             self._shift = max(0, (8 * span // n_rows).bit_length() - 1)

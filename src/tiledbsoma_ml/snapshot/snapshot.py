@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._batch.gather import POOL_BYTES
@@ -19,9 +21,9 @@ from tiledbsoma_ml._source import Source
 from tiledbsoma_ml.snapshot.build import create
 from tiledbsoma_ml.snapshot.check import verify
 from tiledbsoma_ml.snapshot.creation import Progress, ProgressCallback
-from tiledbsoma_ml.snapshot.format import Layer, Manifest
+from tiledbsoma_ml.snapshot.format import Layer, Manifest, check_compression
 from tiledbsoma_ml.snapshot.mapped import Mapped
-from tiledbsoma_ml.snapshot.reader import SnapshotReader
+from tiledbsoma_ml.snapshot.reader import SnapshotReader, Tiling
 from tiledbsoma_ml.snapshot.segments import Located, Query, check_origin, located, segment_of
 from tiledbsoma_ml.snapshot.stored_layers import DEFAULT_SHARDS, ShardSizes
 from tiledbsoma_ml.x_locator import XLocator
@@ -61,6 +63,7 @@ class Snapshot:
         obs_column_names: Sequence[str] = ("soma_joinid",),
         layers: Sequence[str] = (),
         obsm: Sequence[str] = (),
+        compression: str | None = None,
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
     ) -> Snapshot:
@@ -79,6 +82,8 @@ class Snapshot:
             obs_column_names: Columns of `obs` to store. All columns of `var` are stored.
             layers: Further layers of `X` to store.
             obsm: Arrays of `obsm` to store.
+            compression: "zstd" to compress `X` in blocks of rows, which are decoded as a whole: files of a
+                third of the size, for disks that are slower than decoding. None to store rows as they are.
             memory_budget: Memory for buffers and for rows that wait, in each process: bytes, or a string
                 like "2GiB". It limits the sizes of files, so give all processes the same.
             progress: Whether to show progress on stderr; or a function, which is called with the rows done,
@@ -96,6 +101,7 @@ class Snapshot:
             obs_column_names=obs_column_names,
             layers=layers,
             obsm=obsm,
+            compression=compression,
             memory_budget=memory_budget,
             progress=progress,
         )
@@ -109,11 +115,13 @@ class Snapshot:
         obs_column_names: Sequence[str],
         layers: Sequence[str] = (),
         obsm: Sequence[str] = (),
+        compression: str | None = None,
         memory_budget: int | str = "2GiB",
         progress: bool | ProgressCallback = True,
         shards: ShardSizes = DEFAULT_SHARDS,
     ) -> Snapshot:
         """Do what `create` does, for queries that are given as an address or a `Source`, and joinids."""
+        check_compression(compression)
         folder = absolute_path(path)
         segments = [segment_of(origin, ids) for origin, ids in queries]
         is_remote = any(segment.is_remote for segment in segments)
@@ -126,6 +134,7 @@ class Snapshot:
             budget=Budget(parse_bytes("memory_budget", memory_budget), is_remote),
             progress=Progress(progress, folder.name),
             shards=shards,
+            compression=compression,
         )
         return cls.open(folder)
 
@@ -158,6 +167,11 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(file.nbytes for file in self._manifest.files)
+
+    @property
+    def compression(self) -> str | None:
+        """Name of the compression of `X`; None if it is not compressed."""
+        return self._layer(None).compression
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -220,11 +234,7 @@ class Snapshot:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        n_rows, n_cols = self.shape
-        return (
-            f"<Snapshot {str(self.path)!r}: {n_rows:,} by {n_cols:,}, {self.nnz:,} non-zeros, "
-            f"{self.nbytes / 2**20:,.0f} MiB>"
-        )
+        return f"<Snapshot {str(self.path)!r}: {self._manifest.describe()}>"
 
     # Rows -------------------------------------------------------------------------------------------------
 
@@ -266,6 +276,10 @@ class Snapshot:
             self._layer(layer_name), obs_joinids, var_joinids, names, nullable=nullable, pool_bytes=pool_bytes
         )
 
+    def tiling(self, layer_name: str | None = None) -> Tiling | None:
+        """Return how rows of a layer (the default one if None) are decoded; None if it is not compressed."""
+        return self._mapped.tiling(self._layer(layer_name))
+
     def check_holds(self, origin: XLocator | Source, obs_column_names: Sequence[str]) -> None:
         """Raise a ValueError that names the differences, unless this was made from a layer or source.
 
@@ -284,15 +298,8 @@ class Snapshot:
         Raises:
             ImportError: If anndata is not installed.
         """
-        anndata = _import_anndata()
         joinids = _chosen(self.query_ids.obs_joinids, slice(None) if rows is None else rows)
-        numbers = self._mapped.index.find(joinids)
-        X, obs = self[numbers]
-        var = self.var
-        obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-        layers = {name: self.reader(layer_name=name).csr(joinids) for name in self.layer_names[1:]}
-        obsm = {name: values[numbers] for name, values in self.obsm.items()}
-        return anndata.AnnData(X=X, obs=obs, var=var, layers=layers, obsm=obsm)
+        return _to_anndata(self, self._mapped.index.find(joinids), joinids)
 
     def verify(self) -> None:
         """Read all files, compare them with their checksums, and check the rules of the format.
@@ -320,13 +327,17 @@ class Snapshot:
         return {"path": self.path, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        manifest = Manifest.read(state["path"])
-        if manifest.content.fingerprint != state["fingerprint"]:
-            raise ValueError(
-                f"snapshot={str(state['path'])!r} must be the one that was pickled, but another is there by "
-                "now; open it anew."
-            )
-        Snapshot.__init__(self, state["path"], manifest)
+        Snapshot.__init__(self, state["path"], _manifest_of(state["path"], state["fingerprint"]))
+
+
+def _manifest_of(path: Path, fingerprint: str) -> Manifest:
+    manifest = Manifest.read(path)
+    if manifest.content.fingerprint != fingerprint:
+        raise ValueError(
+            f"snapshot={str(path)!r} must be the one that was pickled, but another is there by now; open it "
+            "anew."
+        )
+    return manifest
 
 
 def _chosen(joinids: NDArrayJoinId, rows: Any) -> NDArrayJoinId:
@@ -342,11 +353,16 @@ def _chosen(joinids: NDArrayJoinId, rows: Any) -> NDArrayJoinId:
     return chosen
 
 
-def _import_anndata() -> Any:
+def _to_anndata(snapshot: Snapshot, rows: NDArray[np.int64], joinids: NDArrayJoinId) -> Any:
     try:
         import anndata
     except ImportError as err:
         raise ImportError(
             "to_anndata needs anndata; run `pip install 'tiledbsoma-ml[cli]'` or `pip install anndata`."
         ) from err
-    return anndata
+    X, obs = snapshot[rows]
+    var = snapshot.var
+    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+    layers = {name: snapshot.reader(layer_name=name).csr(joinids) for name in snapshot.layer_names[1:]}
+    obsm = {name: values[rows] for name, values in snapshot.obsm.items()}
+    return anndata.AnnData(X=X, obs=obs, var=var, layers=layers, obsm=obsm)

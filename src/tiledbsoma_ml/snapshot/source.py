@@ -17,7 +17,7 @@ from tiledbsoma_ml._order.sizes import ENOUGH_ROWS, Layout
 from tiledbsoma_ml._query_ids import QueryIDs
 from tiledbsoma_ml._source import Fields, RowsAndColumns, Source
 from tiledbsoma_ml.snapshot.build import describe
-from tiledbsoma_ml.snapshot.reader import SnapshotReader
+from tiledbsoma_ml.snapshot.reader import SnapshotReader, TiledSnapshotReader
 from tiledbsoma_ml.snapshot.segments import segment_of
 from tiledbsoma_ml.snapshot.snapshot import Snapshot
 
@@ -29,6 +29,9 @@ A disk reads them twice as fast as single rows.
 
 POOL_SHARE = 16
 """Budget divided by the memory of earlier rows that a reader keeps for later ones."""
+
+HELD_SHARE = 4
+"""Budget divided by the memory of the rows that are decoded at once, while those before are given out."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -173,22 +176,37 @@ class SnapshotSource(Source):
         source.query_ids = ids
         return source
 
+    @property
+    def row_tile(self) -> int:
+        """Number of neighbouring rows that are decoded together; 1 if the snapshot is not compressed."""
+        tiling = None if self._snapshot is None else self._snapshot.tiling(self._request.layer_name)
+        return 1 if tiling is None else tiling.row_tile
+
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
-        """Return how the rows are stored; each can be read by itself if memory holds the snapshot."""
+        """Return how the rows are stored; each can be read by itself if memory holds the snapshot.
+
+        Of a compressed snapshot, blocks are decoded, as many at once as memory holds.
+        """
+        if tiling := self.snapshot.tiling(self._request.layer_name):
+            return Layout(tiling.row_tile, tiling.row_bytes, tiling.n_rows_in(_held_bytes(budget)))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         n_bytes = self.snapshot.nbytes
         row_tile = 1 if n_bytes < memory / 2 else CHUNK_ROWS
         return Layout(row_tile, n_bytes / max(1, len(self.snapshot)), ENOUGH_ROWS)
 
-    def open(self, ids: RowsAndColumns, fields: Fields, budget: Budget) -> SnapshotReader:
+    def open(
+        self, ids: RowsAndColumns, fields: Fields, budget: Budget
+    ) -> SnapshotReader | TiledSnapshotReader:
         """Return a reader, which the caller closes after an epoch."""
-        return self.snapshot.reader(
+        reader = self.snapshot.reader(
             var_joinids=ids.var_joinids,
             obs_column_names=fields.obs_column_names,
             layer_name=self._request.layer_name,
             nullable=self._obs_nullable(),
             pool_bytes=budget.total // POOL_SHARE,
         )
+        tiling = self.snapshot.tiling(self._request.layer_name)
+        return reader if tiling is None else TiledSnapshotReader(reader, tiling, _held_bytes(budget))
 
     def _path_of(self, snapshot: str | os.PathLike[str] | bool) -> Path:
         if not isinstance(snapshot, bool):
@@ -227,3 +245,7 @@ class SnapshotSource(Source):
         if self.locator is None:
             _ = self.content  # it cannot be found later, without the source
         return self.__dict__ | {"_request": self._request.without_rows()}
+
+
+def _held_bytes(budget: Budget) -> int:
+    return max(0, budget.total - budget.mini_batch_bytes) // HELD_SHARE

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml.snapshot.content import Content
-from tiledbsoma_ml.snapshot.format import DTYPES
 from tiledbsoma_ml.snapshot.segment import Segment
+from tiledbsoma_ml.snapshot.shard import DTYPES
 
 
 @attrs.frozen(kw_only=True)

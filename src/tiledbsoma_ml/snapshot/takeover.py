@@ -31,12 +31,14 @@ class Partial:
         content: The content of the snapshot.
         borders: The first row of each shard, and the number of rows.
         bytes_per_row: Approximate size of a row of each layer, and of each array of `obsm`.
+        compression: Name of the compression of `X`; None to compress nothing.
         creation: Name of the creation, which ends with the last process that takes part in it.
     """
 
     content: Content
     borders: list[int]
     bytes_per_row: dict[str, float]
+    compression: str | None
     creation: str = attrs.field(factory=new_creation)
 
     def write(self, folder: Path) -> None:
@@ -58,6 +60,7 @@ class Partial:
                 content=content,
                 borders=_borders_from(fields["borders"], content.n_obs),
                 bytes_per_row={str(name): float(size) for name, size in fields["bytes_per_row"].items()},
+                compression=fields["compression"],
                 creation=str(fields["creation"]),
             )
         except (AttributeError, KeyError, TypeError) as err:
@@ -72,24 +75,33 @@ def is_current(folder: Path, creation: str) -> bool:
         return False
 
 
-def take_over(folder: Path, content: Content) -> Partial | None:
+def take_over(folder: Path, content: Content, compression: str | None) -> Partial | None:
     """Return what a creation left whose processes have all ended, as a new creation.
 
-    The folder is removed, and None is returned, if it belongs to a snapshot with another content.
+    The folder is removed, and None is returned, if it belongs to a snapshot with another content, or with
+    another compression.
     """
     try:
         left = Partial.read(folder)
     except ValueError:
         left = None
     # If changes of a source cannot be noticed, the finished part may come from an older version of it.
-    if left is None or left.content.fingerprint != content.fingerprint or not content.tells_changes:
+    is_same = left is not None and left.content.fingerprint == content.fingerprint and content.tells_changes
+    if left is None or not is_same or left.compression != compression:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return attrs.evolve(left, content=content, creation=new_creation())
 
 
 def is_right_shard(
-    folder: Path, written: Any, *, name: str, rows: tuple[int, int], dtype: str, n_vars: int
+    folder: Path,
+    written: Any,
+    *,
+    name: str,
+    rows: tuple[int, int],
+    dtype: str,
+    n_vars: int,
+    compression: str | None,
 ) -> bool:
     """Return whether an earlier creation finished a shard, and its files are as it wrote them.
 
@@ -100,12 +112,14 @@ def is_right_shard(
         rows: Its first row, and the row after the last one.
         dtype: Type of the layer.
         n_vars: Number of columns.
+        compression: Name of its compression; None if it must not be compressed.
     """
     columns = indices_dtype(n_vars).str
     try:
         shard = shard_from(written)
-        names = [name + ending for ending in (".indptr", ".indices", ".data")]
-        if (shard.row_start, shard.row_stop) != rows or [file.name for file in shard.files] != names:
+        if (shard.row_start, shard.row_stop) != rows or not shard.is_named(name):
+            return False
+        if shard.compression != compression:
             return False
         if any(shard.contradictions(dtype, columns, n_vars)):
             return False
