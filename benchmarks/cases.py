@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 SNAPSHOT = "{snapshot}"  # stands for a snapshot beside the data, which is made first if it is not there
+ZSTD_SNAPSHOT = "{zstd snapshot}"  # the same, compressed
 SCRATCH = "{scratch}"  # stands for an empty folder beside the data, removed afterwards
 
 TUNED = "tuned scan"
@@ -30,6 +31,7 @@ class Case:
         options: Of `ExperimentDataset`, or of the peer.
         loader: Of `experiment_dataloader`.
         task: Further arguments of the function.
+        cold: Whether its snapshot is read from the disk, not from memory.
         against: Case whose seconds are divided by this one's: the column "of scan". It reads the same rows.
         quick: Whether it is part of `--quick`.
     """
@@ -45,6 +47,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     loader: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
+    cold: bool = False
     against: str | None = None
     quick: bool = True
 
@@ -88,6 +91,7 @@ AUTO = {"shuffle_chunk_size": "auto", "io_batch_size": "auto"}
 CHUNK_2048 = {"shuffle_chunk_size": 2048}
 ON_DISK = {"memory_budget": "256MiB", "window_dir": SCRATCH, "window_budget": "4GiB"}
 TRUE_SHUFFLE = {**AUTO, "snapshot": SNAPSHOT}
+ZSTD = {"compression": "zstd"}
 LATER = {"epochs_before": 1}
 COLD = {"NUMBA_CACHE_DIR": SCRATCH}
 
@@ -145,7 +149,13 @@ CASES = (
     _s3("S3 50 ms, auto, second epoch", delay_ms=50, task=LATER),
     # From a snapshot
     Case(name="snapshot, creation", kind="create_snapshot", against=TUNED),
+    Case(name="snapshot, zstd, creation", kind="create_snapshot", task=ZSTD, against=TUNED, quick=False),
     _epoch("snapshot, chunk 64, sparse", options={"snapshot": SNAPSHOT}),
+    _epoch("snapshot, zstd, chunk 64, sparse", options={"snapshot": ZSTD_SNAPSHOT}, task=ZSTD),
+    _epoch("snapshot, chunk 64, sparse, cold", options={"snapshot": SNAPSHOT}, cold=True),
+    _epoch(
+        "snapshot, zstd, chunk 64, sparse, cold", options={"snapshot": ZSTD_SNAPSHOT}, task=ZSTD, cold=True
+    ),
     _epoch("snapshot, single rows, sparse", options=TRUE_SHUFFLE),
     _epoch("snapshot, single rows, dense", dense=True, options=TRUE_SHUFFLE, task={"fill": True}),
     # Batches for scVI

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import report
-from cases import AUTO, CASES, SCRATCH, SNAPSHOT, Case
+from cases import AUTO, CASES, SCRATCH, SNAPSHOT, ZSTD_SNAPSHOT, Case
 from envs import HERE, PEERS, NotInstalledError, peer_python
 from goals import assess_goals
 from latency import serving
@@ -43,6 +43,7 @@ SCRIPTS = {
     "scvi": "child.py",
 }
 _NO_PARALLEL_MERGE = {"TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE": "0"}  # it can crash
+_SNAPSHOTS = {SNAPSHOT: ".snapshot", ZSTD_SNAPSHOT: ".zstd.snapshot"}  # endings of their names
 _OF_CELLS = ("epoch", "peer", "scvi")  # kinds whose rows are cells
 _CONVERTING = ("annbatch", "bionemo_scdl", "slafdb")  # peers that make a store of their own of the file
 QUICK = {"rows": 16_384, "repetitions": 1, "peers": "none"}
@@ -153,9 +154,9 @@ class Bench:
         if any(case.kind in ("epoch", "first_batch", "scvi") for case in cases):
             progress("kernels")
             self._compile_kernels()
-        snapshots = {self._folder(case): case for case in cases if SNAPSHOT in case.options.values()}
-        for folder, case in snapshots.items():
-            progress(f"snapshot: {folder.name}")
+        snapshots = {path: case for case in cases if (path := self._snapshot(case))}
+        for path, case in snapshots.items():
+            progress(f"snapshot: {path.name}")
             self._run(replace(case, kind="make_snapshot", env={}))
         for peer, case in {case.peer: case for case in cases if case.peer in _CONVERTING}.items():
             if peer not in self._not_installed:
@@ -168,8 +169,8 @@ class Bench:
             return {"status": "not installed", "why": self._not_installed[case.peer]}
         folder = self._folder(case)
         warm_page_cache(folder)
-        if SNAPSHOT in case.options.values():
-            warm_page_cache(_snapshot_of(folder))
+        if path := self._snapshot(case):
+            drop_page_cache(path) if case.cold else warm_page_cache(path)
         if case.delay_ms is None:
             record = self._run(case)
         else:
@@ -191,6 +192,11 @@ class Bench:
     def _folder(self, case: Case) -> Path:
         """Return the folder of the data of a case, made now if it is not there."""
         return make_data(self._spec_of(case), self._options.data_dir)
+
+    def _snapshot(self, case: Case) -> Path | None:
+        """Return the folder of the snapshot that a case reads."""
+        names = [name for name in _SNAPSHOTS if name in case.options.values()]
+        return _snapshot_of(self._folder(case), names[0]) if names else None
 
     def _compile_kernels(self) -> None:
         spec = replace(
@@ -222,7 +228,8 @@ class Bench:
         folder = self._folder(case)
         with tempfile.TemporaryDirectory(dir=self._options.data_dir, prefix="scratch-") as scratch:
             windows_file = Path(scratch) / "windows.npz"
-            places = {SCRATCH: scratch, SNAPSHOT: str(_snapshot_of(folder))}
+            snapshots = {name: str(_snapshot_of(folder, name)) for name in _SNAPSHOTS}
+            places = {SCRATCH: scratch, **snapshots}
             task = {
                 "kind": case.kind,
                 "uri": str(folder),
@@ -265,8 +272,8 @@ class Bench:
         return {"status": "ok", **record}
 
 
-def _snapshot_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.snapshot")
+def _snapshot_of(folder: Path, name: str) -> Path:
+    return folder.with_name(f"{folder.name}{_SNAPSHOTS[name]}")
 
 
 def _least_requests(folder: Path) -> dict[str, int]:
@@ -326,6 +333,15 @@ def warm_page_cache(folder: Path) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.read(2**24):
                     pass
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Let the system forget the files of a folder, so that a case reads them from the disk."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def progress(text: str) -> None:

@@ -54,6 +54,9 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
         if task.get("fill"):
             record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], dataset.shape[1])
         record["shuffle_quality"] = _own_quality(dataset, task["loader"].get("num_workers", 0))
+    if "snapshot" in task["options"]:
+        record |= {"bytes_per_value": dataset.source.snapshot.nbytes / dataset.source.snapshot.nnz}
+        record |= {"note": f"{record['bytes_per_value']:.2f} bytes a non-zero on the disk"}
     obs_joinids = dataset.query_ids.obs_joinids
     record["mixing"] = mixing(_labels(task), batches, obs_joinids)
     if not task["loader"].get("num_workers") and "snapshot" not in task["options"] and not task["store"]:
@@ -97,14 +100,16 @@ def load_kernels(task: dict[str, Any]) -> float:
 
 
 def make_snapshot(task: dict[str, Any], path: str) -> Any:
-    """Return the snapshot of all rows at a path, made if it is not there."""
+    """Return the snapshot of all rows at a path, made if it is not there; compressed if the task says so."""
     from tiledbsoma_ml import Snapshot
 
     with (
         soma.Experiment.open(task["uri"]) as experiment,
         experiment.axis_query("RNA", **axis_queries("all", experiment)) as query,
     ):
-        return Snapshot.create(path, query, obs_column_names=(*OBS_COLUMN_NAMES, LABEL), progress=False)
+        options = {"compression": task["compression"]} if "compression" in task else {}
+        names = (*OBS_COLUMN_NAMES, LABEL)
+        return Snapshot.create(path, query, obs_column_names=names, progress=False, **options)
 
 
 def _fill_rows_per_s(n_rows: int, n_cols: int) -> float:

@@ -23,14 +23,31 @@ def code_blocks(path: Path) -> Iterator[str]:
 
 
 def test_the_reader_of_the_format_document_reads_a_snapshot_with_numpy_alone(whole: Snapshot) -> None:
-    [code] = code_blocks(Path(__file__).parents[2] / "docs" / "snapshot_format.md")
-    assert len(code.strip().splitlines()) <= 25
+    code, of_blocks = code_blocks(Path(__file__).parents[2] / "docs" / "snapshot_format.md")
+    assert max(len(text.strip().splitlines()) for text in (code, of_blocks)) <= 25
     names: dict[str, Any] = {}
     exec(code, names)
     rows = [310, 0, 64, 63, 3]
     X = names["read_rows"](whole.path, rows)
     assert X.dtype == np.float32
     np.testing.assert_array_equal(X, expected_X(rows, range(N_VARS)))
+
+
+def test_the_reader_of_compressed_rows_in_the_format_document_reads_a_block(compressed: Snapshot) -> None:
+    names: dict[str, Any] = {"np": np}
+    exec([*code_blocks(Path(__file__).parents[2] / "docs" / "snapshot_format.md")][1], names)
+    [layer] = json.loads((compressed.path / MANIFEST).read_text())["layers"]
+    X = compressed[:][0]
+    for shard in layer["shards"]:
+        for row in {
+            0,
+            (shard["row_stop"] - shard["row_start"]) // 2,
+            shard["row_stop"] - shard["row_start"] - 1,
+        }:
+            columns, values = names["read_block"](compressed.path, layer, shard, row)
+            expected = X[shard["row_start"] + row]
+            assert columns.tolist() == expected.indices.tolist()
+            assert values.tolist() == expected.data.tolist()
 
 
 @given(data=st.data())

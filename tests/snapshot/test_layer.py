@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.layer import MappedLayer, RowStarts
 
@@ -42,6 +43,6 @@ def test_a_mapped_layer_has_the_types_of_its_files(whole: Snapshot) -> None:
     [layer] = whole._manifest.layers
     mapped = MappedLayer(whole.path, layer, whole.shape[1])
     assert (mapped.dtype, mapped.indices_dtype) == (np.float32, np.uint16)
-    located = mapped.locate(np.array([5, 1]))
+    located = mapped.locate(np.array([5, 1]), Pool(0))
     assert len(located) == 2
     assert located.slice(1, 2).rows.tolist() == [1]

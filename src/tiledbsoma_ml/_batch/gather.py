@@ -98,8 +98,8 @@ class Shards(Protocol):
     indices_dtype: np.dtype[Any]
     n_vars: int
 
-    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
-        """Return the places of rows, which must exist."""
+    def locate(self, rows: NDArray[np.int64], pool: Pool) -> LocatedRows:
+        """Return the places of rows, which must exist; what is decoded for this is in memory of a pool."""
 
     def check_columns(self, located: LocatedRows, wrong: int) -> None:
         """Raise a ValueError if the row with the index `wrong` has a column that does not exist.
@@ -143,7 +143,7 @@ class ShardColumns:
 
     def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
         """Return the places of rows, which must exist, for `buffer_of`."""
-        return self._shards.locate(rows)
+        return self._shards.locate(rows, self._pool)
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
         """Return these rows, in this order."""
@@ -159,7 +159,7 @@ class ShardColumns:
         """Return these rows, in this order, as a canonical `csr_matrix`."""
         from tiledbsoma_ml._kernels import snapshot as kernels
 
-        located = self._shards.locate(rows)
+        located = self.locate(rows)
         index_type = np.dtype(np.int32 if located.indptr[-1] <= np.iinfo(np.int32).max else np.int64)
         indptr, indices, data = self._gather(located, index_type)
         if not self._is_ascending:
@@ -176,7 +176,7 @@ class ShardColumns:
 
         assert out.shape == (len(rows), self.n_vars)
         assert out.dtype == self.dtype
-        shards, located = self._shards, self._shards.locate(rows)
+        shards, located = self._shards, self.locate(rows)
         arrays = located.arrays
         longest = int(np.diff(located.indptr).max(initial=0))
         indices, data = np.empty(longest, shards.indices_dtype), np.empty(longest, shards.dtype)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from tiledbsoma_ml._batch.gather import LocatedRows, ShardArrays, ShardColumns
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer
@@ -161,7 +162,7 @@ class _OneShard:
         self._starts = starts
         self._arrays = ShardArrays([columns], [values], values.dtype)
 
-    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+    def locate(self, rows: NDArray[np.int64], pool: Pool) -> LocatedRows:
         """Return the places of rows, which must exist."""
         begins = self._starts[rows]
         indptr = np.zeros(len(rows) + 1, dtype=np.int64)

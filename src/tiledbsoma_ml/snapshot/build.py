@@ -6,6 +6,7 @@ The snapshot is made in a folder beside its path, which is renamed at the end.
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 from collections.abc import Sequence
@@ -13,16 +14,19 @@ from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from typing import TypeAlias
 
+import attrs
 import numpy as np
 
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._soma.held_rows import preload_kernels
 from tiledbsoma_ml.snapshot.check import check_content, verify
+from tiledbsoma_ml.snapshot.compression import SAMPLE, SAMPLE_BYTES, measure
 from tiledbsoma_ml.snapshot.content import Content, warn_of_unknown
 from tiledbsoma_ml.snapshot.creation import Progress, check_own_folder, locked
 from tiledbsoma_ml.snapshot.disk import check_space, naming_disk
 from tiledbsoma_ml.snapshot.files import digest, fsync
-from tiledbsoma_ml.snapshot.format import MANIFEST, Manifest
+from tiledbsoma_ml.snapshot.format import MANIFEST, Manifest, indices_dtype
 from tiledbsoma_ml.snapshot.maker import POLL_S, Maker
 from tiledbsoma_ml.snapshot.segment import Segment
 from tiledbsoma_ml.snapshot.stored_layers import DEFAULT_SHARDS, ShardSizes, StoredLayers
@@ -55,7 +59,7 @@ def create(
         budget: The memory that this may use.
         progress: Callback for progress.
         shards: Sizes of its shards.
-        compression: Name of the compression of `X`; None to compress nothing.
+        compression: Name of the compression of `X`; None to compress nothing, "auto" to choose.
 
     Raises:
         ValueError: If a name does not exist, segments differ in columns or types, or the path has other data.
@@ -191,20 +195,23 @@ class _Builder:
             self._rename()
             return None
         partial = take_over(self._folder, self._content, self._compression)
+        sample: list[CSR_IO_Buffer] = []
         if partial is None:
             sizes = self._layers.bytes_per_row()
             borders = self._layers.borders(sizes[self._content.layer_names[0]], self._shards)
+            compression = None if self._compression == "auto" else self._compression
             partial = Partial(
-                content=self._content,
-                borders=borders,
-                bytes_per_row=sizes,
-                compression=self._compression,
+                content=self._content, borders=borders, bytes_per_row=sizes, compression=compression
             )
+            if self._compression == "auto":
+                sample = self._layers.sample(sizes[self._content.layer_names[0]], SAMPLE_BYTES)
         self._check_space(partial)
         with self._naming_disk():
             if not check_own_folder(self._folder, self._path):
                 self._folder.mkdir(mode=0o700)
             (self._folder / MANIFEST).unlink(missing_ok=True)
+            if sample:
+                partial = attrs.evolve(partial, compression=self._choose(sample))
             partial.write(self._folder)
             return Tasks(self._path, self._folder, partial.creation), partial
 
@@ -272,6 +279,7 @@ class _Builder:
     def _rename(self) -> None:
         """Remove what only the creation needs, open the folder to others, and rename it."""
         (self._folder / PARTIAL).unlink(missing_ok=True)
+        shutil.rmtree(self._folder / SAMPLE, ignore_errors=True)  # of a creation that was killed
         remove_tasks(self._folder)
         special = stat.S_IMODE(self._folder.stat().st_mode) & 0o7000
         mode = stat.S_IMODE((self._folder / MANIFEST).stat().st_mode)  # it follows the umask
@@ -282,6 +290,13 @@ class _Builder:
         fsync(self._path.parent)
 
     # Helpers ----------------------------------------------------------------------------------------------
+
+    def _choose(self, sample: Sequence[CSR_IO_Buffer]) -> str | None:
+        """Return the compression with which this disk reads rows like these fastest, and tell it."""
+        dtype = self._layers.dtypes[self._content.layer_names[0]]
+        choice = measure(self._folder / SAMPLE, sample, dtype, indices_dtype(self._content.n_vars).str)
+        self._progress.say(f"compression='auto' takes {choice.compression!r}: {choice.reason}")
+        return choice.compression
 
     def _naming_disk(self) -> AbstractContextManager[None]:
         return naming_disk(self._path, self._needed, lambda _: True)

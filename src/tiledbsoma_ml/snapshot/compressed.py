@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._batch.gather import LocatedRows, ShardArrays
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._threads import hold_at_forks
 from tiledbsoma_ml.snapshot.blocks import Block, BlockFiles, on_threads
 from tiledbsoma_ml.snapshot.format import Layer
@@ -67,8 +68,12 @@ class CompressedLayer:
         self._block_bytes = layer.held_row_bytes * layer.block_rows
         self._cache = _Cache(cache_bytes)
 
-    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+    def locate(self, rows: NDArray[np.int64], pool: Pool) -> LocatedRows:
         """Return the places of rows, which must exist, after decoding them.
+
+        Args:
+            rows: The rows.
+            pool: Memory for the rows, if they lie in many blocks.
 
         Raises:
             ValueError: If a file is damaged.
@@ -77,7 +82,7 @@ class CompressedLayer:
         wanted = self._wanted(rows, shards, indptr)
         if (len(wanted.borders) - 1) * self._block_bytes <= self._cache.n_bytes / 2:
             return self._in_whole_blocks(rows, wanted, begins, indptr)
-        return self._alone(rows, wanted, indptr)
+        return self._alone(rows, wanted, indptr, pool)
 
     def check_columns(self, located: LocatedRows, wrong: int) -> None:
         """Raise a ValueError if the row with the index `wrong` has a column that does not exist."""
@@ -120,13 +125,15 @@ class CompressedLayer:
         )
         return LocatedRows(rows, block_of_row, begins, indptr, arrays)
 
-    def _alone(self, rows: NDArray[np.int64], wanted: _Wanted, indptr: NDArray[np.int64]) -> LocatedRows:
+    def _alone(
+        self, rows: NDArray[np.int64], wanted: _Wanted, indptr: NDArray[np.int64], pool: Pool
+    ) -> LocatedRows:
         """Return the places of rows that are decoded into arrays with nothing else."""
         used, first, array_of = np.unique(wanted.shards, return_index=True, return_inverse=True)
         bases = wanted.starts[first]
         sizes = np.diff(np.append(bases, wanted.starts[-1])).tolist()
-        indices = [np.empty(n, self.indices_dtype) for n in sizes]
-        data = [np.empty(n, self._files[s].data_dtype) for s, n in zip(used.tolist(), sizes, strict=True)]
+        indices = [pool.empty(n, self.indices_dtype) for n in sizes]
+        data = [pool.empty(n, self._files[s].data_dtype) for s, n in zip(used.tolist(), sizes, strict=True)]
 
         def decode(rows_of_block: tuple[int, int]) -> None:
             start, stop = rows_of_block

@@ -26,15 +26,9 @@ from tiledbsoma_ml.snapshot.files import (
     sealed,
     write_atomically,
 )
-from tiledbsoma_ml.snapshot.shard import CODECS, DTYPES, Blocks, Shard, other_size
+from tiledbsoma_ml.snapshot.shard import DTYPES, Blocks, Shard, other_size
 
 MANIFEST = "manifest.json"
-
-
-def check_compression(compression: object) -> None:
-    """Raise a ValueError unless this is None, or the name of a compression."""
-    if compression not in (None, *CODECS):
-        raise ValueError(f"compression={compression!r} must be None or 'zstd'; try 'zstd'.")
 
 
 PLACE_BYTES = 64

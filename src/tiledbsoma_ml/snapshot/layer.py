@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._batch.gather import LocatedRows, ShardArrays
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml.snapshot.check import check_starts
 from tiledbsoma_ml.snapshot.files import damaged, map_file
 from tiledbsoma_ml.snapshot.format import Layer
@@ -92,7 +93,7 @@ class MappedLayer:
             self.dtype,
         )
 
-    def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
+    def locate(self, rows: NDArray[np.int64], pool: Pool) -> LocatedRows:
         """Return the places of rows, which must exist.
 
         Raises:

@@ -198,14 +198,15 @@ class SnapshotSource(Source):
         self, ids: RowsAndColumns, fields: Fields, budget: Budget
     ) -> SnapshotReader | TiledSnapshotReader:
         """Return a reader, which the caller closes after an epoch."""
+        tiling = self.snapshot.tiling(self._request.layer_name)
+        kept = 0 if tiling is None else _held_bytes(budget)  # the memory of one read is that of the next
         reader = self.snapshot.reader(
             var_joinids=ids.var_joinids,
             obs_column_names=fields.obs_column_names,
             layer_name=self._request.layer_name,
             nullable=self._obs_nullable(),
-            pool_bytes=budget.total // POOL_SHARE,
+            pool_bytes=budget.total // POOL_SHARE + kept,
         )
-        tiling = self.snapshot.tiling(self._request.layer_name)
         return reader if tiling is None else TiledSnapshotReader(reader, tiling, _held_bytes(budget))
 
     def _path_of(self, snapshot: str | os.PathLike[str] | bool) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._budget import Budget
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml.snapshot.content import Content
 from tiledbsoma_ml.snapshot.segment import Segment
 from tiledbsoma_ml.snapshot.shard import DTYPES
@@ -79,6 +81,22 @@ class StoredLayers:
             first = borders[-1]
             borders += [first + border for border in found]
         return borders
+
+    def sample(self, bytes_per_row: float, n_bytes: int) -> list[CSR_IO_Buffer]:
+        """Return neighbouring rows of the first layer, of about so many bytes; [] if there are no rows.
+
+        Args:
+            bytes_per_row: Size of a row of the first layer.
+            n_bytes: Size of these rows.
+        """
+        segment = max(self._segments, key=lambda segment: len(segment.ids.obs_joinids))
+        n_rows = len(segment.ids.obs_joinids)
+        size = min(n_rows, max(1, int(min(n_bytes, self._budget.windows / 4) / bytes_per_row)))
+        start = (n_rows - size) // 2
+        borders = [(start, start + size)] if size else []
+        name = self._content.layer_names[0]
+        with closing(segment.shards(name, borders, n_pieces=1, budget=self._budget)) as shards:
+            return [piece for rows in shards for piece in rows.pieces]
 
     def _dtype_of(self, name: str) -> str:
         """Return the type of a layer, which must be the same in all segments with rows."""

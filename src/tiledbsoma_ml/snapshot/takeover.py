@@ -79,7 +79,7 @@ def take_over(folder: Path, content: Content, compression: str | None) -> Partia
     """Return what a creation left whose processes have all ended, as a new creation.
 
     The folder is removed, and None is returned, if it belongs to a snapshot with another content, or with
-    another compression.
+    another compression than is asked for; "auto" asks for none.
     """
     try:
         left = Partial.read(folder)
@@ -87,7 +87,7 @@ def take_over(folder: Path, content: Content, compression: str | None) -> Partia
         left = None
     # If changes of a source cannot be noticed, the finished part may come from an older version of it.
     is_same = left is not None and left.content.fingerprint == content.fingerprint and content.tells_changes
-    if left is None or not is_same or left.compression != compression:
+    if left is None or not is_same or compression not in ("auto", left.compression):
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return attrs.evolve(left, content=content, creation=new_creation())
