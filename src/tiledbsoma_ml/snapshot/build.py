@@ -253,7 +253,10 @@ class _Builder:
     def _check_space(self, partial: Partial) -> None:
         """Raise an OSError unless the disk has room for what is still to be written."""
         per_row = 8 + 16 * len(self._content.obs_column_names) + sum(partial.bytes_per_row.values())
-        done = sum(file.lstat().st_size for file in self._folder.glob("*"))
+        done = 0
+        for file in self._folder.glob("*"):
+            with suppress(FileNotFoundError):  # another process makes it anew
+                done += file.lstat().st_size
         self._needed = max(0, int(1.05 * per_row * self._content.n_obs) + 2**20 - done)
         check_space(self._path, self._needed)
 
@@ -267,9 +270,7 @@ class _Builder:
             makers(self._path)  # which forgets those that were killed
             with self._naming_disk():
                 manifest = maker.manifest()
-                for (
-                    file
-                ) in manifest.files:  # also those of a process that was killed before they were on the disk
+                for file in manifest.files:  # a process that was killed did not wait for the disk
                     fsync(self._folder / file.name)
                 check_content(self._folder, manifest)
                 manifest.write(self._folder)
