@@ -17,6 +17,8 @@ from scipy import sparse
 
 from stores import N_VARS, Store, expected_X, make_cells
 from tiledbsoma_ml import ExperimentDataModule, RayTrainRunner, Snapshot
+from tiledbsoma_ml._context import open_experiment
+from tiledbsoma_ml._ray.data import UnopenedQuery, as_data_module
 
 pytestmark = [
     pytest.mark.ray,
@@ -101,14 +103,22 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_a_run_whose_worker_was_killed_goes_on_within_the_epoch_and_its_checkpoint_begins_another_run(
-    cluster: Cluster, store: Store, tmp_path: Path
+def test_a_run_on_h5ad_files_goes_on_after_a_kill_and_one_from_its_checkpoint_tells_the_cause_of_an_error(
+    cluster: Cluster, tmp_path: Path
 ) -> None:
+    # One run shows several things, because to start workers takes most of the time.
+    X = expected_X(range(N_ROWS + 1), range(N_VARS))
+    files = [tmp_path / "0.h5ad", tmp_path / "1.h5ad"]
+    for file, part in zip(files, (X[:200], X[200:]), strict=True):
+        genes = [f"g{j:02}" for j in range(N_VARS)]
+        make_cells(sparse.csr_matrix(part), genes=genes).write_h5ad(file)
+
     # Rank 1 dies in the middle of the second epoch.
-    folder, rows = tmp_path / "first", soma.AxisQuery(coords=(slice(0, N_ROWS - 1),))
-    result = runner(folder, dies_at=[1, 1, 6]).train(
-        store.uri,
+    first, rows = tmp_path / "first", soma.AxisQuery(coords=(slice(0, N_ROWS - 1),))
+    result = runner(first, dies_at=[1, 1, 6]).train(
+        files,
         obs_query=rows,
+        experiments_path=tmp_path / "experiments",
         **SIZES,
         max_epochs=2,
         num_workers=2,
@@ -116,13 +126,17 @@ def test_a_run_whose_worker_was_killed_goes_on_within_the_epoch_and_its_checkpoi
         storage_path=tmp_path / "results",
         checkpoint_every_n_steps=3,
     )
-    assert (folder / "died").exists()
+    assert (first / "died").exists()
     assert (result.metrics["epoch"], result.metrics["step"]) == (1, 16)
     assert result.metrics["loss"] > 0
-    with store.query(slice(0, N_ROWS - 1)) as query:
+    [uri] = (tmp_path / "experiments").glob("*.soma")
+    with (
+        open_experiment(str(uri)) as experiment,
+        experiment.axis_query("RNA", obs_query=rows) as query,
+    ):
         train_ids = ExperimentDataModule(query, **SIZES).train_ids
         snapshot = Snapshot.create(tmp_path / "snapshot", query, progress=False)
-    ranks = seen(folder)
+    ranks = seen(first)
     for steps in ranks:
         # Steps that were taken twice were given the same rows, and had the same loss.
         assert len({(epoch, step) for epoch, step, _, _ in steps}) == 16
@@ -133,43 +147,37 @@ def test_a_run_whose_worker_was_killed_goes_on_within_the_epoch_and_its_checkpoi
         taken = {row for steps in ranks for at, _, rows, _ in steps if at == epoch for row in rows}
         assert sorted(taken) == train_ids.obs_joinids.tolist()
 
-    # Another run, from a snapshot and with one worker, goes on with the third epoch.
+    # Another run, from a snapshot and with one worker, goes on with the third epoch, and fails in the fourth.
+    second = tmp_path / "second"
+
+    def fail_after_an_epoch(batch: Any) -> Any:
+        if any(len(steps) == 16 for steps in seen(second)):
+            raise OSError("the disk is gone")
+        return rows_as_tensor(batch)
+
     assert result.checkpoint is not None
-    with pytest.warns(UserWarning, match="use_gpu=True, but the Ray cluster has no GPU: training on CPUs"):
-        runner(tmp_path / "second").train(
+    with (
+        pytest.warns(UserWarning, match="use_gpu=True, but the Ray cluster has no GPU: training on CPUs"),
+        pytest.raises(ray.train.WorkerGroupError, match="rank 0: OSError: the disk is gone") as error,
+    ):
+        runner(second, before_dense=fail_after_an_epoch).train(
             snapshot,
             **SIZES,
-            max_epochs=3,
+            max_epochs=4,
             num_workers=1,
             storage_path=tmp_path / "results",
             ckpt_path=result.checkpoint.path,
+            max_failures=0,
         )
-    [steps] = seen(tmp_path / "second")
+    assert set(error.value.worker_failures) == {0}
+    [steps] = seen(second)
     assert [(epoch, step) for epoch, step, _, _ in steps] == [(2, step) for step in range(16)]
     assert sorted(row for _, _, rows, _ in steps for row in rows) == train_ids.obs_joinids.tolist()
 
 
-def test_h5ad_files_are_ingested_and_an_error_in_a_worker_tells_its_rank_and_cause(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    X = expected_X(range(100), range(N_VARS))
-    for number, rows in enumerate([range(60), range(60, 100)]):
-        make_cells(sparse.csr_matrix(X[rows])).write_h5ad(tmp_path / f"{number}.h5ad")
-
-    def fail(batch: Any) -> Any:
-        (tmp_path / "rows").write_text(json.dumps(len(batch[1])))
-        raise OSError("the disk is gone")
-
-    with pytest.raises(ray.train.WorkerGroupError, match="rank 0: OSError: the disk is gone") as error:
-        runner(tmp_path, before_dense=fail).train(
-            [tmp_path / "0.h5ad", tmp_path / "1.h5ad"],
-            experiments_path=tmp_path / "experiments",
-            num_workers=1,
-            use_gpu=False,
-            batch_size=80,
-            storage_path=tmp_path / "results",
-            max_failures=0,
-        )
-    assert set(error.value.worker_failures) == {0}
-    assert (tmp_path / "rows").read_text() == "80"  # the train part of 100 rows
-    assert len(list((tmp_path / "experiments").glob("*.soma"))) == 1
+def test_the_uri_of_an_experiment_is_what_a_run_reads(store: Store) -> None:
+    rows = soma.AxisQuery(coords=(slice(0, N_ROWS - 1),))
+    query = UnopenedQuery("RNA", rows, None, None)
+    data = as_data_module(store.uri, query, SIZES, None, None)
+    assert data.query_ids.obs_joinids.tolist() == list(range(N_ROWS))
+    assert data.batch_size == 16
