@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -35,9 +34,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # TileDB's parallel merge can crash any process that reads `obs`, also one that opens it as a user might. The
 # tests of what the package itself sets take this away.
 os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE", "0")
-
-# What `stores.workers` start has this imported; see there.
-multiprocessing.set_forkserver_preload(["tiledbsoma_ml"])
 
 # Whichever test needs loops first compiles them: no test of the log should find the line that tells it.
 waiting.seconds = math.inf

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
-import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
-import attrs
-
-from stores import Store
+from stores import Store, fork_server
+from tiledbsoma_ml import XLocator
 
 PREAMBLE = """
-import json, logging, os, sys
+import logging, os
 import numpy as np, torch
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, QueryIDs, experiment_dataloader
 
-rank, locator = int(os.environ["RANK"]), XLocator(**json.loads(sys.argv[1]))
+rank = int(os.environ["RANK"])
 
 def dataset_of(n_rows, **options):
     ids = QueryIDs(obs_joinids=np.arange(n_rows), var_joinids=np.arange(4))
@@ -36,22 +34,34 @@ def found(case):
         return case()
     except Exception as err:
         return f"{type(err).__name__}: {err}"
+
+torch.distributed.init_process_group("gloo")
 """
 
 
 def run_ranks(script: str, store: Store, world_size: int = 2) -> list[Any]:
-    """Run a script as so many processes of one group; return what each printed last."""
+    """Run a script as so many processes of one group; return what each told by calling `tell`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start = "torch.distributed.init_process_group('gloo')\n"
-    code = PREAMBLE + start + script
-    processes = []
+    started = []
     for rank in range(world_size):
         ranks = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in ranks.items()}
-        command = [sys.executable, "-c", code, json.dumps(attrs.asdict(store.locator))]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+        environment = {name: str(value) for name, value in ranks.items()}
+        here, there = fork_server().Pipe()
+        process = fork_server().Process(target=_run, args=(script, store.locator, environment, there))
+        process.start()
+        there.close()
+        started.append((process, here))
+    told = [here.recv() for _, here in started]
+    for process, here in reversed(started):
+        here.send("end")
+        process.join()
+    assert [process.exitcode for process, _ in started] == [0] * world_size
+    return told
+
+
+def _run(script: str, locator: XLocator, environment: Mapping[str, str], pipe: Connection) -> None:
+    os.environ.update(environment)
+    exec(PREAMBLE + script, {"locator": locator, "tell": pipe.send})
+    pipe.recv()  # rank 0 has the store of the group, and stays until no rank needs it

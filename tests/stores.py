@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import anndata
 import attrs
@@ -17,6 +24,9 @@ import pyarrow as pa
 import tiledbsoma as soma
 
 from tiledbsoma_ml import ExperimentDataset, QueryIDs, XLocator, context
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("TILEDB_")}
+"""The environment before a test, or `conftest.py`, changes it."""
 
 N_OBS, N_VARS = 311, 23
 MEASUREMENT = "RNA"
@@ -176,12 +186,25 @@ def _by_coords(joinids: slice | Sequence[int] | None) -> soma.AxisQuery:
     return soma.AxisQuery(coords=(joinids if isinstance(joinids, slice) else np.asarray(joinids),))
 
 
-def workers(n: int) -> dict[str, Any]:
-    """Return options of a loader with so many workers, for tests to which it does not matter how they start.
+@cache
+def fork_server() -> ForkServerContext:
+    """Start the server from which processes are forked that have loaded what `preloaded` loads.
 
-    They are forked from a server that has imported what they need: spawned ones take seconds longer.
+    It is for tests to which it does not matter how processes start: spawned ones take seconds longer.
     """
-    return {"num_workers": n} | ({"multiprocessing_context": "forkserver"} if n else {})
+    multiprocessing.set_forkserver_preload(["preloaded"])
+    # The server of Python 3.11 does not get `sys.path`, and ignores modules that it does not find. It keeps
+    # the environment that it starts with, which must not be that of some test.
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
+    with mock.patch.dict(os.environ, environment, clear=True):
+        ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def workers(n: int) -> dict[str, Any]:
+    """Return options of a loader with so many workers, which are forked from the server."""
+    return {"num_workers": n} | ({"multiprocessing_context": fork_server()} if n else {})
 
 
 def joinids_of(mini_batches: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ import tiledbsoma as soma
 from typer.testing import CliRunner
 
 import tiledbsoma_ml
-from stores import MEASUREMENT, N_OBS, Store, make_cells
+from stores import MEASUREMENT, N_OBS, Store, make_cells, workers
 from stress_obs import read_until
 from tiledbsoma_ml import (
     ExperimentDataset,
@@ -244,7 +244,7 @@ def test_a_worker_process_does(store: Store) -> None:
     locator = located(store.uri, soma.SOMATileDBContext(tiledb_config={"vfs.s3.region": "x"}))
     ids = QueryIDs(obs_joinids=range(20), var_joinids=range(3))
     dataset = ExperimentDataset(x_locator=locator, query_ids=ids, batch_size=5)
-    found = list(experiment_dataloader(dataset, collate_fn=merges_here, num_workers=1))  # spawned
+    found = list(experiment_dataloader(dataset, collate_fn=merges_here, **workers(1)))
     assert found[0]
     assert {merge for merges in found for merge in merges} == {"0"}
 

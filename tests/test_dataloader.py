@@ -3,7 +3,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ import torch
 from scipy import sparse
 
 from epochs import SCOPES, batches_of, dataset_of, loader_of
-from stores import N_OBS, N_VARS, Store, expected_X, joinids_of, workers
+from stores import N_OBS, N_VARS, Store, expected_X, fork_server, joinids_of, workers
 from tiledbsoma_ml import Snapshot, dataloader, experiment_dataloader
 
 # 311 rows over 2 workers are 156 and 155: with 31 rows a mini-batch, 6 and 5 mini-batches.
@@ -130,6 +133,20 @@ def test_workers_are_spawned_unless_told_otherwise_and_the_process_is_left_alone
     other = experiment_dataloader(store.dataset(), num_workers=1, multiprocessing_context="forkserver")
     assert other.multiprocessing_context.get_start_method() == "forkserver"
     assert (multiprocessing.get_start_method(allow_none=True), dict(os.environ)) == (before, environment)
+
+
+def loaded(pipe: Connection) -> None:
+    pipe.send((set(sys.modules), threading.active_count()))
+
+
+def test_the_server_of_the_tests_forks_processes_that_have_loaded_the_loops_and_run_no_thread() -> None:
+    here, there = fork_server().Pipe()
+    process = fork_server().Process(target=loaded, args=(there,))
+    process.start()
+    modules, n_threads = here.recv()
+    process.join()
+    assert {"tiledbsoma_ml._kernels.hold", "tiledbsoma_ml._kernels.place"} < modules
+    assert n_threads == 1
 
 
 def test_a_collate_function_of_the_user_is_applied(store: Store) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from stores import N_OBS, N_VARS, Store, expected_X
+from stores import N_OBS, N_VARS, Store, expected_X, workers
 from tiledbsoma_ml import ExperimentDataset, MemorySource, QueryIDs, experiment_dataloader
 
 IDS = QueryIDs(obs_joinids=range(N_OBS), var_joinids=range(N_VARS))
@@ -98,7 +98,7 @@ def test_workers_have_copies(tmp_path: Path) -> None:
     X = sparse.csr_matrix(expected_X(range(N_OBS), range(N_VARS)))
     source = MemorySource(X, pd.DataFrame(index=range(N_OBS)))
     dataset = ExperimentDataset(source=source, shuffle_scope="global", **FIXED)
-    loader = experiment_dataloader(dataset, num_workers=2)
+    loader = experiment_dataloader(dataset, **workers(2))
     assert sorted(epoch(loader)[0]) == list(range(N_OBS))
 
 

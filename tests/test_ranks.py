@@ -26,7 +26,7 @@ CASES = [
 
 
 def test_ranks_finish_an_epoch_together_whatever_the_number_of_rows(store: Store) -> None:
-    script = f"print(json.dumps([train(dataset_of(seed=1, **case)) for case in {CASES!r}]))"
+    script = f"tell([train(dataset_of(seed=1, **case)) for case in {CASES!r}])"
     first, second = run_ranks(script, store)
     for case, rows, others in zip(CASES, first, second, strict=True):
         assert len(rows) == len(others)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from stores import N_OBS, Store, joinids_of
+from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import QueryIDs, experiment_dataloader
 from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
 from tiledbsoma_ml._shared_array import SharedArray
@@ -85,5 +85,5 @@ def test_a_full_dev_shm_bounds_neither_datasets_nor_their_workers(
         raise RuntimeError("unable to allocate shared memory(shm)")  # what torch says
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fails)
-    loader = experiment_dataloader(store.dataset(batch_size=100), num_workers=1)
+    loader = experiment_dataloader(store.dataset(batch_size=100), **workers(1))
     assert len(joinids_of(loader)) == N_OBS

@@ -39,7 +39,7 @@ cases = [
     lambda: train(at(n_yielded=rank, world_size=1 + rank)),  # rank 0 did not load a state
     lambda: train(of_layer("raw" if rank else "scaled")),
 ]
-print(json.dumps([found(case) for case in cases]))
+tell([found(case) for case in cases])
 """
 
 
@@ -74,7 +74,7 @@ group.set_timeout(datetime.timedelta(minutes=10))
 told += [rows(), group.num_keys()]
 for _ in range(5):
     rows()
-print(json.dumps([*told, group.num_keys()]))
+tell([*told, group.num_keys()])
 """
 
 
@@ -96,7 +96,7 @@ import io
 log = io.StringIO()
 logging.basicConfig(level="INFO", stream=log)
 dataset = dataset_of(40, shuffle_scope="global")
-print(json.dumps([train(dataset), train(dataset), dataset.state_dict()["seed"], log.getvalue()]))
+tell([train(dataset), train(dataset), dataset.state_dict()["seed"], log.getvalue()])
 """
 
 

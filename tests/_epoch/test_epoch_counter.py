@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import pytest
-import torch.multiprocessing
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from stores import fork_server, workers
 from tiledbsoma_ml._epoch.counter import N_PROCESSES, EpochCounter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -81,11 +82,10 @@ def answer_with_epochs(counter: EpochCounter, pipe: Connection) -> None:
 
 
 @contextmanager
-def copy_in_a_spawned_process(counter: EpochCounter) -> Iterator[Callable[[], int]]:
+def copy_in_another_process(counter: EpochCounter) -> Iterator[Callable[[], int]]:
     """Start a process that holds a copy of `counter`; yield the `take` of that copy."""
-    context = torch.multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=answer_with_epochs, args=(counter, there), daemon=True)
+    here, there = fork_server().Pipe()
+    process = fork_server().Process(target=answer_with_epochs, args=(counter, there), daemon=True)
     process.start()
 
     def take_there() -> int:
@@ -104,7 +104,7 @@ def copy_in_a_spawned_process(counter: EpochCounter) -> Iterator[Callable[[], in
 def test_a_copy_in_another_process_counts_by_itself_and_sees_what_is_set_here() -> None:
     counter = EpochCounter()
     counter.set(3)
-    with copy_in_a_spawned_process(counter) as take_there:
+    with copy_in_another_process(counter) as take_there:
         assert [take_there(), take_there()] == [3, 4]
         counter.set(9)
         assert [take_there(), take_there()] == [9, 10]
@@ -119,7 +119,7 @@ def test_a_copy_in_another_process_counts_by_itself_and_sees_what_is_set_here() 
 def test_a_fresh_copy_gives_the_epoch_that_it_was_copied_with_before_any_that_is_set_later() -> None:
     counter = EpochCounter()
     counter.set(3)
-    with copy_in_a_spawned_process(counter) as take_there:
+    with copy_in_another_process(counter) as take_there:
         counter.set(8)
         assert [take_there(), take_there(), take_there()] == [3, 8, 9]
 
@@ -217,6 +217,6 @@ def test_as_many_living_processes_as_there_are_rows_have_one_each_and_those_of_d
             sleeper.wait()
 
 
-def test_spawned_workers_agree_too() -> None:
-    loader = DataLoader(Counting(), batch_size=None, num_workers=2, multiprocessing_context="spawn")
+def test_workers_that_get_pickled_copies_agree_too() -> None:
+    loader = DataLoader(Counting(), batch_size=None, **workers(2))
     assert [epochs_of(loader, 2) for _ in range(2)] == [{0}, {1}]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import multiprocessing
 from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
 
+from stores import fork_server
 from tiledbsoma_ml import QueryIDs
 from tiledbsoma_ml._epoch.shared_ids import SharedQueryIDs
 from tiledbsoma_ml._query_ids import Partition
@@ -39,7 +39,7 @@ def send_back(shared: SharedQueryIDs, pipe: Connection) -> None:
 
 def test_a_process_that_gets_a_pickled_copy_has_the_same_joinids() -> None:
     shared = SharedQueryIDs.of(QueryIDs(obs_joinids=[7, 3], var_joinids=[], partition=PART))
-    context = multiprocessing.get_context("forkserver")
+    context = fork_server()
     here, there = context.Pipe()
     process = context.Process(target=send_back, args=(shared, there))
     process.start()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stores import Store
+from stores import Store, fork_server
 from tiledbsoma_ml.snapshot import Snapshot
 
 
@@ -45,10 +45,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.snapshot"
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that start fast: they are forked from one that has imported everything and runs no thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["snapshots"])
-    yield context
-    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Processes that start fast, each forked from the server of the tests."""
+    return fork_server()

@@ -136,7 +136,6 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 def test_ranks_make_a_snapshot_together(store: Store, path: Path) -> None:
     script = f"""
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from snapshots import OF_ONE_TILE
 from tiledbsoma_ml.snapshot import Snapshot
@@ -152,7 +151,7 @@ def note(*_):
 ids = QueryIDs(obs_joinids=np.arange({N_OBS}), var_joinids=np.arange({N_VARS}))
 names = ["soma_joinid"]
 Snapshot.create_from(path, [(locator, ids)], obs_column_names=names, progress=note, shards=OF_ONE_TILE)
-print(json.dumps([str(os.getpid()), list(claims.values())]))
+tell([str(os.getpid()), list(claims.values())])
 """
     for pid, claimed_by in run_ranks(script, store):
         assert pid in claimed_by

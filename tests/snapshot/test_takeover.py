@@ -201,7 +201,7 @@ def test_creations_that_are_killed_at_random_moments_end_in_a_right_snapshot(
     for _ in range(8):
         process = processes.Process(target=create_with_others, args=(store.locator, path.parent, pause))
         process.start()
-        process.join(rng.uniform(0.5, 1.6))
+        process.join(rng.uniform(0.1, 0.8))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             n_killed += 1
