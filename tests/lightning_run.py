@@ -2,7 +2,8 @@
 
     python lightning_run.py '{"uri": …, "out": …}'
 
-With `strategy="ddp"` Lightning starts this file again for every further rank.
+With `strategy="ddp"` Lightning starts this file again for every further rank. A spawned worker imports
+it for the `transform`, so Lightning is only imported where ranks use it.
 """
 
 from __future__ import annotations
@@ -14,45 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tiledbsoma as soma
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-
-from tiledbsoma_ml import ExperimentDataModule
-
-
-class Model(LightningModule):
-    """A linear model that writes down which rows it was given, and its losses."""
-
-    def __init__(self, n_vars: int) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(n_vars, 2)
-        self.seen: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
-
-    def training_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss = torch.nn.functional.cross_entropy(self.linear(batch["X"]), batch["joinids"] % 2)
-        self._note("train", batch, loss)
-        sys.stdout.write("step\n")
-        sys.stdout.flush()
-        return loss
-
-    def validation_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        if not self.trainer.sanity_checking:
-            self._note("val", batch, batch["X"].sum())
-
-    def test_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> None:
-        self._note("test", batch, batch["X"].sum())
-
-    def predict_step(self, batch: Mapping[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return batch["joinids"]
-
-    def _note(self, part: str, batch: Mapping[str, torch.Tensor], loss: torch.Tensor) -> None:
-        rows = batch["joinids"][~batch["is_padding"]].tolist()
-        self.seen[part].append([self.trainer.current_epoch, rows, loss.item()])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
 def for_the_model(batch: Any) -> dict[str, torch.Tensor]:
@@ -73,6 +36,13 @@ def main(options: Mapping[str, Any]) -> None:
 
 
 def fit_and_test(options: Mapping[str, Any]) -> None:
+    import tiledbsoma as soma
+    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_model import Model
+    from tiledbsoma_ml import ExperimentDataModule
+
     with soma.Experiment.open(options["uri"]) as experiment:
         rows = soma.AxisQuery(coords=(slice(0, options["n_rows"] - 1),))
         with experiment.axis_query("RNA", obs_query=rows) as query:

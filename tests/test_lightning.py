@@ -21,7 +21,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.tuner import Tuner
 
 from data_modules import make
-from lightning_run import Model, for_the_model
+from lightning_model import Model
+from lightning_run import for_the_model
 from stores import N_VARS, Store, joinids_of
 
 # Under a Trainer ------------------------------------------------------------------------------------------
