@@ -13,6 +13,7 @@ import pytest
 import tiledbsoma as soma
 from hypothesis import settings
 
+from scripts import RunScript, forking_runner
 from snapshots import ALL_OBS
 from snapshots import make as make_snapshot
 from stores import (
@@ -99,3 +100,10 @@ def either(request: pytest.FixtureRequest) -> Snapshot:
     """A snapshot of all of the store: first not compressed, then compressed."""
     found: Snapshot = request.getfixturevalue(request.param)
     return found
+
+
+@pytest.fixture(scope="session")
+def run_script() -> Iterator[RunScript]:
+    """Run code in a process of its own, by `run(code, name=…, folder=…, environment=…)`."""
+    with forking_runner() as run:
+        yield run

@@ -36,6 +36,7 @@ import torch
 import typer
 
 import tiledbsoma_ml
+from scripts import is_installed
 from tiledbsoma_ml import ExperimentDataset
 from tiledbsoma_ml._ingest.experiment import write_cells
 from tiledbsoma_ml.cli import build_app
@@ -122,44 +123,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Python ---------------------------------------------------------------------------------------------------
 
-# Runs a page in a fork of a process that has imported what pages import, which takes longer than most pages.
-RUNNER = """
-import json, os, sys
-import anndata, numpy, pandas, tiledbsoma, torch, tiledbsoma_ml
-
-for line in sys.stdin:
-    page, folder = json.loads(line)
-    if not (pid := os.fork()):
-        os.chdir(folder)
-        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")  # where snapshot=True puts one
-        exec(compile(open("page.txt").read(), page, "exec"))
-        break
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def run_page() -> Iterator[Callable[[Path, Path], tuple[int, str]]]:
-    """Run the page in `page.txt` of a folder; return its exit code and what it printed."""
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as runner:
-        assert runner.stdin is not None
-        assert runner.stdout is not None
-
-        def run(page: Path, folder: Path) -> tuple[int, str]:
-            print(json.dumps([str(page), str(folder)]), file=runner.stdin, flush=True)
-            code = int(runner.stdout.readline())
-            return code, (folder / "output.txt").read_text()
-
-        yield run
-        runner.stdin.close()
-
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name_of)
-def test_the_code_of_a_page_runs(page: Path, cells: Path, tmp_path: Path, run_page: Any) -> None:
+def test_the_code_of_a_page_runs(page: Path, cells: Path, tmp_path: Path, run_script: Any) -> None:
     blocks = [block for block in blocks_of(page.read_text()) if block.language == "python"]
     missing = [
         (b.line, name) for b in blocks for name in EXTRAS if name in b.modules and not is_installed(name)
@@ -170,15 +136,11 @@ def test_the_code_of_a_page_runs(page: Path, cells: Path, tmp_path: Path, run_pa
     for block in blocks:
         check_calls(block, imported, name_of(page)) if block.not_run else run_imports(block, imported)
     shutil.copytree(cells, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "page.txt").write_text(at_their_lines(blocks))
-    code, output = run_page(page, tmp_path)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # where snapshot=True puts a snapshot
+    code, output = run_script(at_their_lines(blocks), name=str(page), folder=tmp_path, environment=cache)
     assert code == 0, output
     if missing:
         pytest.skip(f"from line {missing[0][0]} on, {missing[0][1]} is needed, which is not installed")
-
-
-def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def at_their_lines(blocks: list[Block]) -> str:

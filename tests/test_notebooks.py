@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -57,7 +55,7 @@ def test_every_notebook_is_run() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_notebook_runs_with_and_without_the_real_data(
-    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, run_script: Any
 ) -> None:
     skip_without_extras(name)
     code = code_of(name, SMALL[name])
@@ -66,13 +64,12 @@ def test_a_notebook_runs_with_and_without_the_real_data(
         elsewhere.mkdir(parents=True)
         until_training, _, _ = code.partition("\nmodel = ")
         code += f"\nimport os\nos.chdir({str(elsewhere)!r})\n{until_training}"
-    environment = {**os.environ, "MPLBACKEND": "agg", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    code = f"import torch; torch.set_num_threads(1); del torch\n{code}"
+    environment = {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     # umap keeps what it compiles where processes that compile at once mix it up: see `_kernels/jit.py`.
     with FileLock(tmp_path_factory.getbasetemp().parent / f"{name}.lock"):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=NOTEBOOKS, env=environment, capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stderr[-4000:]
+        exit_code, output = run_script(code, name=name, folder=NOTEBOOKS, environment=environment)
+    assert exit_code == 0, output[-4000:]
 
 
 @pytest.mark.parametrize("name", SMALL)
