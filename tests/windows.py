@@ -103,6 +103,12 @@ class Watched:
         self.source.asked.append(obs_joinids)
         return map(self.source.given, self.reader.read(obs_joinids))
 
+    def read_some(self, obs_joinids: np.ndarray) -> tuple[int, Iterator[Rows[Any]]]:
+        self.source.asked.append(obs_joinids)
+        n_rows, pieces = self.reader.read_some(obs_joinids)
+        self.source.asked[-1] = obs_joinids[:n_rows]
+        return n_rows, map(self.source.given, pieces)
+
     def close(self) -> None:
         self.reader.close()
 

@@ -75,7 +75,7 @@ class Reader(Protocol):
 class TiledReader(Protocol):
     """A Reader that decodes neighbouring rows together, so that many small reads cost more than a large one.
 
-    Its `read` is asked for the rows of several IO batches, where that decodes less. The methods are called on
+    It is asked for the rows of several IO batches at once, where that decodes less. The methods are called on
     the thread that calls `read`.
     """
 
@@ -85,6 +85,13 @@ class TiledReader(Protocol):
 
     def n_rows_held(self) -> int:
         """Return how many rows the next read may have, so that memory holds them; at least 1."""
+
+    def read_some(self, obs_joinids: NDArrayJoinId) -> tuple[int, Iterator[Rows[CSR_IO_Buffer]]]:
+        """Read the first rows of `obs_joinids`, as many as memory holds; at least one.
+
+        Returns:
+            The number of these rows, and their pieces as `read` gives them.
+        """
 
 
 @runtime_checkable

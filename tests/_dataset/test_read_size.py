@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from stores import Store, joinids_of, workers
-from tiledbsoma_ml import experiment_dataloader
+from tiledbsoma_ml import ExperimentDataset, experiment_dataloader
 from tiledbsoma_ml._dataset import read_size
-from windows import N_ROWS, SMALL, dataset_of, window_lengths
+from tiledbsoma_ml._soma.held_rows import ByteLimit, HeldRows
+from windows import AUTO, N_ROWS, SMALL, dataset_of, window_lengths
 
 SMALL_CHUNKS: dict[str, Any] = {"shuffle_chunk_size": 2, "io_batch_size": 64}
 
@@ -34,28 +35,25 @@ ON_A_DEVICE = {"device": "cpu", "shuffle_mode": "gpu", "return_sparse_X": False}
 def test_rows_come_in_the_same_order_however_many_are_read_at_once(
     large: Store, options: dict[str, Any], scope: str, rows_held: int
 ) -> None:
-    def epoch(windows_bytes: int) -> tuple[list[int], np.ndarray]:
-        dataset = dataset_of(
-            large, windows_bytes=windows_bytes, row_bytes=1, shuffle_scope=scope, **SMALL_CHUNKS, **options
-        )
+    def epoch(rows_held: int) -> tuple[list[int], np.ndarray]:
+        dataset = dataset_of(large, rows_held=rows_held, shuffle_scope=scope, **SMALL_CHUNKS, **options)
         mini_batches = list(dataset)
         return joinids_of(mini_batches), np.concatenate([np.asarray(X) for X, _ in mini_batches])
 
-    joinids, X = epoch(75)  # each IO batch by itself
-    found = epoch(int(rows_held * 1.2))
+    joinids, X = epoch(64)  # each IO batch by itself
+    found = epoch(rows_held)
     assert list(found[0]) == list(joinids)
     np.testing.assert_array_equal(found[1], X)
 
 
-@pytest.mark.parametrize("options", [SMALL_CHUNKS, {"shuffle": False, "io_batch_size": 64}, {}])
+@pytest.mark.parametrize("options", [SMALL_CHUNKS, {"shuffle": False, "io_batch_size": 64}])
 def test_no_read_has_more_rows_than_memory_holds(large: Store, options: dict[str, Any]) -> None:
     n_held = 500
-    dataset = dataset_of(large, windows_bytes=int(1.16 * n_held * 100), row_bytes=100, **options)
+    dataset = dataset_of(large, rows_held=n_held, **options)
     lengths = window_lengths(dataset)
     assert sum(lengths) == N_ROWS
     assert max(lengths) <= 1.1 * n_held
-    one = dataset_of(large, range(100), windows_bytes=1, row_bytes=1, **SMALL_CHUNKS)
-    assert window_lengths(one) == [1] * 100
+    assert window_lengths(dataset_of(large, range(100), rows_held=1, **SMALL_CHUNKS)) == [1] * 100
 
 
 def test_the_size_of_rows_is_measured_where_the_part_is_read_and_then_followed(large: Store) -> None:
@@ -66,6 +64,37 @@ def test_the_size_of_rows_is_measured_where_the_part_is_read_and_then_followed(l
     assert max(others) < 1.3 * second
     train, _ = dataset_of(large, shuffle_scope="global", **SMALL_CHUNKS).random_split(0.5, 0.5, seed=0)
     assert window_lengths(train) == [64, N_ROWS // 2 - 64]
+
+
+class PeakLimit(ByteLimit):
+    """Knows the largest number of bytes that were held at one time."""
+
+    peak = 0
+
+    def take(self, rows: HeldRows, n_bytes: int, *, may_exceed: bool = True) -> bool:
+        is_taken = super().take(rows, n_bytes, may_exceed=may_exceed)
+        self.peak = max(self.peak, self.n_held())
+        return is_taken
+
+
+@pytest.mark.parametrize("options", [SMALL_CHUNKS, {"shuffle": False, "io_batch_size": 2048}, AUTO])
+@pytest.mark.parametrize("eager", [False, True])
+def test_rows_that_weigh_more_than_was_thought_are_read_later_in_the_same_order(
+    large: Store, options: dict[str, Any], eager: bool
+) -> None:
+    limits = list[PeakLimit]()
+
+    def make_limit(n_bytes: float) -> ByteLimit:
+        limits.append(PeakLimit(n_bytes))
+        return limits[-1]
+
+    def dataset(**changes: Any) -> ExperimentDataset:
+        return dataset_of(large, windows_bytes=SMALL, use_eager_fetch=eager, **options, **changes)
+
+    found = joinids_of(dataset(row_bytes=1, make_limit=make_limit))
+    assert 0 < limits[0].peak <= SMALL
+    roomy = dataset_of(large, row_bytes=1, **options)  # whose limit is that of the whole budget
+    assert list(found) == list(joinids_of(roomy))
 
 
 def test_workers_read_as_much_at_once(large: Store) -> None:

@@ -198,10 +198,11 @@ class WatchedLimit(ByteLimit):
         self.had_to_wait: list[HeldRows] = []
         self.has_to_wait = threading.Event()
 
-    def take(self, held: HeldRows, n_bytes: int) -> None:
-        super().take(held, n_bytes)
+    def take(self, held: HeldRows, n_bytes: int, *, may_exceed: bool = True) -> bool:
+        is_taken = super().take(held, n_bytes, may_exceed=may_exceed)
         with self._changed:
             assert sum(self._held.values()) <= self._n_bytes or set(self._held) == {held}
+        return is_taken
 
     def _is_allowed(self, held: HeldRows, n_bytes: int) -> bool:
         answer = super()._is_allowed(held, n_bytes)
@@ -258,6 +259,23 @@ def test_a_read_that_is_alone_may_be_larger_than_the_limit(n_bytes: int) -> None
         held = layer.filled(n_pieces=4, byte_limit=byte_limit, store=small_pages())
         assert_same_bits(put_together(list(held)), layer.dense())
     assert byte_limit.had_to_wait == []
+
+
+@settings(max_examples=150)
+@given(layer=layers(), n_pieces=st.integers(1, 12), n_bytes=st.integers(0, 2000), in_files=st.booleans())
+def test_rows_that_the_limit_does_not_hold_are_dropped_from_the_end_and_the_others_are_whole(
+    folder: Path, layer: Layer, n_pieces: int, n_bytes: int, in_files: bool
+) -> None:
+    byte_limit = ByteLimit(n_bytes)
+    store = store_in(folder if in_files else None)
+    held = layer.filled(n_pieces=n_pieces, store=store, byte_limit=byte_limit, may_drop=True)
+    n_rows = len(layer.dense())
+    first = np.linspace(0, n_rows, min(n_pieces, max(n_rows, 1)) + 1).astype(int)[1]
+    assert first <= held.n_rows <= n_rows
+    if held.n_rows > first:
+        assert byte_limit.n_held() <= n_bytes
+    assert_same_bits(put_together(list(held)), layer.dense()[: held.n_rows])
+    assert byte_limit.n_held() == 0
 
 
 def test_closing_the_limit_ends_a_waiting_thread_with_an_error() -> None:

@@ -108,8 +108,33 @@ of_reader("entries that repeat", "must have each coordinate once", read=_X(_twic
 of_reader("a type by the rows", "The type of X must always be the same", read=_X(_doubles_of_few))
 of_reader("rows that are sorted", "exactly the rows asked for, in that order", read=_read_sorted)
 of_reader("rows without repeats", "exactly the rows asked for, in that order", read=_read_once_each)
-of_reader("no tile of a reader", "`row_tile` must be a number", row_tile=0, n_rows_held=lambda self: 1)
-of_reader("no memory", "`n_rows_held.*` must be a number of rows", row_tile=4, n_rows_held=lambda self: 0.5)
+
+
+def _tiled(**members: Any) -> dict[str, Any]:
+    """Return the members of a `TiledReader`, some of them changed."""
+
+    def read_some(self: Any, obs_joinids: np.ndarray) -> Any:
+        return len(obs_joinids), self.read(obs_joinids)
+
+    return {"row_tile": 4, "n_rows_held": lambda self: 1, "read_some": read_some, **members}
+
+
+def _read_none(self: Any, obs_joinids: np.ndarray) -> Any:
+    return 0, iter([])
+
+
+def _read_last(self: Any, obs_joinids: np.ndarray) -> Any:
+    return len(obs_joinids[1:]) or len(obs_joinids), self.read(
+        obs_joinids[1:] if len(obs_joinids) > 1 else obs_joinids
+    )
+
+
+of_reader("no tile of a reader", "`row_tile` must be a number", **_tiled(row_tile=0))
+of_reader("no memory", "`n_rows_held.*` must be a number of rows", **_tiled(n_rows_held=lambda self: 0.5))
+of_reader(
+    "some are none", "`read_some` must read the first rows, at least one", **_tiled(read_some=_read_none)
+)
+of_reader("some are the last", "by `read_some`", **_tiled(read_some=_read_last))
 of_reader("X by place", "`X` of a row must be the same however it is read", read=_read_by_place)
 of_reader("obs by place", "`obs` of rows that are read .* must be that of", read=_read_obs_by_place)
 of_reader("something for nothing", "`read` of no rows must give none", read=_read_something)

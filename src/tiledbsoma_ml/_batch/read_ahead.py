@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TypeAlias
@@ -13,7 +14,7 @@ from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._order.reads import IO_BATCH, ReadSize
 from tiledbsoma_ml._rows import Rows
-from tiledbsoma_ml._source import Reader
+from tiledbsoma_ml._source import Reader, TiledReader
 
 Piece: TypeAlias = tuple[Rows[CSR_IO_Buffer], bool]
 """A piece of an IO batch, and whether it is the last piece of that IO batch."""
@@ -48,35 +49,58 @@ def read_ahead(
             reader.close()  # this ends a read that still waits, though its rows are not wanted any longer
 
 
+_Span: TypeAlias = tuple[NDArrayJoinId, bool]
+"""Rows of one IO batch that are read together, and whether the IO batch ends with them."""
+
+
 class _Upcoming:
     """The joinids that are to be read next: those of IO batches that follow each other."""
 
     def __init__(self, io_batches: Iterator[NDArrayJoinId]) -> None:
         self._io_batches = io_batches
-        self._rest = np.empty(0, dtype=np.int64)
-        self.n_taken = 0
+        self._rests = deque[NDArrayJoinId]()  # of IO batches
+        self.n_read = 0
 
     def __bool__(self) -> bool:
-        while not len(self._rest):
+        while not self._rests:
             following = next(self._io_batches, None)
             if following is None:
                 return False
-            self._rest = following
+            if len(following):
+                self._rests.append(following)
         return True
 
-    def take(self, size: ReadSize) -> tuple[list[NDArrayJoinId], list[bool]]:
-        """Return the joinids of a read, in arrays for one IO batch each, and which of these end it."""
-        arrays, are_ends, n_rows = list[NDArrayJoinId](), list[bool](), 0
+    def take(self, size: ReadSize) -> list[_Span]:
+        """Return the rows of a read."""
+        spans, n_rows = list[_Span](), 0
         while n_rows < size.n_rows and self:
-            if arrays and n_rows + len(self._rest) > size.most >= len(self._rest):
-                break  # the next read has these rows as a whole
-            n = size.most - n_rows
-            arrays.append(self._rest[:n])
-            self._rest = self._rest[n:]
-            are_ends.append(not len(self._rest))
-            n_rows += len(arrays[-1])
-        self.n_taken += n_rows
-        return arrays, are_ends
+            rest = self._rests.popleft()
+            if spans and n_rows + len(rest) > size.most >= len(rest):
+                self._rests.appendleft(rest)  # the next read has these rows as a whole
+                break
+            n = min(len(rest), size.most - n_rows)
+            if n < len(rest):
+                self._rests.appendleft(rest[n:])
+            spans.append((rest[:n], n == len(rest)))
+            n_rows += n
+        self.n_read += n_rows
+        return spans
+
+    def keep(self, spans: list[_Span], n_rows: int) -> list[_Span]:
+        """Return the first rows of a read that was just taken, and take the others back."""
+        kept, back, n_left = list[_Span](), list[_Span](), n_rows
+        for array, is_end in spans:
+            n = min(n_left, len(array))
+            if n:
+                kept.append((array[:n], is_end and n == len(array)))
+            if n < len(array):
+                back.append((array[n:], is_end))
+            n_left -= n
+        for array, is_end in reversed(back):
+            whole = array if is_end else np.concatenate([array, self._rests.popleft()])
+            self._rests.appendleft(whole)
+            self.n_read -= len(array)
+        return kept
 
 
 def _reads(
@@ -85,9 +109,14 @@ def _reads(
     """Yield the pieces of each read."""
     upcoming = _Upcoming(io_batches)
     while upcoming:
-        arrays, are_ends = upcoming.take(IO_BATCH if next_size is None else next_size(upcoming.n_taken))
-        joinids = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        yield _cut(reader.read(joinids), list(zip(map(len, arrays), are_ends, strict=True)))
+        spans = upcoming.take(IO_BATCH if next_size is None else next_size(upcoming.n_read))
+        joinids = spans[0][0] if len(spans) == 1 else np.concatenate([array for array, _ in spans])
+        if isinstance(reader, TiledReader):
+            n_rows, pieces = reader.read_some(joinids)
+            spans = upcoming.keep(spans, n_rows)
+        else:
+            pieces = reader.read(joinids)
+        yield _cut(pieces, [(len(array), is_end) for array, is_end in spans])
 
 
 def _cut(pieces: Iterable[Rows[CSR_IO_Buffer]], spans: Sequence[tuple[int, bool]]) -> Iterator[Piece]:

@@ -77,7 +77,7 @@ class Filling(NamedTuple):
     """What has been written.
 
     Attributes:
-        counts: Number of entries of each row.
+        counts: Number of entries of each row; the rows that it lacks are ignored.
         pages: Address of the page of each piece.
         ends: Number of bytes of these pages that are used.
         page_bytes: Size of a page, a multiple of 8, at least `MIN_PAGE_BYTES`.
@@ -129,8 +129,11 @@ def hold_entries(entries: Entries, wanted: Wanted, filling: Filling) -> Int:
         n_repeats = firsts[number + 1] - first if joinids[number] == dim_0[start] else 0
         while nth < n_repeats:
             row = np.int64(order[first + nth]) if 0 <= first < len(order) - nth else -1
-            if not 0 <= row < n_rows:
+            if not 0 <= row < len(order):
                 return OUT_OF_BOUNDS
+            if row >= n_rows:  # a row of a piece that was dropped
+                nth, begin = nth + 1, 0
+                continue
             piece = _piece_of(borders, row * n_pieces // n_rows, row)
             if borders[piece] > row:
                 return OUT_OF_BOUNDS

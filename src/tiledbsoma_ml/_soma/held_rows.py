@@ -74,8 +74,8 @@ class Columns:
 class ByteLimit:
     """A limit to the bytes that the reads of one iterator hold together.
 
-    The next read fills as the current one is used up. A read that is alone never waits, so a read that is
-    larger than the limit can be held, too.
+    The next read fills as the current one is used up. A read that is alone never waits: it exceeds the limit,
+    or drops its last piece.
     """
 
     def __init__(self, n_bytes: float) -> None:
@@ -85,13 +85,25 @@ class ByteLimit:
         self._is_closed = False
         _byte_limits.add(self)
 
-    def take(self, rows: HeldRows, n_bytes: int) -> None:
-        """Wait until these rows may take more bytes; raise a RuntimeError if this is closed meanwhile."""
+    def take(self, rows: HeldRows, n_bytes: int, *, may_exceed: bool = True) -> bool:
+        """Wait until these rows may take more bytes, and return whether they do.
+
+        Args:
+            rows: The rows of a read.
+            n_bytes: Bytes to take.
+            may_exceed: Whether the rows may exceed the limit when no others are held.
+
+        Raises:
+            RuntimeError: If this is closed meanwhile.
+        """
         with at_rest(), self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._is_allowed(rows, n_bytes))
             if self._is_closed:
                 raise RuntimeError("the iterator was closed while rows were read ahead")
+            if not may_exceed and not self._fits(n_bytes):
+                return False
             self._held[rows] = self._held.get(rows, 0) + n_bytes
+            return True
 
     def give_back(self, rows: HeldRows, n_bytes: int) -> None:
         """Let other rows take these bytes."""
@@ -101,6 +113,11 @@ class ByteLimit:
                 del self._held[rows]
             self._changed.notify_all()
 
+    def n_held(self) -> int:
+        """Return the number of bytes that are held now."""
+        with self._changed:
+            return sum(self._held.values())
+
     def close(self) -> None:
         """End all waits."""
         with self._changed:
@@ -108,8 +125,11 @@ class ByteLimit:
             self._changed.notify_all()
 
     def _is_allowed(self, rows: HeldRows, n_bytes: int) -> bool:
-        total = sum(self._held.values())
-        return total + n_bytes <= self._n_bytes or total == self._held.get(rows, 0)
+        is_alone = sum(self._held.values()) == self._held.get(rows, 0)
+        return is_alone or self._fits(n_bytes)
+
+    def _fits(self, n_bytes: int) -> bool:
+        return sum(self._held.values()) + n_bytes <= self._n_bytes
 
 
 _byte_limits: weakref.WeakSet[ByteLimit] = weakref.WeakSet()
@@ -135,8 +155,10 @@ class HeldRows:
         byte_limit: Limit to the bytes of several reads; None for no limit.
         store: The store that holds the entries; pages of memory of its own if None.
         may_repeat: Whether the layer may have a coordinate several times; then its values are added up.
+        may_drop: Whether the last pieces are dropped where the limit does not hold all of them.
 
     Attributes:
+        n_rows: Number of the rows that are held: all of them, or the first ones if pieces were dropped.
         sorted_joinids: The joinids of the rows, in ascending order, each once.
     """
 
@@ -150,10 +172,11 @@ class HeldRows:
         byte_limit: ByteLimit | None = None,
         store: Pages | Extents | None = None,
         may_repeat: bool = False,
+        may_drop: bool = False,
     ) -> None:
         from tiledbsoma_ml._kernels import hold
 
-        n_rows = len(obs_joinids)
+        self.n_rows = n_rows = len(obs_joinids)
         order = np.argsort(obs_joinids, kind="stable").astype(np.int32)
         ordered = obs_joinids[order]
         is_first = np.diff(ordered, prepend=ordered[0] - 1 if n_rows else 0) != 0
@@ -161,7 +184,7 @@ class HeldRows:
         n_pieces = min(n_pieces, max(n_rows, 1))
         self._borders = np.linspace(0, n_rows, n_pieces + 1).astype(np.int32)
         self._columns, self._dtype = columns, dtype
-        self._may_repeat, self._byte_limit = may_repeat, byte_limit
+        self._may_repeat, self._may_drop, self._byte_limit = may_repeat, may_drop, byte_limit
         store = store or Pages()
         self._page_bytes = store.page_bytes
         self._pieces = [store.piece() for _ in range(n_pieces)]
@@ -243,12 +266,37 @@ class HeldRows:
         return zip(self._pieces, self._filling.ends.tolist(), strict=True)
 
     def _next_page(self, number: int) -> None:
-        """Give a piece an empty page."""
+        """Give a piece an empty page, unless it is dropped because there is none."""
+        while not self._take_bytes():
+            self._drop_last_piece()
+            if number == len(self._pieces):
+                return
         filling = self._filling
-        if self._byte_limit is not None:
-            self._byte_limit.take(self, self._page_bytes)
         filling.pages[number] = self._pieces[number].next_page(int(filling.ends[number]))
         filling.ends[number] = 0
+
+    def _take_bytes(self) -> bool:
+        if self._byte_limit is None:
+            return True
+        may_exceed = not self._may_drop or len(self._pieces) == 1
+        return self._byte_limit.take(self, self._page_bytes, may_exceed=may_exceed)
+
+    def _drop_last_piece(self) -> None:
+        piece, filling = self._pieces.pop(), self._filling
+        n_bytes, n_pieces = piece.n_pages * self._page_bytes, len(self._pieces)
+        for _ in piece.take(int(filling.ends[-1])):  # which gives its memory back
+            pass
+        if self._byte_limit is not None and n_bytes:
+            self._byte_limit.give_back(self, n_bytes)
+        self._borders = self._borders[: n_pieces + 1]
+        self.n_rows = int(self._borders[-1])
+        self._wanted = self._wanted._replace(borders=self._borders)
+        self._filling = filling._replace(
+            counts=filling.counts[: self.n_rows],
+            pages=filling.pages[:n_pieces],
+            ends=filling.ends[:n_pieces],
+            codes=filling.codes[:n_pieces],
+        )
 
     def _take(self, number: int, pages: Iterator[tuple[int, int]], dtype: np.dtype[Any]) -> CSR_IO_Buffer:
         """Return the rows of a piece from its pages, given by their addresses and numbers of bytes."""

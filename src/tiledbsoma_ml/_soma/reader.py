@@ -110,15 +110,27 @@ class SOMAReader:
         Returns:
             Pieces that together are these rows, in exactly this order.
         """
+        return self._with_obs(obs_joinids, self._hold_with_obs(obs_joinids, may_drop=False))
+
+    def read_some(self, obs_joinids: NDArrayJoinId) -> tuple[int, Iterator[Rows[CSR_IO_Buffer]]]:
+        """Read the first rows of `obs_joinids`, as many as memory holds.
+
+        Returns:
+            The number of these rows, and the pieces that together are these rows.
+        """
+        held = self._hold_with_obs(obs_joinids, may_drop=True)
+        return held.n_rows, self._with_obs(obs_joinids, held)
+
+    def _hold_with_obs(self, obs_joinids: NDArrayJoinId, *, may_drop: bool) -> HeldRows:
         with self._alone():
             self._check_open()
             if self._obs_columns is None:
                 self._obs_columns = ObsColumns.read(
                     self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
                 )
-            held = self.hold(obs_joinids)
-            self._row_bytes = held.nbytes / max(1, len(obs_joinids)) + BYTES_PER_JOINID
-        return self._with_obs(obs_joinids, held)
+            held = self.hold(obs_joinids, may_drop=may_drop)
+            self._row_bytes = held.nbytes / max(1, held.n_rows) + BYTES_PER_JOINID
+        return held
 
     @cached_property
     def row_tile(self) -> int:
@@ -160,9 +172,9 @@ class SOMAReader:
         finally:
             self._in_use.release()
 
-    def hold(self, obs_joinids: NDArrayJoinId) -> HeldRows:
-        """Read the rows of `obs_joinids`, without their `obs`, and hold them."""
-        held = HeldRows(obs_joinids, self._columns, self._dtype, **self._held_options)
+    def hold(self, obs_joinids: NDArrayJoinId, *, may_drop: bool = False) -> HeldRows:
+        """Read the rows of `obs_joinids`, without their `obs`, and hold them, or the first ones of them."""
+        held = HeldRows(obs_joinids, self._columns, self._dtype, may_drop=may_drop, **self._held_options)
         rows, columns = self._existing(held.sorted_joinids)
         if len(rows) and len(columns):
             is_dense = isinstance(self._X, soma.DenseNDArray)

@@ -264,7 +264,10 @@ def tiled_reads_have_a_row(case: Case) -> None:
             for name, n in (("row_tile", reader.row_tile), ("n_rows_held()", reader.n_rows_held())):
                 is_number = isinstance(n, int) and n >= 1
                 require(is_number, f"`{name}` must be a number of rows, at least 1", f"it is {n!r}")
-            read(reader.read(case.asked(rows)), case.X.shape[1])
+            n_rows, pieces = reader.read_some(case.asked(rows))
+            is_some = min(1, len(rows)) <= n_rows <= len(rows)
+            require(is_some, "`read_some` must read the first rows, at least one", f"it read {n_rows!r}")
+            case.compare(read(pieces, case.X.shape[1]), rows[:n_rows], "by `read_some`")
 
 
 PROMISES: tuple[Callable[[Case], None], ...] = (
