@@ -290,3 +290,19 @@ def test_what_is_added_up_may_need_a_wider_type_than_what_is_added() -> None:
 def test_without_repeats_nothing_is_copied() -> None:
     buffer = CSR_IO_Buffer.from_ijd(np.array([0, 0]), np.array([2, 1]), np.array([1, 2]), (1, 3))
     assert buffer.with_repeats_added(np.dtype(np.int64)) is buffer
+
+
+def test_a_part_that_is_alone_and_has_columns_for_scipy_is_not_copied() -> None:
+    columns, values = np.array([4, 0, 2], dtype=np.int32), np.array([1.0, 2.0, 3.0], dtype=np.float32)
+    part = CSR_IO_Buffer(np.array([0, 2, 3]), columns, values, (2, 5))
+    found = concat_toscipy([part])
+    assert np.shares_memory(found.data, values)
+    assert np.shares_memory(found.indices, columns)
+    np.testing.assert_array_equal(found.toarray(), [[2, 0, 0, 0, 1], [0, 0, 3, 0, 0]])
+    assert found.has_canonical_format
+
+
+def test_narrowed_columns_are_the_same() -> None:
+    part = CSR_IO_Buffer(np.array([0, 2]), np.array([4, 0], dtype=np.int32), np.ones(2), (1, 5))
+    assert part.narrowed().indices.dtype == np.uint16
+    assert part.narrowed().indices.tolist() == [4, 0]

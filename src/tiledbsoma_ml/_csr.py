@@ -14,11 +14,12 @@ from tiledbsoma_ml._kernels.bits import as_bits
 
 
 class CSR_IO_Buffer:
-    """A matrix of sparse rows (CSR), with the smallest index type that holds the number of columns.
+    """A matrix of sparse rows (CSR).
 
     Attributes:
         indptr: Where each row starts, int64, of shape (n_rows + 1,).
-        indices: Columns, unsigned, of shape (nnz,); in any order within a row.
+        indices: Columns, of shape (nnz,), in any order within a row: int32, which SciPy wants, or the
+            smallest unsigned type that holds them.
         data: Values, of shape (nnz,).
         shape: (n_rows, n_cols).
     """
@@ -152,6 +153,11 @@ class CSR_IO_Buffer:
         data = np.concatenate([part.data for part in parts])
         return CSR_IO_Buffer(indptr, indices, data, (len(indptr) - 1, n_cols))
 
+    def narrowed(self) -> CSR_IO_Buffer:
+        """Return this matrix with columns of the smallest unsigned type, which takes fewer bytes to send."""
+        indices = self.indices.astype(smallest_uint(self.shape[1]), copy=False)
+        return CSR_IO_Buffer(self.indptr, indices, self.data, self.shape)
+
     def sort_indices(self) -> Self:
         """Sort the entries of every row by column, in place, and return this matrix."""
         from tiledbsoma_ml._kernels import csr as kernels
@@ -179,11 +185,17 @@ class CSR_IO_Buffer:
 
 
 def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
-    """Return the rows of the parts, below each other, as one canonical `csr_matrix`."""
+    """Return the rows of the parts, below each other, as one canonical `csr_matrix`.
+
+    It takes over the memory of a part that is alone and has columns of the type that SciPy wants.
+    """
     indptr, n_cols = _starts(parts), parts[0].shape[1]
-    index_type = np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64
-    indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
-    data = np.concatenate([part.data for part in parts])
+    index_type = np.dtype(np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64)
+    if len(parts) == 1 and parts[0].indices.dtype == index_type:
+        indices, data = parts[0].indices, parts[0].data
+    else:
+        indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
+        data = np.concatenate([part.data for part in parts])
     matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(indptr) - 1, n_cols))
     matrix.sort_indices()
     return matrix

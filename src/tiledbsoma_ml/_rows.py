@@ -80,6 +80,11 @@ class Rows(Generic[Matrix]):
             obsm={name: array[rows] for name, array in self.obsm.items()},
         )
 
+    def narrowed(self: Rows[CSR_IO_Buffer]) -> Rows[CSR_IO_Buffer]:
+        """Return the rows with columns of the smallest type, which take fewer bytes to send."""
+        layers = {name: layer.narrowed() for name, layer in self.layers.items()}
+        return attrs.evolve(self, X=self.X.narrowed(), layers=layers)
+
     def to(self: Rows[CSR_IO_Buffer], device: torch.device) -> Rows[DeviceRows]:
         """Return the rows with their matrices on a device; the entries of each row are sorted by column."""
         return Rows(
@@ -105,7 +110,7 @@ class Rows(Generic[Matrix]):
 
 
 def _put(matrix: CSR_IO_Buffer, device: torch.device) -> DeviceRows:
-    matrix.sort_indices()
+    matrix = matrix.narrowed().sort_indices()
     return DeviceRows.put(matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], device)
 
 

@@ -120,12 +120,13 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
     assert_same_bits(put_together(list(held)), layer.dense())
 
 
-def test_more_columns_than_two_bytes_can_number_are_kept_apart() -> None:
+@pytest.mark.parametrize(("narrow", "index_type"), [(True, np.uint32), (False, np.int32)])
+def test_more_columns_than_two_bytes_can_number_are_kept_apart(narrow: bool, index_type: Any) -> None:
     cols = np.array([0, 65_535, 65_536, 69_999])
     tables = [(np.zeros(4, np.int64), cols, np.array([1, 2, 3, 4], dtype=np.float32))]
     layer = Layer(tables, np.dtype(np.float32), np.array([0, 0]), np.arange(70_000)[::-1])
-    for part in layer.filled(n_pieces=2):
-        assert part.indices.dtype == np.uint32
+    for part in layer.filled(n_pieces=2).give_out(narrow=narrow):
+        assert part.indices.dtype == index_type
         assert dict(zip(part.indices.tolist(), part.data.tolist(), strict=True)) == {
             69_999: 1.0,
             4464: 2.0,

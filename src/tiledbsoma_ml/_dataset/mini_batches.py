@@ -47,7 +47,7 @@ def pieces_of_worker(
     """Yield the rows that this worker reads, with its number; the loader makes mini-batches of them."""
     worker, _ = get_worker_id_and_num()
     with closing(_pieces(planned, reader, options)) as pieces:
-        yield from ((worker, piece) for piece in pieces)
+        yield from ((worker, (rows.narrowed(), is_last)) for rows, is_last in pieces)
 
 
 def leaves_device_work_to_loader(options: Options, *, is_told: bool) -> bool:

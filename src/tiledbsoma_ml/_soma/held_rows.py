@@ -27,6 +27,12 @@ CHANGED = (
     "program writes to its files; choose another folder."
 )
 
+INDEX_TYPE = np.dtype(np.int32)
+"""Type of the columns that are given out, which mini-batches keep."""
+
+MOST_COLUMNS = np.iinfo(INDEX_TYPE).max
+"""Number of columns up to which they have this type."""
+
 BLOCK_VALUES = 2**18
 """Number of values of a dense block that are searched for non-zeros at once."""
 
@@ -245,18 +251,20 @@ class HeldRows:
         return self.give_out()
 
     def give_out(self, *, narrow: bool = False) -> Iterator[CSR_IO_Buffer]:
-        """Yield the pieces in order, with `narrow` in the smallest type that holds their values.
+        """Yield the pieces in order, with `narrow` in the smallest types that hold their columns and values.
 
-        A piece in which a coordinate repeats comes in the type of the layer.
+        A piece in which a coordinate repeats has values of the type of the layer.
         """
         from tiledbsoma_ml._kernels import hold
 
         for number, (piece, end) in enumerate(self._pieces_and_ends()):
-            n_bytes, dtype = piece.n_pages * self._page_bytes, self._dtype
+            n_bytes, dtype, index_type = piece.n_pages * self._page_bytes, self._dtype, INDEX_TYPE
             if narrow:
                 code = self._filling.codes[number]
                 dtype = dtype if code == hold.AS_IN_LAYER else np.dtype(f"u{1 << code}")
-            rows = self._take(number, piece.take(end), dtype)
+            if narrow or self._columns.n > MOST_COLUMNS:
+                index_type = self._columns.dtype
+            rows = self._take(number, piece.take(end), index_type, dtype)
             if self._byte_limit is not None and n_bytes:
                 self._byte_limit.give_back(self, n_bytes)
             yield rows
@@ -298,13 +306,19 @@ class HeldRows:
             codes=filling.codes[:n_pieces],
         )
 
-    def _take(self, number: int, pages: Iterator[tuple[int, int]], dtype: np.dtype[Any]) -> CSR_IO_Buffer:
+    def _take(
+        self,
+        number: int,
+        pages: Iterator[tuple[int, int]],
+        index_type: np.dtype[Any],
+        dtype: np.dtype[Any],
+    ) -> CSR_IO_Buffer:
         """Return the rows of a piece from its pages, given by their addresses and numbers of bytes."""
         from tiledbsoma_ml._kernels.place import place_runs
 
         counts = self._filling.counts[slice(*self._borders[number : number + 2])]
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
-        indices = np.empty(indptr[-1], dtype=self._columns.dtype)
+        indices = np.empty(indptr[-1], dtype=index_type)
         data = np.empty(indptr[-1], dtype=dtype)
         bits = as_bits(data)
         free, n_cols = indptr[:-1].copy(), self._columns.n
