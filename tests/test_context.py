@@ -267,8 +267,10 @@ def lacks_context(called: str, call: ast.Call) -> bool:
     opens = called.startswith(("soma.", "tiledbsoma.")) and called.endswith(
         (".open", ".create", ".exists", ".from_anndata", ".from_h5ad")
     )
-    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return opens and not any("context(" in ast.unparse(argument) for argument in arguments)
+    is_chosen = any("context(" in ast.unparse(argument) for argument in call.args)
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    is_chosen |= "context" in keywords or any("context(" in value for value in keywords.values())
+    return opens and not is_chosen
 
 
 EXAMPLES = (Path(__file__).parents[1] / "notebooks").glob("*.py")

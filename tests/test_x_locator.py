@@ -31,6 +31,21 @@ def create(uri: str, *names: str | None, config: dict[str, Any] | None = None) -
         return XLocator.create(experiment, *names)  # type: ignore[arg-type]
 
 
+def test_groups_which_take_many_requests_are_opened_once_in_a_process(
+    make_uri: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locator = create(make_uri(layers=("counts", "raw")), MEASUREMENT, "counts")
+    with locator.open() as (X, _):
+        expected = dense_of(X, 12, 3)
+    for group in (soma.Experiment, soma.Collection, soma.Measurement):
+        monkeypatch.setattr(group, "open", None)
+    with locator.open() as (X, obs):
+        np.testing.assert_array_equal(dense_of(X, 12, 3), expected)
+        assert len(obs.read().concat()) == 12
+    with pytest.raises(ValueError, match="can be opened"), attrs.evolve(locator, layer_name="raw").open():
+        pass
+
+
 def dense_of(X: soma.SparseNDArray | soma.DenseNDArray, n_rows: int, n_vars: int) -> np.ndarray:
     if isinstance(X, soma.DenseNDArray):
         return X.read().to_numpy()

@@ -14,7 +14,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
 from tiledbsoma_ml._common import absolute_uri, check_name, first_line
-from tiledbsoma_ml._context import open_experiment, tell_if_unprotected
+from tiledbsoma_ml._context import context, open_experiment, tell_if_unprotected
 from tiledbsoma_ml._vfs import open_vfs
 
 
@@ -86,27 +86,39 @@ class XLocator:
         config = {**self.tiledb_config, **sizes}
         if self.is_remote and str(config.get(_IO_LEVEL, os.cpu_count())) == str(os.cpu_count()):
             config[_IO_LEVEL] = IO_THREADS
+        arrays = self._arrays(config)
+        if "sm.mem.total_budget" in sizes:
+            config["sm.mem.total_budget"] = max(budget.tiledb_of_stream, arrays.least_total_budget)
         with ExitStack() as stack:
-            X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
-            is_ours = "sm.mem.total_budget" in sizes
-            if is_ours and (least := _least_total_budget([X, obs], config)) > budget.tiledb_of_stream:
-                config["sm.mem.total_budget"] = least
-                X, obs = self._arrays(stack.enter_context(self.open_experiment(config)))
+            with self._told():
+                at, own = self.tiledb_timestamp_ms, context(config)
+                X = stack.enter_context(arrays.X_type.open(arrays.X_uri, context=own, tiledb_timestamp=at))
+                obs = stack.enter_context(
+                    soma.DataFrame.open(arrays.obs_uri, context=own, tiledb_timestamp=at)
+                )
             yield X, obs
 
     def latency(self) -> float:
         """Return how many seconds a request takes; 0 if it cannot be measured."""
-        with suppress(OSError), open_vfs(self.tiledb_config) as vfs:
-            return vfs.latency(self.uri)
-        return 0.0
+        key = self.uri, str(self.tiledb_config.get("vfs.s3.endpoint_override"))
+        if key not in _latencies:
+            _latencies[key] = 0.0
+            with suppress(OSError), open_vfs(self.tiledb_config) as vfs:
+                _latencies[key] = vfs.latency(self.uri)
+        return _latencies[key]
 
-    def _arrays(
-        self, experiment: soma.Experiment
-    ) -> tuple[soma.SparseNDArray | soma.DenseNDArray, soma.DataFrame]:
-        check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
-        layers = experiment.ms[self.measurement_name].X
-        check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
-        return layers[self.layer_name], experiment.obs
+    def _arrays(self, config: dict[str, str | float]) -> _Arrays:
+        """Return where the arrays are. It opens groups, which take many requests, once in a process."""
+        key = self.uri, self.measurement_name, self.layer_name, self.tiledb_timestamp_ms
+        if key not in _known_arrays:
+            with self.open_experiment(config) as experiment:
+                check_name("measurement_name", self.measurement_name, experiment.ms, of="a measurement")
+                layers = experiment.ms[self.measurement_name].X
+                check_name("layer_name", self.layer_name, layers, of="an X layer of the measurement")
+                X, obs = layers[self.layer_name], experiment.obs
+                least = _least_total_budget([X, obs], config)
+                _known_arrays[key] = _Arrays(type(X), X.uri, obs.uri, least)
+        return _known_arrays[key]
 
     def open_experiment(self, config: dict[str, str | float] | None = None) -> soma.Experiment:
         """Open the experiment as of its timestamp.
@@ -117,15 +129,42 @@ class XLocator:
         Raises:
             ValueError: If it cannot be opened.
         """
-        try:
+        with self._told():
             chosen = self.tiledb_config if config is None else config
             return open_experiment(self.uri, config=chosen, timestamp=self.tiledb_timestamp_ms)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise a ValueError that names the experiment in place of errors of opening it."""
+        try:
+            yield
         except (soma.SOMAError, RuntimeError, TypeError, ValueError) as err:
             raise ValueError(
                 f"uri={self.uri!r} must be an experiment that can be opened with its tiledb_config, but: "
                 f"{first_line(err)}; check the path, your access to it and the configuration."
             ) from err
 
+
+@attrs.frozen
+class _Arrays:
+    """The arrays of a layer and of `obs`.
+
+    Attributes:
+        X_type: Type of the layer.
+        X_uri: URI of the layer.
+        obs_uri: URI of `obs`.
+        least_total_budget: Smallest `sm.mem.total_budget` with which both can be read; 0 if it is not known.
+    """
+
+    X_type: type[soma.SparseNDArray] | type[soma.DenseNDArray]
+    X_uri: str
+    obs_uri: str
+    least_total_budget: int
+
+
+_known_arrays: dict[tuple[str, str, str, int], _Arrays] = {}
+
+_latencies: dict[tuple[str, str], float] = {}
 
 TEXT_BYTES = 48
 """Estimated memory of a value of a text dimension."""
