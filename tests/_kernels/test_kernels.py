@@ -334,6 +334,8 @@ def test_every_kernel_releases_the_gil_and_leaves_threads_to_the_caller() -> Non
         assert not kernel.targetoptions.get("parallel", False)
 
 
-def test_every_kernel_is_kept_on_disk() -> None:
+def test_every_kernel_that_python_calls_is_kept_on_disk_with_those_that_it_calls_itself() -> None:
     for name, kernel in kernels().items():
-        assert kernel.stats.cache_path, name
+        is_inner = kernel.targetoptions.get("no_cpython_wrapper", False)
+        assert bool(kernel.stats.cache_path) is not is_inner, name
+        assert is_inner is name.startswith("_"), name

@@ -220,7 +220,7 @@ def test_every_loop_releases_the_gil_is_kept_on_disk_and_leaves_threads_to_the_c
     for name, loop in dispatchers().items():
         assert loop.targetoptions["nogil"] is True
         assert not loop.targetoptions.get("parallel", False)
-        assert loop.stats.cache_path, name
+        assert bool(loop.stats.cache_path) is not name.startswith("_"), name
 
 
 @given(columns=st.sets(st.integers(0, 199)))

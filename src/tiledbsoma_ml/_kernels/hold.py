@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._kernels.jit import jit
+from tiledbsoma_ml._kernels.jit import jit, jit_inner
 from tiledbsoma_ml._kernels.pointer import load, pointer, store
 
 Int: TypeAlias = Any
@@ -158,7 +158,7 @@ def hold_entries(entries: Entries, wanted: Wanted, filling: Filling) -> Int:
     return DONE
 
 
-@jit
+@jit_inner
 def _end_of_run(dim_0: NDArray[np.int64], start: Int) -> Int:
     """Return the index after the entries of one row that begin at `start`."""
     joinid, stop = dim_0[start], start + 1
@@ -174,7 +174,7 @@ def _end_of_run(dim_0: NDArray[np.int64], start: Int) -> Int:
     return stop
 
 
-@jit
+@jit_inner
 def _find(joinids: NDArray[np.int64], number: Int, joinid: Int) -> Int:
     """Return the index of a joinid, most often `number` or the next one; any index if it is not there."""
     if joinids[number] == joinid:
@@ -191,7 +191,7 @@ def _find(joinids: NDArray[np.int64], number: Int, joinid: Int) -> Int:
     return low
 
 
-@jit
+@jit_inner
 def _piece_of(borders: NDArray[np.int32], near: Int, row: Int) -> Int:
     """Return the piece of a row, which is `near` or one beside it."""
     if near + 2 < len(borders) and borders[near + 1] <= row:
@@ -199,7 +199,7 @@ def _piece_of(borders: NDArray[np.int32], near: Int, row: Int) -> Int:
     return near - 1 if near and borders[near] > row else near
 
 
-@jit
+@jit_inner
 def _hold_run(
     given: tuple[Int, Int, Int, Int],
     dtype: Any,
@@ -253,7 +253,7 @@ def _hold_run(
     return n_read, n_held, code if n_held else 0, end
 
 
-@jit
+@jit_inner
 def _copy_columns(at: Int, n: Int, first_key: Int, n_cols: Int, col_bytes: Int, to: Int) -> bool:
     """Write the columns of keys to an address; return whether these are from 0 to `n_cols`."""
     keys, signs = pointer(at, np.int64), np.int64(0)
@@ -272,7 +272,7 @@ def _copy_columns(at: Int, n: Int, first_key: Int, n_cols: Int, col_bytes: Int, 
     return bool(signs >= 0)
 
 
-@jit
+@jit_inner
 def _keep_wanted(
     keys_at: Int,
     bits_at: Int,
@@ -312,7 +312,7 @@ def _keep_wanted(
     return n_read, n_held
 
 
-@jit
+@jit_inner
 def _copy_values(at: Int, n: Int, dtype: Any, bits_dtype: Any, itemsize: Int, code: Int, to: Int) -> bool:
     """Write values to an address, in the type of the code; return whether it holds them exactly."""
     values, bits = pointer(at, dtype), pointer(at, bits_dtype)

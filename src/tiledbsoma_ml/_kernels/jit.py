@@ -129,5 +129,11 @@ def jit(loop: _Loop) -> _Loop:
     return cast(_Loop, compiled)
 
 
+def jit_inner(loop: _Loop) -> _Loop:
+    """Compile a function into each loop that calls it; Python cannot call it, which saves time to compile."""
+    inner = numba.njit(nogil=True, boundscheck=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return cast(_Loop, inner(loop))
+
+
 # A process that is forked while another thread compiles would wait for that thread for ever.
 hold_at_forks(global_compiler_lock)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiledbsoma_ml._kernels.hold import AS_IN_LAYER, HEADER_BYTES, Int
-from tiledbsoma_ml._kernels.jit import jit
+from tiledbsoma_ml._kernels.jit import jit, jit_inner
 from tiledbsoma_ml._kernels.pointer import load, pointer, store
 
 
@@ -63,7 +63,7 @@ def place_runs(
     return bool(at == n_bytes)
 
 
-@jit
+@jit_inner
 def _place_columns(at: Int, col_bytes: Int, n: Int, to: Int, dtype: Any) -> Int:
     """Copy columns from an address to another one; return the largest."""
     indices, u2, u4 = pointer(to, dtype), pointer(at, np.uint16), pointer(at, np.uint32)
@@ -81,7 +81,7 @@ def _place_columns(at: Int, col_bytes: Int, n: Int, to: Int, dtype: Any) -> Int:
     return np.int64(largest_u2) if col_bytes == 2 else np.int64(largest_u4)
 
 
-@jit
+@jit_inner
 def _place_values(at: Int, code: Int, n: Int, to: Int, dtype: Any, bits_dtype: Any) -> None:
     """Copy values, whose type is that of the code, from an address to another one."""
     data, bits, same = pointer(to, dtype), pointer(to, bits_dtype), pointer(at, bits_dtype)

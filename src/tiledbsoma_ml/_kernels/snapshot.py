@@ -16,7 +16,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from tiledbsoma_ml._kernels.jit import jit
+from tiledbsoma_ml._kernels.jit import jit, jit_inner
 
 KINDS = {dtype: kind for kind, dtype in enumerate(["|u1", "<u2", "<u4", "|i1", "<i2", "<i4", "<f4"])}
 """Numbers of the types that stored values can have; `AS_GIVEN_OUT` stands for the type that is returned."""
@@ -164,7 +164,7 @@ def locate_rows(
     return -1
 
 
-@jit
+@jit_inner
 def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
     """Fill `out`, converting to its type, with the values of an array at an address, from `begin` on."""
     n = len(out)
@@ -202,7 +202,7 @@ def _copy(address: int, kind: int, begin: int, out: NDArray[Any]) -> None:
             out[k] = same[k]
 
 
-@jit
+@jit_inner
 def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> None:
     """Ask the processor for `n` values of the array at an address, from index `begin` on."""
     if kind < AS_GIVEN_OUT:
@@ -211,7 +211,7 @@ def _prefetch(address: int, kind: int, itemsize: int, begin: int, n: int) -> Non
         _prefetch_line(line)
 
 
-@jit
+@jit_inner
 def _copy_columns(address: int, kind: int, begin: int, out: NDArray[Any]) -> int:
     """Do what `_copy` does, for columns, which are unsigned; return the largest, or -1 if `out` is empty."""
     n = len(out)
@@ -323,7 +323,7 @@ def sort_rows_of_few(
                 word &= word - one
 
 
-@jit
+@jit_inner
 def _n_trailing_zeros(word: int) -> int:
     """Return the index of the lowest bit that is set."""
     n, lowest = 0, word & (~word + np.uint64(1))
