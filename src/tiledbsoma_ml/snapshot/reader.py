@@ -152,6 +152,10 @@ class TiledSnapshotReader:
         """Read the rows of `obs_joinids`, which may repeat, in exactly this order."""
         return self._reader.read_at_once(obs_joinids, self._n_rows_held)
 
+    def read_some(self, obs_joinids: NDArrayJoinId) -> tuple[int, Iterator[Rows[CSR_IO_Buffer]]]:
+        """Read all these rows, of which no more are decoded at once than memory holds."""
+        return len(obs_joinids), self.read(obs_joinids)
+
     def close(self) -> None:
         """Do nothing: the files stay mapped as long as an object uses them."""
 
