@@ -31,13 +31,13 @@ from tiledbsoma_ml.testing import check_source
 COLUMNS = ("soma_joinid", "cell_type", "barcode")
 
 
-def pair(store: Store, **options: Any) -> tuple[ExperimentDataset, ExperimentDataset]:
-    """Return a dataset of the test experiment, and one of a source with the same rows."""
+def pair(store: Store, n_rows: int = N_OBS, **options: Any) -> tuple[ExperimentDataset, ExperimentDataset]:
+    """Return a dataset of the first rows of the test experiment, and one of a source with the same rows."""
     given_options = {"batch_size": 16, "seed": 3, "obs_column_names": COLUMNS, **options}
     source = matrix_source()
-    ids = source.query_ids
+    ids = QueryIDs(obs_joinids=range(n_rows), var_joinids=source.query_ids.var_joinids)
     of_experiment = store.dataset(ids.obs_joinids, ids.var_joinids, **given_options)
-    return of_experiment, ExperimentDataset(source=source, **given_options)
+    return of_experiment, ExperimentDataset(source=source, query_ids=ids, **given_options)
 
 
 def assert_same(batches: Any, others: Any) -> None:
@@ -95,7 +95,7 @@ def test_every_rank_gets_the_mini_batches_that_it_gets_from_an_experiment(
     options = {"shuffle_scope": scope, "tail": tail, "shuffle_chunk_size": chunk, "io_batch_size": io_batch}
     for rank in range(world_size):
         ranks = {"ranks": (rank, world_size), "use_eager_fetch": eager, "return_sparse_X": sparse_X}
-        of_experiment, of_source = pair(store, **options, **ranks, **device)
+        of_experiment, of_source = pair(store, 101, **options, **ranks, **device)
         assert len(of_source) == len(of_experiment)
         for _ in range(2):
             assert_same(of_source, of_experiment)
