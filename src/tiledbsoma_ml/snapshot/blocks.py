@@ -107,10 +107,26 @@ def encode(codec: str, block: RowValues, *, are_columns: bool) -> bytes:
 
     if not len(block.values):
         return b""
-    planes = np.empty(block.values.nbytes, dtype=np.uint8)
-    kernels.split_rows(block.starts, as_bits(block.values), are_columns, planes)
+    n = len(block.values)
+    bits = as_bits(block.values)
+    planes = np.empty(n_plane_bytes(n, bits.itemsize, are_columns=are_columns), dtype=np.uint8)
+    if are_columns:
+        kernels.split_columns(block.starts, bits, planes)
+    else:
+        kernels.split_values(bits.view(f"u{min(4, bits.itemsize)}"), planes)
     compressed: bytes = _CODECS[codec].compress(planes, asbytes=True)
     return compressed
+
+
+def n_plane_bytes(n: int, width: int, *, are_columns: bool) -> int:
+    """Return the bytes of the planes of a block with `n` columns or values of so many bytes.
+
+    A value of eight bytes counts as two of four bytes.
+    """
+    if are_columns:
+        return n * width
+    narrow = min(4, width)
+    return 2 * narrow * ((n * width // narrow + 1) // 2)
 
 
 def checksum(compressed: bytes | memoryview, starts: NDArray[np.int64]) -> int:
@@ -251,8 +267,15 @@ class BlockFiles:
             compressed = mapped[start:end].data
             if checksum(compressed, starts) != crc:
                 raise damaged(self._folder, file, f"must have {what} as it was written, but has it altered")
-            planes = self._decompressed(file, compressed, n * out.itemsize, what)
-            kernels.join_rows(planes, own, rows, out is indices, as_bits(out))
+            n_bytes = n_plane_bytes(n, out.itemsize, are_columns=out is indices)
+            planes, bits = self._decompressed(file, compressed, n_bytes, what), as_bits(out)
+            if out is indices:
+                kernels.join_columns(planes, own, rows, bits)
+            else:
+                width = 2 * min(4, bits.itemsize)
+                pairs = np.empty(n_bytes // width, dtype=f"u{width}")
+                kernels.join_values(planes, pairs)
+                kernels.take_rows(pairs.view(bits.dtype)[:n], own, rows, bits)
 
     def _decompressed(self, file: File, compressed: memoryview, n_bytes: int, what: str) -> NDArray[np.uint8]:
         if not n_bytes and not len(compressed):
