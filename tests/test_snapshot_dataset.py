@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from pairs import COLUMNS, all_ids, assert_same_batches, pair
 from stores import MEASUREMENT, N_OBS, N_VARS, Store, joinids_of, workers
-from tiledbsoma_ml import ExperimentDataset, QueryIDs, Snapshot, experiment_dataloader
+from tiledbsoma_ml import (
+    ExperimentDataset,
+    Fields,
+    QueryIDs,
+    RandomAccess,
+    Snapshot,
+    TiledReader,
+    experiment_dataloader,
+)
+from tiledbsoma_ml._budget import Budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* changes nothing here: ")
 
@@ -78,6 +87,30 @@ def test_workers_get_what_they_get_from_the_experiment(
 
 def test_without_eager_fetch_mini_batches_are_the_same(store: Store, either: Snapshot) -> None:
     assert_same_batches(*pair(store, either, all_ids(), use_eager_fetch=False))
+
+
+def test_an_epoch_goes_on_where_it_was_left(either: Snapshot) -> None:
+    options = {"snapshot": either, "batch_size": 16, "seed": 5, "shuffle_chunk_size": 4, "io_batch_size": 40}
+    whole_epoch = joinids_of(ExperimentDataset(**options))
+    loader, n_first = experiment_dataloader(ExperimentDataset(**options)), 5
+    for _ in zip(range(n_first), loader, strict=False):
+        pass
+    other = experiment_dataloader(ExperimentDataset(**options))
+    other.load_state_dict(loader.state_dict())
+    np.testing.assert_array_equal(joinids_of(other), whole_epoch[16 * n_first :])
+
+
+def test_reads_of_a_compressed_snapshot_have_several_io_batches_where_that_decodes_less(
+    compressed: Snapshot,
+) -> None:
+    dataset = ExperimentDataset(snapshot=compressed, shuffle_chunk_size=4, io_batch_size=40, seed=5)
+    reader = dataset.source.open(dataset.query_ids, Fields(obs_column_names=["soma_joinid"]), Budget(2**26))
+    assert isinstance(reader, TiledReader)
+    assert not isinstance(reader, RandomAccess)
+    assert (dataset.source.row_tile, reader.row_tile) == (64, 64)
+    assert reader.n_rows_held() > N_OBS
+    layout = dataset.source.layout(dataset.query_ids, Budget(2**26))
+    assert (layout.row_tile, layout.window_rows) == (64, reader.n_rows_held())
 
 
 def test_parts_of_a_split_read_from_the_one_snapshot(store: Store, either: Snapshot) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matrix_source import MatrixReader, MatrixSource, matrix_source
+from snapshots import make as make_snapshot
 from stores import N_OBS, Store, joinids_of, workers
 from tiledbsoma_ml import (
     ExperimentDataset,
@@ -68,6 +69,8 @@ def test_sources_do_what_a_source_must(store: Store, tmp_path: Path) -> None:
     check_source(of_snapshot(tmp_path / "of an experiment", of_experiment), obs_column_names=NAMES)
     check_source(of_snapshot(tmp_path / "of a matrix", matrix_source()), obs_column_names=NAMES)
     check_source(of_snapshot(tmp_path / "of a matrix", None), obs_column_names=NAMES)
+    make_snapshot(tmp_path / "compressed", matrix_source(), obs_column_names=NAMES, compression="zstd")
+    check_source(of_snapshot(tmp_path / "compressed", None), obs_column_names=NAMES)
 
 
 @settings(max_examples=8)

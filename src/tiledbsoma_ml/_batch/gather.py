@@ -12,7 +12,7 @@ from scipy import sparse
 
 from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._common import NDArrayNumber
-from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
+from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._kernels.bits import as_bits
 
 POOL_BYTES = 2**26
@@ -142,18 +142,19 @@ class ShardColumns:
         return self._pool.free_bytes
 
     def locate(self, rows: NDArray[np.int64]) -> LocatedRows:
-        """Return the places of rows, which must exist, for `buffer_of`."""
+        """Return the places of rows, which must exist, for `piece`."""
         return self._shards.locate(rows, self._pool)
 
     def buffer(self, rows: NDArray[np.int64]) -> CSR_IO_Buffer:
         """Return these rows, in this order."""
-        return self.buffer_of(self.locate(rows))
+        arrays = self._gather(self.locate(rows), self._shards.indices_dtype)
+        return CSR_IO_Buffer(*arrays, (len(rows), self.n_vars)).narrowed()
 
-    def buffer_of(self, located: LocatedRows) -> CSR_IO_Buffer:
-        """Return rows that were located, in this order."""
-        indptr, indices, data = self._gather(located, self._shards.indices_dtype)
-        indices = indices.astype(smallest_uint(self.n_vars), copy=False)
-        return CSR_IO_Buffer(indptr, indices, data, (len(located), self.n_vars))
+    def piece(self, located: LocatedRows) -> CSR_IO_Buffer:
+        """Return rows that were located, in this order, with columns of the type that mini-batches have."""
+        fits = self._shards.n_vars <= np.iinfo(np.int32).max
+        arrays = self._gather(located, np.dtype(np.int32) if fits else self._shards.indices_dtype)
+        return CSR_IO_Buffer(*arrays, (len(located), self.n_vars))
 
     def csr(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
         """Return these rows, in this order, as a canonical `csr_matrix`."""

@@ -102,7 +102,7 @@ class SnapshotReader:
             located = self._X.locate(rows)
             for start in range(0, len(rows), piece_rows):
                 stop = min(start + piece_rows, len(rows))
-                X, obs = self._X.buffer_of(located.slice(start, stop)), self._obs.take(rows[start:stop])
+                X, obs = self._X.piece(located.slice(start, stop)), self._obs.take(rows[start:stop])
                 yield Rows(obs_joinids=joinids[start:stop], X=X, obs=obs)
 
     def close(self) -> None:
