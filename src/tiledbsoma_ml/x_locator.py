@@ -15,6 +15,7 @@ import tiledbsoma as soma
 from tiledbsoma_ml._budget import Budget, keep_freed_memory
 from tiledbsoma_ml._common import absolute_uri, check_name, first_line
 from tiledbsoma_ml._context import context, open_experiment, tell_if_unprotected
+from tiledbsoma_ml._eager_iter import EagerMap
 from tiledbsoma_ml._vfs import open_vfs
 
 
@@ -89,13 +90,16 @@ class XLocator:
         arrays = self._arrays(config)
         if "sm.mem.total_budget" in sizes:
             config["sm.mem.total_budget"] = max(budget.tiledb_of_stream, arrays.least_total_budget)
+        own = context(config)
+
+        def opened(array: tuple[Any, str]) -> Any:
+            kind, uri = array
+            return kind.open(uri, context=own, tiledb_timestamp=self.tiledb_timestamp_ms)
+
+        both = (arrays.X_type, arrays.X_uri), (soma.DataFrame, arrays.obs_uri)
         with ExitStack() as stack:
-            with self._told():
-                at, own = self.tiledb_timestamp_ms, context(config)
-                X = stack.enter_context(arrays.X_type.open(arrays.X_uri, context=own, tiledb_timestamp=at))
-                obs = stack.enter_context(
-                    soma.DataFrame.open(arrays.obs_uri, context=own, tiledb_timestamp=at)
-                )
+            with self._told(), EagerMap(opened, iter(both), n_threads=len(both)) as at_once:
+                X, obs = map(stack.enter_context, at_once)
             yield X, obs
 
     def latency(self) -> float:

@@ -15,7 +15,7 @@ import tiledbsoma as soma
 
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_obs_column_names
 from tiledbsoma_ml._csr import CSR_IO_Buffer
-from tiledbsoma_ml._eager_iter import interleaved
+from tiledbsoma_ml._eager_iter import EagerIterator, interleaved
 from tiledbsoma_ml._rows import Rows
 from tiledbsoma_ml._soma.arrays import naming_rows, ranges, to_numpy
 from tiledbsoma_ml._soma.held_rows import ByteLimit, Columns, HeldRows
@@ -124,13 +124,20 @@ class SOMAReader:
     def _hold_with_obs(self, obs_joinids: NDArrayJoinId, *, may_drop: bool) -> HeldRows:
         with self._alone():
             self._check_open()
-            if self._obs_columns is None:
-                self._obs_columns = ObsColumns.read(
-                    self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
-                )
-            held = self.hold(obs_joinids, may_drop=may_drop)
+            obs = self._read_obs()
+            with closing(
+                EagerIterator(obs) if self._use_eager_fetch and not self._obs_columns else obs
+            ) as columns:
+                held = self.hold(obs_joinids, may_drop=may_drop)
+                self._obs_columns = next(columns)
             self._row_bytes = held.nbytes / max(1, held.n_rows) + BYTES_PER_JOINID
         return held
+
+    def _read_obs(self) -> Generator[ObsColumns, None, None]:
+        """Yield the columns of `obs`, which are read once."""
+        yield self._obs_columns or ObsColumns.read(
+            self._obs, self._obs_column_names, self._obs_joinids, self._obs_types
+        )
 
     @cached_property
     def row_tile(self) -> int:
