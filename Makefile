@@ -10,7 +10,7 @@ STRESS_ARGS ?=
 NEWEST := .venv-newest
 NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
-SLOW_TESTS := agreement auto benchmarks budget classifier cli context creation data_module dataloader \
+SLOW_TESTS := agreement auto benchmarks budget classifier cli claim context creation data_module dataloader \
   dataset demo distributed docs epoch_counter epoch_plan h5ad held_rows iterations jit kernels lightning log \
   maker mapped memory_dataset memory_source mixing notebooks package progress ranks ray_cluster ray_train \
   read_size reading realdata resume s3 scopes scvi scvi_models scvi_realdata scvi_training shared_array \

@@ -12,6 +12,7 @@ import pytest
 from snapshots import all_files, dense_of, files_of, with_manifest
 from stores import N_OBS, N_VARS
 from tiledbsoma_ml.snapshot import Snapshot
+from tiledbsoma_ml.snapshot.check import check_content
 from tiledbsoma_ml.snapshot.format import MANIFEST, Manifest
 
 
@@ -35,6 +36,17 @@ def test_verify_finds_a_byte_that_was_flipped_in_any_file_and_names_both_checksu
                 assert len(re.findall(r"\b[0-9a-f]{64}\b", str(raised.value))) == 2
         file.write_bytes(content)
     snapshot.verify()
+
+
+def test_a_shard_that_was_checked_before_is_not_read_again(copied: Path) -> None:
+    manifest = Manifest.read(copied)
+    shard = manifest.layers[0].shards[0]
+    check_content(copied, manifest)
+    columns = copied / shard.indices.name
+    columns.write_bytes(b"\xff" * columns.stat().st_size)
+    with pytest.raises(ValueError, match="must hold ascending columns"):
+        check_content(copied, manifest)
+    check_content(copied, manifest, {shard})
 
 
 def in_array(dtype: str, place: int, value: int) -> Callable[[bytes], bytes]:

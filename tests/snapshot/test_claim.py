@@ -51,9 +51,8 @@ file = pathlib.Path(sys.argv[1])
 reads, writes = os.pipe()
 if not (maker := os.fork()):
     claimed = claim(file)
-    if not (child := os.fork()):
-        signal.pause()
-    os.write(writes, str(child).encode())
+    if not os.fork():
+        os.write(writes, str(os.getpid()).encode())
     signal.pause()
 child = int(os.read(reads, 100))
 assert claim(file) is None

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from snapshots import (
     files_of,
     make,
     raising,
+    watched_disk,
     written_by,
 )
 from stores import N_OBS, N_VARS, Store, expected_X
@@ -155,6 +157,27 @@ tell([str(os.getpid()), list(claims.values())])
 """
     for pid, claimed_by in run_ranks(script, store):
         assert pid in claimed_by
+    assert_is_right(path)
+
+
+def test_a_process_ends_well_if_another_one_completes_the_snapshot_before_its_own_files_are_on_the_disk(
+    path: Path,
+) -> None:
+    may_go_on = threading.Event()
+
+    def step(what: str, file: Path) -> None:
+        if what == "fsync" and threading.current_thread().name.startswith("fsync"):
+            assert may_go_on.wait(ENOUGH_S)
+
+    def has_made_all() -> bool:
+        return len(list(building(path).glob("tasks/*.json"))) == N_SHARDS + 1
+
+    with watched_disk(path.parent, step), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(make, path, matrix_source())
+        wait_for(has_made_all)
+        make(path, matrix_source())
+        may_go_on.set()
+        first.result().verify()
     assert_is_right(path)
 
 

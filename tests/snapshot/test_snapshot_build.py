@@ -185,7 +185,7 @@ def test_what_another_user_put_in_the_way_is_not_used_and_no_link_is_followed(
     user = os.geteuid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: user + 1)
-        with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; choose"):
+        with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; wait"):
             make(path, store)
     (other / "mine").write_text("mine")
     for name in ("shard-00001.indices", "obs.arrow", "manifest.json.new", f"{PARTIAL}.new"):

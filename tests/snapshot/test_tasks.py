@@ -91,8 +91,21 @@ def test_what_an_earlier_creation_finished_is_taken_over_by_whoever_claims_it_if
     assert again.recorded() == {"a", "b"}
     assert not again.claim("a", lambda record: bool(record == {"name": "a"}))
     assert again.record("a") == {"name": "a"}
+    assert again.is_checked("a")
     assert again.claim("b", never)
     assert again.recorded() == {"a"}
+    assert not again.is_checked("b")
+    again.close()
+
+
+def test_what_was_checked_in_an_earlier_creation_is_not_checked_in_this_one(path: Path, folder: Path) -> None:
+    tasks = join(path)
+    assert not tasks.is_checked("a")
+    tasks.note_checked("a")
+    assert tasks.is_checked("a")
+    again = join(path, "two")
+    assert not again.is_checked("a")
+    tasks.close()
     again.close()
 
 

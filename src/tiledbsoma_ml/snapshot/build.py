@@ -272,7 +272,7 @@ class _Builder:
                 manifest = maker.manifest()
                 for file in manifest.files:  # a process that was killed did not wait for the disk
                     fsync(self._folder / file.name)
-                check_content(self._folder, manifest)
+                check_content(self._folder, manifest, maker.checked())
                 manifest.write(self._folder)
                 self._rename()
         return True

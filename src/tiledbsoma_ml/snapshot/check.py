@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,22 @@ def verify(folder: Path, manifest: Manifest) -> None:
     check_content(folder, manifest)
 
 
-def check_content(folder: Path, manifest: Manifest) -> None:
-    """Read all files except values, and raise a ValueError that names the first one that breaks a rule."""
+def check_content(folder: Path, manifest: Manifest, checked: Collection[Shard] = ()) -> None:
+    """Read all files except values, and raise a ValueError that names the first one that breaks a rule.
+
+    Args:
+        folder: The folder of the files.
+        manifest: The manifest.
+        checked: Shards that `check_shard` has checked before.
+    """
     manifest.check(folder)
     manifest.check_files(folder)
     _check_joinids(folder, manifest)
     _check_frames(folder, manifest)
     for layer in manifest.layers:
         for shard in layer.shards:
-            check_shard(folder, layer.indices_dtype, shard, manifest.content.n_vars)
+            if shard not in checked:
+                check_shard(folder, layer.indices_dtype, shard, manifest.content.n_vars)
 
 
 # X --------------------------------------------------------------------------------------------------------

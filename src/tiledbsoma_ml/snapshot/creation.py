@@ -178,7 +178,7 @@ def check_own_folder(folder: Path, path: Path) -> bool:
         raise PermissionError(
             errno.EPERM,
             f"path={str(path)!r} is made in the folder {str(folder)!r}, but that belongs to {owner}, who "
-            "began to make it; choose another path, or have it removed.",
+            "began to make it; wait until it is there, or choose another path.",
         )
     with suppress(OSError):  # a file system without modes
         folder.chmod(0o700)

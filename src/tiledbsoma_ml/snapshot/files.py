@@ -10,7 +10,7 @@ import mmap
 import os
 import stat
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader, BufferedWriter
@@ -170,17 +170,17 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-class Fsyncs:
-    """A context that writes files to the disk on a thread, and waits for all of them at its end."""
+class Background:
+    """A context in which a thread calls functions, one after the other; its end waits for all of them."""
 
-    def __enter__(self) -> Fsyncs:
+    def __enter__(self) -> Background:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fsync")
-        self._pending: list[Future[None]] = []
+        self._pending: list[Future[object]] = []
         return self
 
-    def add(self, path: Path) -> None:
-        """Make the thread call `fsync` for a file."""
-        self._pending.append(self._pool.submit(at_work()(fsync), path))
+    def call(self, function: Callable[[], object]) -> None:
+        """Make the thread call a function; if it fails, the end of the context raises its error."""
+        self._pending.append(self._pool.submit(at_work()(function)))
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._pool.shutdown(cancel_futures=error is not None)

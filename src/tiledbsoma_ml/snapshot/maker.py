@@ -5,9 +5,10 @@ A task is a shard of a layer, the frames, or an array of `obsm`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -23,8 +24,9 @@ import numpy as np
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._eager_iter import EagerIterator
 from tiledbsoma_ml._threads import at_work
+from tiledbsoma_ml.snapshot.check import check_shard
 from tiledbsoma_ml.snapshot.creation import Progress
-from tiledbsoma_ml.snapshot.files import File, Fsyncs, HashedFile
+from tiledbsoma_ml.snapshot.files import Background, File, HashedFile, fsync
 from tiledbsoma_ml.snapshot.format import (
     Embedding,
     Layer,
@@ -113,11 +115,11 @@ class Maker:
         has_told = False
         with (
             self._progress.of(n_rows, self._n_done()),
-            Fsyncs() as fsyncs,
+            Background() as later,
             ThreadPoolExecutor(1) as pool,
         ):
             while True:
-                self._make_free_tasks(fsyncs, pool)
+                self._make_free_tasks(later, pool)
                 self._progress.reach(self._n_done())
                 left = self._left()
                 if not left:
@@ -155,6 +157,11 @@ class Maker:
             **{name: File(**file) for name, file in frames.items()},
         )
 
+    def checked(self) -> set[Shard]:
+        """Return the shards that some process has checked after they were on the disk."""
+        names = [task.name for task in chain(*self._shards.values()) if self._tasks.is_checked(task.name)]
+        return {shard_from(self._record(name)) for name in names}
+
     def _record(self, name: str) -> Record:
         record = self._tasks.record(name)
         assert record is not None
@@ -172,27 +179,25 @@ class Maker:
         tasks = chain(*self._shards.values())
         return sum(task.stop - task.start for task in tasks if names is None or task.name in names)
 
-    def _make_free_tasks(self, fsyncs: Fsyncs, pool: ThreadPoolExecutor) -> None:
+    def _make_free_tasks(self, later: Background, pool: ThreadPoolExecutor) -> None:
         """Make all tasks that this process can claim now."""
-        frames = pool.submit(at_work()(self._make_frames), fsyncs)
+        frames = pool.submit(at_work()(self._make_frames), later)
         for name in self._content.layer_names:
-            self._make_shards(name, frames, fsyncs)
+            self._make_shards(name, frames, later)
         for number, name in enumerate(self._content.obsm_names):
             if self._tasks.claim(obsm_name(number), _of_no_use):
-                self._make_obsm(number, name, fsyncs)
+                self._make_obsm(number, name, later)
         frames.result()
 
     # X ----------------------------------------------------------------------------------------------------
 
-    def _make_shards(self, layer_name: str, frames: Future[None], fsyncs: Fsyncs) -> None:
+    def _make_shards(self, layer_name: str, frames: Future[None], later: Background) -> None:
         writer = ShardWriter(self._folder, np.dtype(self._dtypes[layer_name]), self._compression)
         with closing(self._read(layer_name)) as read, EagerIterator(read) as ahead:
             for task, rows in ahead:
                 written = writer.write(task.name, rows)
                 shard = Shard(row_start=task.start, row_stop=task.stop, **written)
-                for file in shard.files:
-                    fsyncs.add(self._folder / file.name)
-                self._tasks.finish(task.name, fields_of(shard))
+                self._finish(task.name, fields_of(shard), later, shard.files, shard)
                 self._progress.reach(self._n_done())
                 if frames.done():
                     frames.result()  # rather now than at the end, if it failed
@@ -265,17 +270,16 @@ class Maker:
 
     # All else ---------------------------------------------------------------------------------------------
 
-    def _make_frames(self, fsyncs: Fsyncs) -> None:
+    def _make_frames(self, later: Background) -> None:
         if not self._tasks.claim(FRAMES, _of_no_use):
             return
         with self._reading():
             frames = read_frames(self._segments, self._content.obs_column_names)
         files = write_frames(self._folder, frames)
-        for file in files.values():
-            fsyncs.add(self._folder / file.name)
-        self._tasks.finish(FRAMES, {name: attrs.asdict(file) for name, file in files.items()})
+        record = {name: attrs.asdict(file) for name, file in files.items()}
+        self._finish(FRAMES, record, later, files.values())
 
-    def _make_obsm(self, number: int, name: str, fsyncs: Fsyncs) -> None:
+    def _make_obsm(self, number: int, name: str, later: Background) -> None:
         arrays = {segment.array(name) for segment in self._segments}
         if len(arrays) > 1:
             listed = ", ".join(f"{array.n_cols} columns of {array.dtype}" for array in arrays)
@@ -286,8 +290,27 @@ class Maker:
                     file.write(rows)
         [array] = arrays
         made = Embedding(name=name, dtype=array.dtype.str, n_cols=array.n_cols, values=file.written)
-        fsyncs.add(self._folder / made.values.name)
-        self._tasks.finish(obsm_name(number), attrs.asdict(made))
+        self._finish(obsm_name(number), attrs.asdict(made), later, [made.values])
+
+    def _finish(
+        self, name: str, record: Record, later: Background, files: Iterable[File], shard: Shard | None = None
+    ) -> None:
+        """Record a finished task; later, write its files to the disk, and check them if it is a shard."""
+        self._tasks.finish(name, record)
+        later.call(functools.partial(self._settle, name, files, shard))
+
+    def _settle(self, name: str, files: Iterable[File], shard: Shard | None) -> None:
+        try:
+            for file in files:
+                fsync(self._folder / file.name)
+            if shard is not None:
+                n_vars = self._content.n_vars
+                check_shard(self._folder, indices_dtype(n_vars).str, shard, n_vars)
+                self._tasks.note_checked(name)
+        except (OSError, ValueError):
+            if self._tasks.goes_on:
+                raise
+            # Another process did the same, and completed the snapshot: the folder has another name by now.
 
 
 def shard_tasks(partial: Partial, layer_name: str) -> list[ShardTask]:

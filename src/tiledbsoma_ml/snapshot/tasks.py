@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tiledbsoma_ml.snapshot.claim import Claim, claim, claimed_by
-from tiledbsoma_ml.snapshot.files import FORMAT, FORMAT_VERSION, read_sealed, sealed, write_atomically
+from tiledbsoma_ml.snapshot.files import (
+    FORMAT,
+    FORMAT_VERSION,
+    open_new,
+    read_sealed,
+    sealed,
+    write_atomically,
+)
 from tiledbsoma_ml.snapshot.takeover import is_current
 
 TASKS = "tasks"
@@ -78,6 +85,17 @@ class Tasks:
         self._write(name, record)
         self._claims.pop(name).give_back()
 
+    def note_checked(self, name: str) -> None:
+        """Note that what a finished task made was read from the disk, and is right."""
+        with open_new(self._folder / f"{name}.checked") as file:
+            file.write(self._creation.encode())
+
+    def is_checked(self, name: str) -> bool:
+        """Return whether a process noted in this creation that what a task made is right."""
+        with suppress(FileNotFoundError):
+            return (self._folder / f"{name}.checked").read_text() == self._creation
+        return False
+
     def record(self, name: str) -> Record | None:
         """Return the record of a finished task; None if it is not finished in this creation."""
         if name not in self._records:
@@ -113,6 +131,7 @@ class Tasks:
             return False
         if is_right(found["made"]):
             self._write(name, found["made"])
+            self.note_checked(name)
             return True
         (self._folder / f"{name}.json").unlink()
         return False
