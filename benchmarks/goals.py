@@ -185,6 +185,12 @@ GOALS = (
         "size of a snapshot", _field("snapshot, creation", "bytes_per_value"), at_most=4.2, unit="bytes/value"
     ),
     Goal(
+        "size of a compressed snapshot",
+        _field("snapshot, zstd, chunk 64, sparse", "bytes_per_value"),
+        at_most=2.3,
+        unit="bytes/value",
+    ),
+    Goal(
         "anonymous memory above the imports, snapshot, sparse",
         _field("snapshot, single rows, sparse", "peak_anon_mib"),
         at_most=300,

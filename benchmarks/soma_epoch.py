@@ -55,8 +55,8 @@ def soma_epoch(task: dict[str, Any]) -> dict[str, Any]:
             record["fill_rows_per_s"] = _fill_rows_per_s(task["batch_size"], dataset.shape[1])
         record["shuffle_quality"] = _own_quality(dataset, task["loader"].get("num_workers", 0))
     if "snapshot" in task["options"]:
-        record |= {"bytes_per_value": dataset.source.snapshot.nbytes / dataset.source.snapshot.nnz}
-        record |= {"note": f"{record['bytes_per_value']:.2f} bytes a non-zero on the disk"}
+        snapshot = dataset.source.snapshot
+        record["bytes_per_value"] = snapshot.nbytes / snapshot.nnz
     obs_joinids = dataset.query_ids.obs_joinids
     record["mixing"] = mixing(_labels(task), batches, obs_joinids)
     if not task["loader"].get("num_workers") and "snapshot" not in task["options"] and not task["store"]:
