@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from matrix_source import MatrixSource
+from matrix_source import MatrixSource, matrix_source
 from snapshots import dense_of, make
-from stores import DTYPES
+from stores import DTYPES, N_VARS, expected_X
 from tiledbsoma_ml.snapshot import Snapshot
 from tiledbsoma_ml.snapshot.compressed import CompressedLayer
 from tiledbsoma_ml.snapshot.stored_layers import ShardSizes
@@ -111,3 +112,18 @@ def test_a_read_decodes_each_block_once_and_gives_its_rows_out_in_pieces(compres
     pieces = list(compressed.reader().read_at_once(rows, 100))
     assert [len(piece) for piece in pieces] == [*12 * [25], 11]
     assert np.concatenate([piece.obs_joinids for piece in pieces]).tolist() == rows.tolist()
+
+
+def test_several_sources_and_layers_are_compressed_alike(make_store: Any, tmp_path: Path) -> None:
+    sources = [matrix_source(), matrix_source(n_obs=100)]
+    both = make(tmp_path / "both", sources, compression="zstd")
+    both.verify()
+    rows = np.array([410, 0, 311, 310])
+    np.testing.assert_array_equal(both[rows][0].toarray(), expected_X([99, 0, 0, 310], range(N_VARS)))
+    assert both[rows][1]["soma_source"].tolist() == [1, 0, 1, 0]
+
+    two = make(tmp_path / "two", make_store(layers=["raw", "other"]), layers=["other"], compression="zstd")
+    assert [layer.compression for layer in two._manifest.layers] == ["zstd", "zstd"]
+    other = two.reader(layer_name="other").csr(two.obs_joinids)
+    np.testing.assert_array_equal(other.toarray(), two.to_anndata().layers["other"].toarray())
+    assert other.nnz == two.nnz

@@ -63,7 +63,7 @@ def _log_shared_tiles(planned: PartPlan, n_readers: int, row_tile: int) -> None:
     if times >= SEVERAL:
         logger.info(
             "the %d ranks and workers need rows of the same tiles, so that every row is read at least %.1f "
-            "times in an epoch; snapshot='PATH' reads none twice",
+            "times in an epoch; snapshot='PATH' reads none twice, if it is not compressed",
             n_readers,
             times,
         )
