@@ -26,7 +26,7 @@ HELD_BYTES = 2**28
 READ_ROWS = 4096
 """Largest number of rows of a piece."""
 
-PIECES_HELD = 4
+PIECES_HELD = 8
 """Least number of pieces in which rows that were decoded at once are given out."""
 
 

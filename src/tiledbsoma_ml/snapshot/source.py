@@ -30,8 +30,14 @@ A disk reads them twice as fast as single rows.
 POOL_SHARE = 16
 """Budget divided by the memory of earlier rows that a reader keeps for later ones."""
 
+FIXED_BYTES = 2**25
+"""Memory that decoding takes beside the rows, and columns of `obs`."""
+
 HELD_SHARE = 4
-"""Budget divided by the memory of the rows that are decoded at once, while those before are given out."""
+"""The rest of the budget, divided by the memory of the rows that are decoded at once.
+
+The rows before are given out meanwhile, and the memory of those before them is kept for the next ones.
+"""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -249,4 +255,4 @@ class SnapshotSource(Source):
 
 
 def _held_bytes(budget: Budget) -> int:
-    return max(0, budget.total - budget.mini_batch_bytes) // HELD_SHARE
+    return max(0, budget.total - budget.mini_batch_bytes - FIXED_BYTES) // HELD_SHARE
