@@ -302,6 +302,17 @@ def test_a_part_that_is_alone_and_has_columns_for_scipy_is_not_copied() -> None:
     assert found.has_canonical_format
 
 
+def test_rows_are_sorted_unless_all_parts_are_known_to_be() -> None:
+    def part(columns: list[int], is_canonical: bool) -> CSR_IO_Buffer:
+        arrays = np.array([0, 2]), np.array(columns, dtype=np.uint16), np.array([1.0, 2.0])
+        return CSR_IO_Buffer(*arrays, (1, 5), is_canonical=is_canonical)
+
+    found = concat_toscipy([part([0, 4], True), part([3, 2], False)])
+    assert found.indices.tolist() == [0, 4, 2, 3]
+    assert found.data.tolist() == [1.0, 2.0, 2.0, 1.0]
+    assert concat_toscipy([part([0, 4], True).slice(0, 1).narrowed()]).has_canonical_format
+
+
 def test_narrowed_columns_are_the_same() -> None:
     part = CSR_IO_Buffer(np.array([0, 2]), np.array([4, 0], dtype=np.int32), np.ones(2), (1, 5))
     assert part.narrowed().indices.dtype == np.uint16

@@ -22,12 +22,19 @@ class CSR_IO_Buffer:
             smallest unsigned type that holds them.
         data: Values, of shape (nnz,).
         shape: (n_rows, n_cols).
+        is_canonical: Whether the columns of each row are known to ascend, each once.
     """
 
-    __slots__ = ("data", "indices", "indptr", "shape")
+    __slots__ = ("data", "indices", "indptr", "is_canonical", "shape")
 
     def __init__(
-        self, indptr: NDArray[Any], indices: NDArray[Any], data: NDArrayNumber, shape: tuple[int, int]
+        self,
+        indptr: NDArray[Any],
+        indices: NDArray[Any],
+        data: NDArrayNumber,
+        shape: tuple[int, int],
+        *,
+        is_canonical: bool = False,
     ) -> None:
         assert len(indptr) == shape[0] + 1
         assert len(indices) == len(data)
@@ -35,6 +42,7 @@ class CSR_IO_Buffer:
         self.indices = indices
         self.data = data
         self.shape = shape
+        self.is_canonical = is_canonical
 
     @staticmethod
     def from_ijd(i: NDArray[Any], j: NDArray[Any], d: NDArrayNumber, shape: tuple[int, int]) -> CSR_IO_Buffer:
@@ -136,7 +144,8 @@ class CSR_IO_Buffer:
         """Return the rows from `start` to `stop`, without copying their values."""
         first, last = self.indptr[start], self.indptr[stop]
         indptr, shape = self.indptr[start : stop + 1] - first, (stop - start, self.shape[1])
-        return CSR_IO_Buffer(indptr, self.indices[first:last], self.data[first:last], shape)
+        indices, data = self.indices[first:last], self.data[first:last]
+        return CSR_IO_Buffer(indptr, indices, data, shape, is_canonical=self.is_canonical)
 
     def take(self, rows: NDArray[np.integer[Any]]) -> CSR_IO_Buffer:
         """Return the rows with these numbers, in this order; a number may repeat."""
@@ -156,13 +165,14 @@ class CSR_IO_Buffer:
     def narrowed(self) -> CSR_IO_Buffer:
         """Return this matrix with columns of the smallest unsigned type, which takes fewer bytes to send."""
         indices = self.indices.astype(smallest_uint(self.shape[1]), copy=False)
-        return CSR_IO_Buffer(self.indptr, indices, self.data, self.shape)
+        return CSR_IO_Buffer(self.indptr, indices, self.data, self.shape, is_canonical=self.is_canonical)
 
     def sort_indices(self) -> Self:
         """Sort the entries of every row by column, in place, and return this matrix."""
         from tiledbsoma_ml._kernels import csr as kernels
 
-        kernels.sort_rows(self.indptr, self.indices, as_bits(self.data))
+        if not self.is_canonical:
+            kernels.sort_rows(self.indptr, self.indices, as_bits(self.data))
         return self
 
     def with_repeats_added(self, dtype: np.dtype[Any]) -> CSR_IO_Buffer:
@@ -197,7 +207,10 @@ def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
         indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
         data = np.concatenate([part.data for part in parts])
     matrix = sparse.csr_matrix((data, indices, indptr.astype(index_type)), shape=(len(indptr) - 1, n_cols))
-    matrix.sort_indices()
+    if all(part.is_canonical for part in parts):
+        matrix.has_sorted_indices = matrix.has_canonical_format = True
+    else:
+        matrix.sort_indices()
     return matrix
 
 

@@ -147,11 +147,11 @@ def place_runs() -> Arrays:
     indptr = np.concatenate([[0], np.cumsum(written.counts, dtype=np.int64)])
     indices, data = np.empty(indptr[-1], np.uint16), np.empty(indptr[-1], np.float32)
     for piece, (start, stop) in enumerate(pairwise(what.borders.tolist())):
-        free, ends = indptr[start:stop].copy(), indptr[start + 1 : stop + 1]
+        free, starts = indptr[start:stop].copy(), indptr[start : stop + 1]
         for page, n_bytes in pages[piece]:
-            slots = free, ends, indices, data, as_bits(data)
-            assert place.place_runs(page.ctypes.data, n_bytes, 2, N_COLS, *slots)
-        np.testing.assert_array_equal(free, ends)
+            slots = starts, free, indices, data, as_bits(data)
+            assert place.place_runs(page.ctypes.data, n_bytes, 2, N_COLS, *slots) != place.WRONG
+        np.testing.assert_array_equal(free, starts[1:])
     X = np.zeros((len(WANTED_ROWS), N_COLS), dtype=np.float32)
     X[np.repeat(np.arange(len(X)), np.diff(indptr)), indices] = data
     return (X,)
@@ -304,9 +304,9 @@ def run(row: int, cols: list[int], values: list[int]) -> bytes:
 def test_pages_that_are_no_rows_are_told_and_nothing_is_written_outside(content: bytes) -> None:
     page = np.frombuffer(content + bytes(64), dtype=np.uint8)
     indices, data = np.full(9, 77, dtype=np.uint16), np.full(9, 77, dtype=np.float32)
-    free, ends = np.array([0, 2]), np.array([2, 4])
-    slots = free, ends, indices[:4], data[:4], as_bits(data[:4])
-    assert not place.place_runs(page.ctypes.data, len(content), 2, 4, *slots)
+    indptr, free = np.array([0, 2, 4]), np.array([0, 2])
+    slots = indptr, free, indices[:4], data[:4], as_bits(data[:4])
+    assert place.place_runs(page.ctypes.data, len(content), 2, 4, *slots) == place.WRONG
     assert (indices[4:] == 77).all()
     assert (data[4:] == 77).all()
 

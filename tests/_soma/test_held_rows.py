@@ -120,6 +120,37 @@ def test_every_palette_of_values_survives_whatever_is_in_the_table_beside_it(
     assert_same_bits(put_together(list(held)), layer.dense())
 
 
+def ascends(part: CSR_IO_Buffer) -> bool:
+    rows = np.repeat(np.arange(len(part)), np.diff(part.indptr))
+    return bool((np.diff(rows * 2**32 + part.indices) > 0).all())
+
+
+@settings(max_examples=100)
+@given(layer=layers(), n_pieces=st.integers(1, 5))
+def test_pieces_whose_columns_are_said_to_ascend_have_columns_that_ascend(
+    layer: Layer, n_pieces: int
+) -> None:
+    assert all(ascends(part) for part in layer.filled(n_pieces=n_pieces) if part.is_canonical)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [([1, 3], [4, 6], True), ([4, 6], [1, 3], False), ([1, 3], [3, 4], False), ([3, 1], [4, 6], False)],
+    ids=["ascending", "tables_descend", "repeated", "a_run_descends"],
+)
+@pytest.mark.parametrize("n_vars", [8, 70_000])
+def test_columns_ascend_if_they_do_in_each_table_and_from_table_to_table(
+    first: list[int], second: list[int], expected: bool, n_vars: int
+) -> None:
+    tables = [
+        (np.zeros(len(cols), np.int64), np.array(cols), np.ones(len(cols), dtype=np.float32))
+        for cols in (first, second)
+    ]
+    [part] = Layer(tables, np.dtype(np.float32), np.zeros(1, np.int64), np.arange(n_vars)).filled()
+    assert part.is_canonical is expected
+    assert sorted(part.indices.tolist()) == sorted(first + second)
+
+
 @pytest.mark.parametrize(("narrow", "index_type"), [(True, np.uint32), (False, np.int32)])
 def test_more_columns_than_two_bytes_can_number_are_kept_apart(narrow: bool, index_type: Any) -> None:
     cols = np.array([0, 65_535, 65_536, 69_999])

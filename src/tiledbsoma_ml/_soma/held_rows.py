@@ -314,7 +314,7 @@ class HeldRows:
         dtype: np.dtype[Any],
     ) -> CSR_IO_Buffer:
         """Return the rows of a piece from its pages, given by their addresses and numbers of bytes."""
-        from tiledbsoma_ml._kernels.place import place_runs
+        from tiledbsoma_ml._kernels.place import ASCENDING, WRONG, place_runs
 
         counts = self._filling.counts[slice(*self._borders[number : number + 2])]
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
@@ -322,15 +322,16 @@ class HeldRows:
         data = np.empty(indptr[-1], dtype=dtype)
         bits = as_bits(data)
         free, n_cols = indptr[:-1].copy(), self._columns.n
-        slots = free, indptr[1:], indices, _as_numbers(bits, dtype), bits
-        for page, n_bytes in pages:
-            if not place_runs(page, n_bytes, self._wanted.col_bytes, n_cols, *slots):
-                raise RuntimeError(CHANGED)
-        if not np.array_equal(free, indptr[1:]):
+        slots = indptr, free, indices, _as_numbers(bits, dtype), bits
+        results = {
+            place_runs(page, n_bytes, self._wanted.col_bytes, n_cols, *slots) for page, n_bytes in pages
+        }
+        if WRONG in results or not np.array_equal(free, indptr[1:]):
             raise RuntimeError(CHANGED)
-        found = CSR_IO_Buffer(indptr, indices, data, (len(counts), n_cols))
+        is_canonical = results <= {ASCENDING}
+        found = CSR_IO_Buffer(indptr, indices, data, (len(counts), n_cols), is_canonical=is_canonical)
         # A sum may need a wider type than its terms.
-        return found.with_repeats_added(self._dtype) if self._may_repeat else found
+        return found.with_repeats_added(self._dtype) if self._may_repeat and not is_canonical else found
 
 
 def _contiguous(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
