@@ -10,13 +10,13 @@ STRESS_ARGS ?=
 NEWEST := .venv-newest
 NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
-SLOW_TESTS := agreement auto benchmarks budget classifier cli claim context creation data_module dataloader \
-  dataset demo distributed docs epoch_counter epoch_plan h5ad held_rows iterations jit kernels lightning log \
-  maker mapped memory_dataset memory_source mixing notebooks package progress ranks ray_cluster ray_train \
-  read_size reading realdata resume s3 scopes scvi scvi_models scvi_realdata scvi_training shared_array \
-  shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset snapshot_source \
-  snapshot_source_segment soma_source source_dataset sources streaming tables takeover task threads torchrun \
-  x_locator
+SLOW_TESTS := agreement auto benchmarks budget classifier cli claim compressed context creation \
+  data_module dataloader dataset demo distributed docs epoch_counter epoch_plan h5ad held_rows iterations \
+  jit kernels lightning log maker mapped memory_dataset memory_source mixing notebooks package progress \
+  ranks ray_cluster ray_train read_size reading realdata resume s3 scopes scvi scvi_models scvi_realdata \
+  scvi_training shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset \
+  snapshot_source snapshot_source_segment soma_source source_dataset sources streaming tables takeover \
+  task threads torchrun x_locator
 SLOW_TEST := tests/test_golden_orders.py::test_a_dataloader_with_workers_yields_the_rows_of_an_experiment_in_the_order_of_0_1_0
 TORCH  := $(shell grep '^torch==' constraints.txt)
 PAGE   := shuffle_viz
