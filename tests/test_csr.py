@@ -294,12 +294,16 @@ def test_without_repeats_nothing_is_copied() -> None:
 
 def test_a_part_that_is_alone_and_has_columns_for_scipy_is_not_copied() -> None:
     columns, values = np.array([4, 0, 2], dtype=np.int32), np.array([1.0, 2.0, 3.0], dtype=np.float32)
-    part = CSR_IO_Buffer(np.array([0, 2, 3]), columns, values, (2, 5))
+    part = CSR_IO_Buffer(np.array([0, 2, 3, 3]), columns, values, (3, 5))
     found = concat_toscipy([part])
     assert np.shares_memory(found.data, values)
     assert np.shares_memory(found.indices, columns)
-    np.testing.assert_array_equal(found.toarray(), [[2, 0, 0, 0, 1], [0, 0, 3, 0, 0]])
+    np.testing.assert_array_equal(found.toarray(), [[2, 0, 0, 0, 1], [0, 0, 3, 0, 0], np.zeros(5)])
     assert found.has_canonical_format
+    last = concat_toscipy([part.slice(1, 3)])  # SciPy itself would copy so small a part
+    assert np.shares_memory(last.data, values)
+    np.testing.assert_array_equal(last.toarray(), [[0, 0, 3, 0, 0], np.zeros(5)])
+    assert concat_toscipy([part.slice(2, 3)]).nnz == 0
 
 
 def test_rows_are_sorted_unless_all_parts_are_known_to_be() -> None:

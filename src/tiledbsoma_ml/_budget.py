@@ -167,6 +167,11 @@ class WindowShare:
     extent_bytes: int = 0
 
     @property
+    def given_out_bytes(self) -> int:
+        """Bytes of the pieces that are given out at once."""
+        return int(EXPANSION * self.planned_bytes / self.n_pieces)
+
+    @property
     def page_bytes(self) -> int:
         """Size of the pages of memory that hold windows; the last page of a piece is not full."""
         return _power_of_two(self.n_bytes // self.n_pieces // PAGES_PER_PIECE, 2**8, 2**18)

@@ -202,7 +202,7 @@ def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
     indptr, n_cols = _starts(parts), parts[0].shape[1]
     index_type = np.dtype(np.int32 if max(n_cols, indptr[-1]) <= np.iinfo(np.int32).max else np.int64)
     if len(parts) == 1 and parts[0].indices.dtype == index_type:
-        indices, data = parts[0].indices, parts[0].data
+        indices, data = _whole(parts[0].indices), _whole(parts[0].data)
     else:
         indices = np.concatenate([part.indices for part in parts], dtype=index_type, casting="unsafe")
         data = np.concatenate([part.data for part in parts])
@@ -212,6 +212,11 @@ def concat_toscipy(parts: Sequence[CSR_IO_Buffer]) -> sparse.csr_matrix:
     else:
         matrix.sort_indices()
     return matrix
+
+
+def _whole(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array on the same memory that SciPy takes over; it copies what is a small part of another."""
+    return np.frombuffer(array.data, array.dtype) if len(array) else array
 
 
 def _bounds(row_index: slice, n_rows: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import math
 import threading
 import weakref
 from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,10 @@ class Pool:
         self._free: list[NDArray[np.uint8]] = []  # only touched with the lock
         self._lock = threading.Lock()
         self._returned: deque[NDArray[np.uint8]] = deque()  # by finalizers, which may run at any point
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process has memory of its own."""
+        return partial(Pool, small_bytes=self._small_bytes), (self._max_bytes,)
 
     def empty(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an array with arbitrary content, whose memory nobody else uses."""

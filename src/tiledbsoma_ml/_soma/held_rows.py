@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber
 from tiledbsoma_ml._csr import CSR_IO_Buffer, smallest_uint
 from tiledbsoma_ml._kernels.bits import as_bits
@@ -160,6 +161,7 @@ class HeldRows:
         n_pieces: Number of pieces in which the rows are given out.
         byte_limit: Limit to the bytes of several reads; None for no limit.
         store: The store that holds the entries; pages of memory of its own if None.
+        pool: The memory in which pieces are given out; new memory if None.
         may_repeat: Whether the layer may have a coordinate several times; then its values are added up.
         may_drop: Whether the last pieces are dropped where the limit does not hold all of them.
 
@@ -177,6 +179,7 @@ class HeldRows:
         n_pieces: int = 1,
         byte_limit: ByteLimit | None = None,
         store: Pages | Extents | None = None,
+        pool: Pool | None = None,
         may_repeat: bool = False,
         may_drop: bool = False,
     ) -> None:
@@ -192,6 +195,7 @@ class HeldRows:
         self._columns, self._dtype = columns, dtype
         self._may_repeat, self._may_drop, self._byte_limit = may_repeat, may_drop, byte_limit
         store = store or Pages()
+        self._pool = pool or Pool(0)
         self._page_bytes = store.page_bytes
         self._pieces = [store.piece() for _ in range(n_pieces)]
         self._wanted = hold.Wanted(
@@ -318,8 +322,8 @@ class HeldRows:
 
         counts = self._filling.counts[slice(*self._borders[number : number + 2])]
         indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
-        indices = np.empty(indptr[-1], dtype=index_type)
-        data = np.empty(indptr[-1], dtype=dtype)
+        n = int(indptr[-1])
+        indices, data = self._pool.empty(n, index_type), self._pool.empty(n, dtype)
         bits = as_bits(data)
         free, n_cols = indptr[:-1].copy(), self._columns.n
         slots = indptr, free, indices, _as_numbers(bits, dtype), bits

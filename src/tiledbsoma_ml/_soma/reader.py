@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tiledbsoma as soma
 
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._common import NDArrayJoinId, NDArrayNumber, check_obs_column_names
 from tiledbsoma_ml._csr import CSR_IO_Buffer
 from tiledbsoma_ml._eager_iter import EagerIterator, interleaved
@@ -61,6 +62,7 @@ class SOMAReader:
         byte_limit: Limit to the bytes of held rows; None for no limit.
         read_bytes: Bytes that the rows of one read may take.
         store: The store of held rows; pages of memory of its own if None.
+        pool: The memory in which pieces are given out; new memory if None.
         opened: Contexts to leave when this is closed.
     """
 
@@ -79,6 +81,7 @@ class SOMAReader:
         byte_limit: ByteLimit | None = None,
         read_bytes: float = math.inf,
         store: Pages | Extents | None = None,
+        pool: Pool | None = None,
         opened: ExitStack | None = None,
     ) -> None:
         check_obs_column_names(obs_column_names, obs.keys())
@@ -97,6 +100,7 @@ class SOMAReader:
             "n_pieces": n_pieces,
             "byte_limit": byte_limit,
             "store": store or Pages(),
+            "pool": pool,
             "may_repeat": _may_repeat(X),
         }
         self._byte_limit, self._opened = byte_limit, opened

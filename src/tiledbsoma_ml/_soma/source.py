@@ -10,6 +10,7 @@ from functools import cached_property
 import attrs
 import pandas as pd
 
+from tiledbsoma_ml._batch.pool import Pool
 from tiledbsoma_ml._budget import Budget
 from tiledbsoma_ml._common import NDArrayJoinId, check_names, check_obs_column_names
 from tiledbsoma_ml._order.sizes import Layout
@@ -43,6 +44,7 @@ class SOMASource(Source):
         self._make_limit = make_limit
         self._types: dict[tuple[str, ...], ObsTypes] = {}
         self._pages: dict[int, Pages] = {}  # kept from epoch to epoch, by the size of a page
+        self._pools: dict[int, Pool] = {}  # kept likewise, by their size
         preload_kernels()
 
     @property
@@ -128,6 +130,7 @@ class SOMASource(Source):
                 byte_limit=self._make_limit(windows.n_bytes),
                 read_bytes=windows.planned_bytes,
                 store=Extents(folder, windows.extent_bytes) if folder else self._store(windows.page_bytes),
+                pool=self._pools.setdefault(windows.given_out_bytes, Pool(windows.given_out_bytes)),
                 opened=opened,
             )
             opened.push(stack.pop_all())
