@@ -7,6 +7,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: tests wait for processes
 NEWEST := .venv-newest
 NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
@@ -31,7 +32,7 @@ demo: $(VENV)/demo.installed  ## Simulate an experiment and train on it; DEMO_AR
 	$(BIN)/tiledbsoma-ml demo $(DEMO_ARGS)
 
 test: $(VENV)/test.installed $(PAGE)/node_modules/.package-lock.json  ## Run the whole test suite
-	$(BIN)/pytest -m "not ray" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not ray" --numprocesses $(WORKERS) --dist worksteal
 	$(BIN)/pytest -m ray tests/test_ray_train.py  # a cluster of processes: nothing else beside it
 
 test-fast: $(VENV)/test.installed  ## Run the tests that are quick, while you work: below two minutes on two cores

@@ -38,7 +38,7 @@ def random_matrix(seed: int, n_rows: int, n_cols: int, dtype: str, density: floa
     return sparse.csr_matrix((values, (rows, columns.astype(int))), shape=(n_rows, n_cols))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     n_rows=st.sampled_from([0, 1, 63, 64, 65, 130, 200]),

@@ -63,13 +63,13 @@ def test_a_creation_that_ends_at_any_step_is_continued_and_ends_right(
             if path.exists():
                 Snapshot.open(path).verify()
             if rng.random() < 0.5:  # the next one ends again, later
-                n += rng.randrange(1, 4)
+                n += rng.randrange(1, 7)
                 continue
             kill_at(0)
             make(path, store)
             assert_is_right(path)
             path = tmp_path / f"{n_kills}.snapshot"
-            n += rng.randrange(1, 4)
+            n += rng.randrange(1, 7)
         else:
             break
     assert n_kills > 10
