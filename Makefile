@@ -7,7 +7,8 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)  # one more than cores: tests wait for processes
+# One more than there are cores, because many tests wait for processes that they start.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 NEWEST := .venv-newest
 NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_training
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
