@@ -381,7 +381,7 @@ def test_what_another_user_put_in_the_way_is_not_written_to_and_told(
     user = os.geteuid()
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: user + 1)
-        with pytest.raises(OSError, match=r"but that belongs to the user .*, who began to make it; wait until"):
+        with pytest.raises(OSError, match=r"belongs to the user .*, who began to make it; wait until"):
             build_once(path, pytest.fail, print)
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == [made.name, "mine", "other"]
 
