@@ -44,7 +44,7 @@ class _Wanted:
 class CompressedLayer:
     """A layer in compressed blocks; see `Shards`.
 
-    Of rows in a few blocks, whole blocks are decoded, and kept for a while. Of rows in many blocks, each
+    If rows lie in a few blocks, whole blocks are decoded, and kept for a while. If they lie in many, each
     block is decoded once, and nothing is kept but the rows that were asked for.
 
     Args:

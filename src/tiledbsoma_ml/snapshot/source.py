@@ -191,7 +191,7 @@ class SnapshotSource(Source):
     def layout(self, ids: QueryIDs, budget: Budget) -> Layout:
         """Return how the rows are stored; each can be read by itself if memory holds the snapshot.
 
-        Of a compressed snapshot, blocks are decoded, as many at once as memory holds.
+        A compressed snapshot is decoded block by block, as many blocks at once as memory holds.
         """
         if tiling := self.snapshot.tiling(self._request.layer_name):
             return Layout(tiling.row_tile, tiling.row_bytes, tiling.n_rows_in(_held_bytes(budget)))
