@@ -14,7 +14,7 @@ NEWEST_TESTS := package x_locator snapshot_dataset h5ad scvi_models scvi_trainin
 # What starts processes, compiles, loads what takes seconds to load, or tries very many cases; in any folder.
 SLOW_TESTS := agreement auto benchmarks budget classifier cli claim compressed context creation \
   data_module dataloader dataset demo distributed docs epoch_counter epoch_plan h5ad held_rows iterations \
-  jit kernels lightning log maker mapped memory_dataset memory_source mixing notebooks package progress \
+  jit kernels lightning log maker mapped memory_dataset memory_source mini_batch_iterable mixing notebooks package progress \
   ranks ray_cluster ray_train read_size reading realdata resume s3 scopes scvi scvi_models scvi_realdata \
   scvi_training shared_array shared_ids shuffle_modes shuffle_viz snapshot snapshot_build snapshot_dataset \
   snapshot_source snapshot_source_segment soma_source source_dataset sources streaming tables takeover \
