@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,39 @@ def test_what_cannot_be_read_is_told_with_its_address_and_rows_from_a_worker_too
     assert isinstance(caught.value.__cause__, soma.SOMAError)
     with pytest.raises(soma.SOMAError, match=told):
         ExceptionWrapper(caught._excinfo, where="in worker 0").reraise()  # as a DataLoader does
+
+
+def meeting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the first call of a method of a layer, and that of `obs`, wait for each other."""
+    barrier = threading.Barrier(2, timeout=60)
+
+    def patch(kind: Any) -> None:
+        method, has_met = getattr(kind, name), threading.Event()
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not has_met.is_set():
+                has_met.set()
+                barrier.wait()
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(kind, name, call)
+
+    patch(soma.SparseNDArray)
+    patch(soma.DataFrame)
+
+
+def test_a_layer_and_obs_are_opened_at_the_same_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.locator.open():
+        pass  # the groups are known from now on
+    meeting(monkeypatch, "open")
+    with store.locator.open() as (X, obs):
+        assert (X.soma_type, obs.soma_type) == ("SOMASparseNDArray", "SOMADataFrame")
+
+
+def test_obs_is_read_while_the_first_rows_of_x_are(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.arange(20)
+    with store.locator.open() as (X, obs):
+        options: Any = {"obs_column_names": ["soma_joinid"], "obs_joinids": ids}
+        reader = SOMAReader(X, obs, np.arange(N_VARS), use_eager_fetch=True, **options)
+        meeting(monkeypatch, "read")
+        assert [row for rows in reader.read(ids) for row in rows.obs["soma_joinid"]] == ids.tolist()
